@@ -1,0 +1,20 @@
+"""Kinds of networks that anyfit knows, by the `model_type` of their configuration. One line a kind."""
+
+from anyfit.architectures.base import Architecture
+from anyfit.core.registry import Registry
+
+architectures: Registry[Architecture] = Registry(
+    "architecture",
+    {
+        "llama": "anyfit.architectures.llama:LLAMA",
+        "mistral": "anyfit.architectures.mistral:MISTRAL",
+        "qwen2": "anyfit.architectures.qwen2:QWEN2",
+        "qwen3": "anyfit.architectures.qwen3:QWEN3",
+        "gemma2": "anyfit.architectures.gemma2:GEMMA2",
+        "gemma3_text": "anyfit.architectures.gemma3:GEMMA3",
+        "gpt2": "anyfit.architectures.gpt2:GPT2",
+        "gpt_neox": "anyfit.architectures.gpt_neox:GPT_NEOX",
+        "opt": "anyfit.architectures.opt:OPT",
+        "phi3": "anyfit.architectures.phi3:PHI3",
+    },
+)

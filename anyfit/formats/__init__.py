@@ -1,0 +1,18 @@
+"""How weights are stored. One line a format."""
+
+from anyfit.core.registry import Registry
+from anyfit.formats.base import Format
+
+GGUF_GRIDS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q4_0", "Q5_1", "Q4_1", "IQ4_NL", "MXFP4", "TQ2_0")
+INTEGER_BITS = range(2, 9)
+
+formats: Registry[Format] = Registry(
+    "format",
+    {
+        **{name: f"anyfit.formats.gguf:{name}" for name in GGUF_GRIDS},
+        "F16": "anyfit.formats.floating:F16",
+        "BF16": "anyfit.formats.floating:BF16",
+        "F32": "anyfit.formats.floating:F32",
+        **{f"int{bits}_{kind}": f"anyfit.formats.integer:int{bits}_{kind}" for bits in INTEGER_BITS for kind in ("sym", "asym")},
+    },
+)

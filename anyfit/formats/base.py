@@ -1,0 +1,135 @@
+"""The contract of a storage format.
+
+A format turns a matrix into the very bytes that a runtime's file holds, and back. Nearly all of them are
+*grid* formats: each column of a row is `scale * level - offset`, where the level is one of a short list that
+the whole format shares and scale and offset belong to a group of columns. Such a format fits scales and
+offsets for a span of columns and packs codes; whoever chooses the codes (rounding, GPTQ, ...) needs to know
+no format by name, and what is chosen is what the file holds, to the bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+SPAN = 256
+"""Columns whose scales are fitted together. Every format's group divides it, so one order of the columns (and
+so one factorisation of the statistics) serves every format. A row's last span may be shorter."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The grids of one span, exactly as they are stored.
+
+    `scale` and `offset` are float32, (rows, groups): column c of the span stands for
+    `scale[:, c // group] * level - offset[:, c // group]`, computed in float32 in this order, which is what
+    the runtimes do. `stored` holds what `pack` writes (halves, small integers), (rows, ...) each, with one
+    entry or one entry per group along the second dimension.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    stored: dict[str, Tensor]
+
+
+class Format(ABC):
+    """How the numbers of a matrix are stored."""
+
+    name: str
+    block: int
+    """A row's length must be a multiple of this many columns."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> float:
+        """Stored bits per weight, scales and all counted."""
+
+    def refuses(self, shape: tuple[int, int]) -> str | None:
+        """Why this format can't hold a matrix of `shape`; None where it can."""
+        if shape[1] % self.block:
+            return f"row length {shape[1]} is not a multiple of {self.block}"
+        return None
+
+    def row_bytes(self, columns: int) -> int:
+        """Stored bytes of one row."""
+        bits = columns * self.bits
+        assert bits == int(bits) and bits % 8 == 0, (self.name, columns)
+        return int(bits) // 8
+
+    def bytes_(self, shape: tuple[int, int]) -> int:
+        """Stored bytes of a matrix, exact."""
+        return shape[0] * self.row_bytes(shape[1])
+
+    @abstractmethod
+    def decode(self, data: Tensor) -> Tensor:
+        """uint8 (rows, row_bytes) to float32 (rows, columns), bit-equal to what the runtime computes."""
+
+
+class CastFormat(Format):
+    """A floating-point type: storing is casting, and there is nothing to choose."""
+
+    block = 1
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> Tensor:
+        """(rows, columns) to uint8 (rows, row_bytes), rounded to the nearest."""
+
+
+class GridFormat(Format):
+    """Codes on a grid of `levels`, with scales and offsets per `group` columns."""
+
+    group: int
+    """Columns that share a scale. Divides `block` or is a multiple of it; divides `SPAN` or equals it."""
+    levels: Tensor
+    """float32 (K,): what code k stands for before scale and offset, in any order."""
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether the levels are consecutive whole numbers, so that rounding finds the nearest."""
+        return bool((self.levels.diff() == 1).all())
+
+    @abstractmethod
+    def fit(self, weight: Tensor, importance: Tensor) -> Scales:
+        """Scales for one span that make the weighted squared error of plain rounding small.
+
+        `weight` (rows, span) float32, `importance` (span,) positive float32: the weight of each column's
+        squared error. Scales come out as stored (rounded to halves, multiplied by small integers) before any
+        code is chosen. Rows of zeros give finite scales.
+        """
+
+    @abstractmethod
+    def pack(self, codes: Tensor, scales: Scales) -> Tensor:
+        """uint8 codes (rows, columns) and the scales of all spans, joined along the groups, to the file's
+        bytes, uint8 (rows, row_bytes)."""
+
+
+def nearest(levels: Tensor, uniform: bool, target: Tensor) -> Tensor:
+    """Codes of the levels nearest to `target` (any shape), uint8."""
+    if uniform:
+        return (target.round() - levels[0]).clamp_(0, len(levels) - 1).to(torch.uint8)
+    ordered, order = levels.sort()
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    return order[torch.bucketize(target, middles)].to(torch.uint8)
+
+
+def quantize(format_: GridFormat, weight: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and values nearest to `weight`; `scale` and `offset` are of its shape.
+
+    A group whose scale is zero stands for `-offset` whatever the code.
+    """
+    inverse = torch.where(scale == 0, 0, 1 / scale)
+    codes = nearest(format_.levels, format_.uniform, (weight + offset) * inverse)
+    return codes, format_.levels[codes.long()] * scale - offset
+
+
+def join(parts: list[Scales]) -> Scales:
+    """The scales of consecutive spans as those of the whole rows."""
+    return Scales(
+        scale=torch.cat([p.scale for p in parts], 1),
+        offset=torch.cat([p.offset for p in parts], 1),
+        stored={key: torch.cat([p.stored[key] for p in parts], 1) for key in parts[0].stored},
+    )

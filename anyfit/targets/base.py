@@ -1,0 +1,87 @@
+"""The contract of a target: a runtime on a device, with its rules, its writer and its checker."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anyfit.checkpoint import Source
+from anyfit.core.config import Config
+from anyfit.core.space import Space
+from anyfit.core.units import Weight
+
+Variants = Callable[[str, str], Tensor]
+"""(weight name, format name) to the variant's bytes: uint8 (rows, row_bytes), rows in the target's order."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at after writing."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came out: the path, its exact bytes (as the budget counts them) and the checks made."""
+
+    path: Path
+    bytes_: int
+    checks: tuple[Check, ...] = field(default=())
+
+
+class Target(ABC):
+    """Stateless; everything about the network comes from the family's `Source`, never from the original."""
+
+    name: str
+    title: str
+    """One line for `anyfit targets`."""
+    suffix: str
+    """What an exported path ends in (`.gguf`); empty where it is a folder."""
+    formats: tuple[str, ...]
+    """Every format that the runtime loads, dearest first."""
+    default_formats: tuple[str, ...]
+    """Those that `fit` makes unless told otherwise."""
+
+    @abstractmethod
+    def supports(self, source: Source) -> str | None:
+        """Why the runtime can't run this network at all; None where it can."""
+
+    @abstractmethod
+    def space(self, source: Source, weights: Iterable[Weight], formats: Iterable[str]) -> Space:
+        """What may be decided: for each unit the formats that the runtime loads there, with exact bytes.
+
+        Every unit keeps at least one choice: where no wanted format fits its row length, the nearest legal
+        ones take their place and `Decision.refused` says why.
+        """
+
+    def row_order(self, source: Source, weight: Weight) -> Tensor | None:
+        """Rows of the runtime's matrix as indices into the checkpoint's (outputs,); None where equal."""
+        return None
+
+    @abstractmethod
+    def write(self, path: Path, source: Source, space: Space, config: Config, variants: Variants) -> int:
+        """Write the model to `path`, which doesn't exist yet (the caller renames it when it is whole).
+
+        Returns the bytes that a budget counts, equal to `space.bytes_(config)`.
+        """
+
+    @abstractmethod
+    def check(self, path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+        """Audit the written file, load it in every reader at hand, and compare with the extracted `model`.
+
+        `tokens`: (segments, length) int64, text to compare outputs on. Each tensor once, each bit-equal to the
+        model's weights; a runtime that isn't installed is a passed check whose detail says that it was skipped.
+        """
+
+    def metadata(self) -> dict[str, Any]:
+        """Versions of the packages that write and check, for the provenance."""
+        return {}
