@@ -1,7 +1,13 @@
 """How weights are stored. One line a format."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from anyfit.core.registry import Registry
-from anyfit.formats.base import Format
+
+if TYPE_CHECKING:
+    from anyfit.formats.base import Format
 
 GGUF_GRIDS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q4_0", "Q5_1", "Q4_1", "IQ4_NL", "MXFP4", "TQ2_0")
 INTEGER_BITS = range(2, 9)

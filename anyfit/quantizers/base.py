@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
@@ -37,3 +38,8 @@ class Quantizer(ABC):
     @abstractmethod
     def encode(self, weight: Tensor, prepared: Any, format_: Format) -> Encoded:
         """(rows, columns) float32 to the format's bytes. The weight isn't changed. Deterministic."""
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> float:
+    """tr(D H Dᵀ): the expected squared error of the outputs when the weights are off by D (rows, columns)."""
+    return float(((difference @ hessian) * difference).sum(dtype=torch.float64).clamp_min(0))

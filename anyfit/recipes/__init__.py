@@ -1,0 +1,12 @@
+"""Published methods. One line a recipe."""
+
+from anyfit.core.registry import Registry
+from anyfit.recipes.base import Recipe
+
+recipes: Registry[Recipe] = Registry(
+    "recipe",
+    {
+        "gptq": "anyfit.recipes.gptq:RECIPE",
+        "rtn": "anyfit.recipes.rtn:RECIPE",
+    },
+)

@@ -1,7 +1,13 @@
 """Runtimes that anyfit writes for. One line a target."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from anyfit.core.registry import Registry
-from anyfit.targets.base import Target
+
+if TYPE_CHECKING:
+    from anyfit.targets.base import Target
 
 targets: Registry[Target] = Registry(
     "target",

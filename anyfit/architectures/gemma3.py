@@ -1,0 +1,7 @@
+"""Gemma 3, text only: Gemma 2's matrices, with a norm on each head's queries and keys."""
+
+from dataclasses import replace
+
+from anyfit.architectures.llama import LLAMA
+
+GEMMA3 = replace(LLAMA, name="gemma3_text")

@@ -1,0 +1,20 @@
+"""GPT-2: fused q, k, v, and Conv1D, which stores (inputs, outputs).
+
+The rows of `c_attn`, as (outputs, inputs), are all of q, then all of k, then all of v. The table of positions
+(`wpe`) is kept as it is: it is small, it is added rather than multiplied, and every token reads it.
+"""
+
+from anyfit.architectures.base import Architecture
+
+GPT2 = Architecture(
+    name="gpt2",
+    block="transformer.h.{i}",
+    inputs=(
+        ("attention", {"qkv": "attn.c_attn"}),
+        ("attention_output", {"o": "attn.c_proj"}),
+        ("feed_forward", {"up": "mlp.c_fc"}),
+        ("feed_forward_output", {"down": "mlp.c_proj"}),
+    ),
+    embedding="transformer.wte",
+    head="lm_head",
+)

@@ -1,0 +1,19 @@
+"""GPT-NeoX and Pythia: fused q, k, v whose rows alternate by head (q, k, v of head 0, then of head 1, ...).
+
+The feed-forward reads a norm of its own even where it runs in parallel with the attention.
+"""
+
+from anyfit.architectures.base import Architecture
+
+GPT_NEOX = Architecture(
+    name="gpt_neox",
+    block="gpt_neox.layers.{i}",
+    inputs=(
+        ("attention", {"qkv": "attention.query_key_value"}),
+        ("attention_output", {"o": "attention.dense"}),
+        ("feed_forward", {"up": "mlp.dense_h_to_4h"}),
+        ("feed_forward_output", {"down": "mlp.dense_4h_to_h"}),
+    ),
+    embedding="gpt_neox.embed_in",
+    head="lm_head",
+)

@@ -1,0 +1,77 @@
+"""The calibration pass: second moments of everything that a decided matrix multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anyfit.architectures.base import Architecture
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.core.errors import DataError
+from anyfit.core.units import Weight
+from anyfit.progress import Progress
+
+
+class _Moments:
+    """Running sum of x xᵀ of one input, float64 across batches."""
+
+    def __init__(self, columns: int) -> None:
+        self.total = torch.zeros(columns, columns, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.total += (x.T @ x).double()
+        self.count += len(x)
+
+    def statistics(self, name: str) -> InputStatistics:
+        if not torch.isfinite(self.total).all():
+            raise DataError(
+                f"The calibration text makes the inputs of {name} overflow.",
+                remedy="The model may be broken in float32: check that it predicts text at all.",
+            )
+        return InputStatistics((self.total / max(self.count, 1)).float(), self.count)
+
+
+@torch.inference_mode()
+def collect(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    weights: Iterable[Weight],
+    tokens: Tensor,
+    *,
+    batch_size: int = 8,
+    progress: Progress,
+) -> dict[str, InputStatistics]:
+    """Statistics by input name (`Weight.input`), from one pass of `tokens` (segments, length) through `model`.
+
+    Matrices that read the same input share one entry; it is observed once. Memory: one float64 square of
+    each distinct input's width.
+    """
+    moments: dict[str, _Moments] = {}
+    handles = []
+    for weight in weights:
+        if weight.input is None or weight.input in moments:
+            continue
+        moments[weight.input] = _Moments(weight.shape[1])
+        module = model.get_submodule(architecture.hook_path(weight))
+        handles.append(module.register_forward_pre_hook(_observer(moments[weight.input])))
+    try:
+        with progress.stage("calibrate", len(tokens)) as stage:
+            for batch in tokens.split(batch_size):
+                model(input_ids=batch, use_cache=False)
+                stage.advance(len(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: entry.statistics(name) for name, entry in moments.items()}
+
+
+def _observer(moments: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        moments.add(inputs[0])
+
+    return observe

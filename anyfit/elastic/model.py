@@ -1,0 +1,60 @@
+"""A network that can run as any config of its space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anyfit.core.config import Config
+from anyfit.core.space import Decision, Space
+from anyfit.core.units import Weight
+
+Decoded = Callable[[Weight, str], Tensor]
+"""(weight, format name) to its decoded values: float32, in the checkpoint's own shape and row order."""
+
+
+class ElasticModel:
+    """One network in memory whose units are switched in place between their variants.
+
+    Storage is *decoupled*: each choice has its own codes, decoded when it is set. `model` is an ordinary
+    transformers model; under `set(config)` its outputs are those of the model extracted at that config.
+    """
+
+    def __init__(self, model: PreTrainedModel, space: Space, decoded: Decoded) -> None:
+        self.model = model
+        self.space = space
+        self._decoded = decoded
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._now: dict[str, str] = {}
+
+    @torch.no_grad()
+    def set(self, config: Config) -> PreTrainedModel:
+        """Run as `config` from now on; only units that change are touched."""
+        for decision in self.space.decisions:
+            chosen = config[decision.key]
+            if self._now.get(decision.unit.name) == chosen:
+                continue
+            for weight in decision.unit.weights:
+                parameter = self._parameters[weight.name]
+                parameter.copy_(self._decoded(weight, chosen))
+            self._now[decision.unit.name] = chosen
+        return self.model
+
+    @contextmanager
+    def disturbed(self, decision: Decision, choice: str) -> Iterator[PreTrainedModel]:
+        """The network with this one unit at `choice` and everything else as it was."""
+        parameters = [self._parameters[weight.name] for weight in decision.unit.weights]
+        kept = [parameter.detach().clone() for parameter in parameters]
+        try:
+            with torch.no_grad():
+                for weight, parameter in zip(decision.unit.weights, parameters, strict=True):
+                    parameter.copy_(self._decoded(weight, choice))
+            yield self.model
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(parameters, kept, strict=True):
+                    parameter.copy_(values)

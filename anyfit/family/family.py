@@ -1,0 +1,246 @@
+"""A family: the folder from which the best model for any budget is taken in seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import isotonic_regression
+from transformers import PreTrainedModel
+
+from anyfit.checkpoint import Source, read_config
+from anyfit.core.budget import Budget, describe
+from anyfit.core.config import Config
+from anyfit.core.errors import OutputError
+from anyfit.core.files import refuse_existing, written_aside
+from anyfit.core.space import Space
+from anyfit.family.manifest import Manifest, Original, Point
+from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Store, decoder
+from anyfit.progress import Progress, Silent
+from anyfit.searchers.exact import solve
+from anyfit.targets import targets
+from anyfit.targets.base import Check, Target
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model that was written: where, how large, what it is, and what was checked."""
+
+    path: Path
+    bytes_: int
+    bits: float
+    budget: str
+    point: Point
+    checks: tuple[Check, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes_,
+            "bits": self.bits,
+            "budget": self.budget,
+            "config": self.point.config.to_json(),
+            "predicted_kl": self.point.predicted,
+            "report": self.point.report and self.point.report.to_json(),
+            "checks": [vars(check) for check in self.checks],
+            "seconds": self.seconds,
+        }
+
+
+class Family:
+    """Opened by `Family.open(path)`. Nothing but the manifest is read until it is needed.
+
+    >>> family = Family.open("smol.family")                 # doctest: +SKIP
+    >>> family.export("1.5GB", "smol.gguf")                 # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._store = Store(path, manifest.files)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Family:
+        """Raises `FamilyError` where the folder is no family, is altered, or comes from a newer version."""
+        path = Path(path)
+        return cls(path, Manifest.read(path))
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".family")
+
+    @property
+    def target(self) -> str:
+        return self.manifest.target
+
+    @property
+    def space(self) -> Space:
+        return self.manifest.space
+
+    @property
+    def original(self) -> Original:
+        return self.manifest.original
+
+    @property
+    def coverage(self) -> tuple[tuple[str, str, str], ...]:
+        """(unit or parameter, format, reason) for everything that was not treated as asked."""
+        return self.manifest.coverage
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.manifest.notes
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self.manifest.provenance
+
+    @property
+    def digest(self) -> str:
+        """Content hash of the whole family: equal for equal model, data, settings and version."""
+        return self.manifest.digest
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Every config that was measured, uniform settings included, smallest first."""
+        return tuple(sorted(self.manifest.points, key=lambda p: (p.bytes_, p.config.digest)))
+
+    @cached_property
+    def frontier(self) -> tuple[Point, ...]:
+        """The measured configs than which none is both smaller and closer to the original."""
+        best, kept = float("inf"), []
+        for point in sorted(self.points, key=lambda p: (p.bytes_, _measured(p))):
+            if _measured(point) < best:
+                best = _measured(point)
+                kept.append(point)
+        return tuple(kept)
+
+    def budget(self, text: str | Iterable[str] | Budget) -> Budget:
+        """Read a budget; percentages are of the original's weight files."""
+        return text if isinstance(text, Budget) else Budget.parse(text, original_bytes=self.original.bytes_)
+
+    def select(self, budget: str | Iterable[str] | Budget) -> Point:
+        """The best config within the budget.
+
+        It is the exact optimum of the additive scores, unless a config that was measured within the budget is
+        expected to be better: uniform settings and the finalists of the fit always compete. Raises
+        `BudgetError` where nothing fits.
+        """
+        budget = self.budget(budget)
+        config = solve(self.space, self.manifest.table, budget)
+        found = self.point(config)
+        rivals = [p for p in self.points if budget.allows({"bytes": p.bytes_, "bits": p.bits})]
+        best = min(rivals, key=_measured, default=None)
+        if best is None or found in rivals:
+            return found if best is None or _measured(found) <= _measured(best) else best
+        return best if _measured(best) <= self.expected(found.predicted) else found
+
+    def point(self, config: Config) -> Point:
+        """What is known of a config: its measured point, or its costs and prediction."""
+        for point in self.manifest.points:
+            if point.config == config:
+                return point
+        predicted = self.manifest.table.predict(self.space, config)
+        return Point(config, self.space.bytes_(config), self.space.bits(config), predicted)
+
+    def expected(self, predicted: float) -> float:
+        """The divergence that configs with this predicted one were measured to have, interpolated."""
+        rows = sorted((max(p.predicted, 1e-12), max(_measured(p), 1e-12)) for p in self.points)
+        x, y = np.log(np.array(rows)).T
+        return float(np.exp(np.interp(np.log(max(predicted, 1e-12)), x, isotonic_regression(y).x)))
+
+    @cached_property
+    def source(self) -> Source:
+        """What is needed of the original to write any model; every file checked against its hash."""
+        for name in self.manifest.files:
+            if name.startswith(f"{SOURCE}/"):
+                self._store.verify(name)
+        folder = self.path / SOURCE
+        return Source(
+            folder=folder,
+            config=read_config(folder, trust_remote_code=self.manifest.trust_remote_code),
+            passthrough=self._store.tensors(PASSTHROUGH),
+            tied=dict(self.manifest.tied),
+            original_bytes=self.original.bytes_,
+            trust_remote_code=self.manifest.trust_remote_code,
+        )
+
+    def text(self) -> dict[str, torch.Tensor]:
+        """The tokens that configs were measured on: `search` and `report`, int64 (segments, length)."""
+        return {name: tokens.long() for name, tokens in self._store.tensors(TEXT).items()}
+
+    def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
+        """An ordinary transformers model in float32, with the very values that an exported file holds."""
+        config = budget if isinstance(budget, Config) else self.select(budget).config
+        decoded = decoder(self._store, targets.get(self.target), self.source)
+        weights = {
+            weight.name: decoded(weight, config[decision.key])
+            for decision in self.space.decisions
+            for weight in decision.unit.weights
+        }
+        return self.source.build(weights)
+
+    def export(
+        self,
+        budget: str | Iterable[str] | Budget,
+        path: str | Path,
+        *,
+        force: bool = False,
+        check: bool = True,
+        progress: Progress | None = None,
+    ) -> Export:
+        """Write the best model within `budget` for the family's target, audit it, and load it back.
+
+        Raises `BudgetError` for a budget that can't be met, `OutputError` where `path` exists (unless `force`)
+        or can't be written, or where the written file doesn't pass its checks; then nothing is left at `path`.
+        """
+        path, progress, began = Path(path), progress or Silent(), time.perf_counter()
+        refuse_existing(path, force=force)
+        budget = self.budget(budget)
+        point = self.select(budget)
+        target = targets.get(self.target)
+        with written_aside(path) as aside:
+            with progress.stage("write", 1) as stage:
+                size = target.write(aside, self.source, self.space, point.config, self._store.variant)
+                stage.advance()
+            assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
+            assert budget.allows({"bytes": size, "bits": point.bits}), (size, budget)
+            checks = self._check(target, aside, point, progress) if check else ()
+        self._write_card(path, point)
+        return Export(path, size, point.bits, str(budget), point, checks, time.perf_counter() - began)
+
+    def _check(self, target: Target, path: Path, point: Point, progress: Progress) -> tuple[Check, ...]:
+        with progress.stage("check", 1) as stage:
+            tokens = self.text()["search"][:2]
+            checks = target.check(path, self.source, point.config, self.extract(point.config), tokens)
+            stage.advance()
+        failed = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
+        if failed:
+            raise OutputError(
+                f"The written file isn't what it should be ({'; '.join(failed)}).",
+                remedy="Nothing was kept. Please report this with the model's name.",
+            )
+        return checks
+
+    def _write_card(self, path: Path, point: Point) -> None:
+        from anyfit.report.card import model_card
+
+        card = path / "README.md" if path.is_dir() else path.with_suffix(".README.md")
+        with written_aside(card) as aside:
+            aside.write_text(model_card(self, point, path.name), encoding="utf-8")
+
+
+def _measured(point: Point) -> float:
+    assert point.search is not None, "only measured configs compete"
+    return point.search.kl_mean
+
+
+def with_points(manifest: Manifest, points: Iterable[Point], files: Mapping[str, str]) -> Manifest:
+    """The manifest of a finished run."""
+    return replace(manifest, points=tuple(points), files=dict(files))

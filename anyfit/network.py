@@ -1,0 +1,164 @@
+"""What transformers does for us, in one place: config, tokenizer and network from a folder, silently and offline."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from anyfit.core.errors import ModelError
+
+_TOKENIZER_STARTS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+
+
+def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a causal language model. Raises `ModelError` for any other."""
+    raw = _raw_config(folder)
+    kind = raw["model_type"]
+    if "quantization_config" in raw:
+        raise ModelError(f"{folder} is quantised already: its config.json has a quantization_config.", remedy="Use the original weights.")
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        if "auto_map" in raw:
+            raise ModelError(
+                f"{folder} comes with its own code for {kind!r}, which is not run unless you allow it.",
+                remedy="Read that code; if you trust it, pass trust_remote_code=True (--trust-remote-code).",
+            )
+        raise ModelError(
+            f"{folder / 'config.json'} has the model_type {kind!r}, which this version of transformers doesn't know.",
+            remedy="Upgrade transformers, or check config.json.",
+        )
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{folder / 'config.json'} can't be used: {_first_line(error)}", remedy="Correct config.json.") from error
+    _require_causal(folder, config, raw)
+    return config
+
+
+def skeleton(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The network on the meta device, ties in place, in evaluation mode and without gradients."""
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)
+
+
+def assemble(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """A network of the skeleton's class with these numbers, made by transformers' own loader.
+
+    So buffers that no file stores (rotary frequencies) are what they would be for anyone else. Nothing is
+    initialised at random: every parameter must be given, shared ones under any of their names.
+    """
+    with quiet():
+        loaded: Any = type(model).from_pretrained(
+            None, config=model.config, state_dict=dict(tensors), dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        built, info = loaded
+        if (folder / "generation_config.json").is_file():
+            built.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    buffers = {name for name, _ in built.named_buffers()}
+    assert not info["missing_keys"] - buffers and not info["mismatched_keys"], info
+    return cast(PreTrainedModel, built.requires_grad_(False))
+
+
+def read_tokenizer(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder. Raises `ModelError` where it is missing or has more tokens than the model."""
+    if not any(path.name.startswith(_TOKENIZER_STARTS) or path.suffix == ".model" for path in folder.iterdir()):
+        raise ModelError(
+            f"{folder} has no tokenizer.",
+            remedy="Save it beside the weights: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER).",
+        )
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"The tokenizer in {folder} can't be used: {_first_line(error)}", remedy="Save it again beside the weights."
+        ) from error
+    num_tokens, rows = _num_tokens(folder, tokenizer), config.get_text_config().vocab_size
+    if num_tokens == 0:
+        raise ModelError(
+            f"The tokenizer in {folder} is empty.", remedy="Copy tokenizer.json (or tokenizer.model) of the model beside the weights."
+        )
+    if num_tokens > rows:
+        raise ModelError(
+            f"The tokenizer in {folder} has {num_tokens} tokens, but the model's embedding has {rows} rows.",
+            remedy="Use the tokenizer that the model was trained with.",
+        )
+    return tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither warnings nor progress bars of transformers, until the block ends."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _num_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest token of the files.
+
+    Not of the loaded tokenizer where that can be helped: some classes of transformers add a token for the
+    unknown that the model never had, and byte-level tokenizers never produce it.
+    """
+    path = folder / "tokenizer.json"
+    vocabulary = Tokenizer.from_file(str(path)).get_vocab() if path.is_file() else tokenizer.get_vocab()
+    return max(vocabulary.values(), default=-1) + 1
+
+
+def _raw_config(folder: Path) -> dict[str, object]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json.", remedy="Name the folder that holds config.json and the weights.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {_first_line(error)}.", remedy="Download or save it again.") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise ModelError(f"{path} has no model_type.", remedy="Use a config.json that transformers wrote.")
+    return raw
+
+
+def _require_causal(folder: Path, config: PretrainedConfig, raw: Mapping[str, object]) -> None:
+    """A decoder that reads text alone: what this version compresses."""
+    if config.get_text_config() is not config:
+        raise ModelError(f"{folder} is a {config.model_type} that reads more than text.", remedy="Use a text-only model.")
+    auto_map = raw.get("auto_map")
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map)
+    tasks = [name.split("For")[1] for name in config.architectures or () if "For" in name]
+    if not known or config.is_encoder_decoder or (tasks and "CausalLM" not in tasks):
+        named = ", ".join(config.architectures or [config.model_type])
+        raise ModelError(f"{folder} is no causal language model ({named}).", remedy="Use a model that predicts the next token.")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

@@ -1,0 +1,256 @@
+"""From a network to a family: the stages of `fit`, each of which may be killed and is then continued."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anyfit.architectures import architecture_of, uncovered
+from anyfit.architectures.base import Architecture
+from anyfit.calibration.collect import collect
+from anyfit.calibration.data import Segments
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.checkpoint import Checkpoint, Source
+from anyfit.core.budget import Budget
+from anyfit.core.config import Config
+from anyfit.core.files import read_json, remove, sha256, write_json, written_aside
+from anyfit.core.space import Space, coverage
+from anyfit.core.units import Weight
+from anyfit.elastic.model import ElasticModel
+from anyfit.family.journal import Journal
+from anyfit.family.manifest import NAME, Manifest, Original, Point
+from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, VARIANTS, Store, decoder
+from anyfit.formats import formats
+from anyfit.progress import Progress
+from anyfit.quantizers import quantizers
+from anyfit.recipes import recipes
+from anyfit.scores import sensitivities
+from anyfit.scores.table import Table
+from anyfit.searchers.exact import hull, solve
+from anyfit.targets import targets
+from anyfit.tasks.language import Quality, Reference, measure
+
+NUM_FINALISTS = 16
+"""Budgets, evenly spaced in the logarithm of the size, whose best configs are measured."""
+NUM_PROBE_SEGMENTS = 16
+"""Search segments that sensitivities are measured on: each unit costs one pass over them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a family holds, besides the model and the text."""
+
+    target: str
+    formats: tuple[str, ...]
+    recipe: str
+    length: int
+    num_calibration: int
+    num_search: int
+    num_report: int
+    seed: int
+
+
+class Fit:
+    """One run. Stages write into the journal's folder and skip what they find there."""
+
+    def __init__(self, checkpoint: Checkpoint, segments: Segments, settings: Settings, progress: Progress) -> None:
+        self.checkpoint = checkpoint
+        self.segments = segments
+        self.settings = settings
+        self.progress = progress
+        self.target = targets.get(settings.target)
+        self.recipe = recipes.get(settings.recipe)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the journal compares before it continues a run."""
+        return {
+            "anyfit": version("anyfit"),
+            "model": self.checkpoint.digest,
+            "data": self.segments.digest,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.settings).items()},
+        }
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The original, in float32. Stages that change it put it back."""
+        return self.checkpoint.load()
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.checkpoint.skeleton())
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        return list(self.architecture.weights(self.checkpoint.skeleton()))
+
+    @cached_property
+    def source(self) -> Source:
+        return self.checkpoint.source(self.weights)
+
+    @cached_property
+    def space(self) -> Space:
+        return self.target.space(self.source, self.weights, self.settings.formats)
+
+    def run(self, output: Path, *, restart: bool) -> None:
+        """Make the family at `output`. Raises `UserError`s only; what is finished is kept for the next run."""
+        with Journal.open(output, self.key, restart=restart) as journal:
+            store = Store(journal.folder)
+            self.encode(store)
+            table = self.score(store)
+            original, points = self.finalists(store, table)
+            self.keep_source(store)
+            self.close(journal, self.manifest(store, table, original, points))
+
+    def encode(self, store: Store) -> None:
+        """Every variant of every matrix. One factorisation per distinct input, shared by all its matrices."""
+        todo = [(d, w) for d in self.space.decisions for w in d.unit.weights if not store.has(w.name)]
+        if not todo:
+            return
+        statistics = collect(self.model, self.architecture, [w for _, w in todo], self.segments.calibration, progress=self.progress)
+        quantizer = quantizers.get(self.recipe.quantizer)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        prepared_for, prepared = None, None
+        with self.progress.stage("encode", len(todo)) as stage:
+            for decision, weight in todo:
+                if prepared is None or weight.input is None or weight.input != prepared_for:
+                    seen = statistics[weight.input] if weight.input else InputStatistics.unknown(weight.shape[1])
+                    prepared_for, prepared = weight.input, quantizer.prepare(seen)
+                matrix = self._matrix(parameters[weight.name], weight)
+                store.write(weight.name, {c.name: quantizer.encode(matrix, prepared, formats.get(c.name)) for c in decision.choices})
+                stage.advance(detail=weight.name)
+
+    def _matrix(self, parameter: Tensor, weight: Weight) -> Tensor:
+        """(outputs, inputs) float32, rows in the target's order."""
+        matrix = parameter.detach().float()
+        matrix = matrix.T if weight.transposed else matrix
+        order = self.target.row_order(self.source, weight)
+        return matrix[order] if order is not None else matrix.contiguous()
+
+    def score(self, store: Store) -> Table:
+        """The additive table: measured sensitivities times each choice's own output error."""
+        path = store.folder / "table.json"
+        if path.exists():
+            return Table.load(path)
+        errors = {
+            d.unit.name: {c.name: sum(store.errors(w.name)[c.name] for w in d.unit.weights) for c in d.choices}
+            for d in self.space.decisions
+        }
+        reference = Reference.of(self.model, self.segments.search[:NUM_PROBE_SEGMENTS])
+        elastic = ElasticModel(self.model, self.space, decoder(store, self.target, self.source))
+        table = Table(sensitivities.get(self.recipe.score).measure(elastic, reference, errors, self.progress), errors)
+        table.save(path)
+        return table
+
+    def finalists(self, store: Store, table: Table) -> tuple[Original, list[Point]]:
+        """Measure the exact optima along the frontier and every uniform setting, on both held-out splits."""
+        references = {name: Reference.of(self.model, getattr(self.segments, name)) for name in ("search", "report")}
+        elastic = ElasticModel(self.checkpoint.load(), self.space, decoder(store, self.target, self.source))
+        candidates = dict(self._candidates(table))
+        points = []
+        with self.progress.stage("measure finalists", len(candidates)) as stage:
+            for config, uniform in candidates.items():
+                quality = self._measured(store, elastic, config, references)
+                points.append(
+                    Point(
+                        config=config,
+                        bytes_=self.space.bytes_(config),
+                        bits=self.space.bits(config),
+                        predicted=table.predict(self.space, config),
+                        uniform=uniform,
+                        **quality,
+                    )
+                )
+                stage.advance()
+        original = Original(
+            name=self.checkpoint.name,
+            bytes_=self.checkpoint.bytes_,
+            num_parameters=self.space.num_parameters,
+            dtype=str(self.checkpoint.dtype).removeprefix("torch."),
+            digest=self.checkpoint.digest,
+            embedded=self.checkpoint.embedded,
+            search=references["search"].quality,
+            report=references["report"].quality,
+        )
+        return original, points
+
+    def _candidates(self, table: Table) -> Iterator[tuple[Config, str | None]]:
+        """Exact optima first: where a uniform setting is one of them, it is then named as such."""
+        smallest, largest = (self.space.bytes_(c) for c in (self.space.smallest(), hull(self.space, table)[-1]))
+        for size in np.geomspace(smallest, largest, NUM_FINALISTS):
+            yield solve(self.space, table, Budget((("bytes", float(np.ceil(size))),), f"{size:.0f} B")), None
+        for name in self.space.formats():
+            config = self.space.uniform(name)
+            if config is not None:
+                yield config, name
+
+    def _measured(self, store: Store, elastic: ElasticModel, config: Config, references: dict[str, Reference]) -> dict[str, Quality]:
+        path = store.folder / "points" / f"{config.digest}.json"
+        found = read_json(path)
+        if found is None:
+            model = elastic.set(config)
+            found = {name: measure(model, reference).to_json() for name, reference in references.items()}
+            write_json(path, found)
+        return {name: Quality.from_json(row) for name, row in found.items()}
+
+    def keep_source(self, store: Store) -> None:
+        """What exports need of the original, and the tokens that were measured on."""
+        folder = store.folder / SOURCE
+        folder.mkdir(exist_ok=True)
+        for file in self.checkpoint.travelling_files():
+            with written_aside(folder / file.name) as aside:
+                shutil.copyfile(file, aside)
+        store.write_tensors(PASSTHROUGH, self.source.passthrough)
+        store.write_tensors(TEXT, {name: getattr(self.segments, name).int() for name in ("search", "report")})
+
+    def manifest(self, store: Store, table: Table, original: Original, points: list[Point]) -> Manifest:
+        notes = list(self.segments.notes)
+        if self.architecture.generic:
+            notes.append(self.architecture.note)
+        for decision in self.space.decisions:
+            notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
+        left = [(name, "", reason) for name, reason in uncovered(self.checkpoint.skeleton(), self.weights).items()]
+        return Manifest(
+            target=self.settings.target,
+            recipe=self.settings.recipe,
+            space=self.space,
+            table=table,
+            points=tuple(points),
+            original=original,
+            coverage=(*coverage(self.space), *left),
+            notes=tuple(notes),
+            provenance={**self.key, "data": self.segments.description, "data_digest": self.segments.digest, "versions": versions()},
+            tied=self.source.tied,
+            trust_remote_code=self.source.trust_remote_code,
+        )
+
+    def close(self, journal: Journal, manifest: Manifest) -> None:
+        """Hash every file, write the manifest and the page, and give the family its name."""
+        from anyfit.family.family import Family, with_points
+        from anyfit.report.page import write as write_page
+
+        files = sorted(p for part in (VARIANTS, SOURCE) for p in (journal.folder / part).iterdir())
+        files += [journal.folder / name for name in (PASSTHROUGH, TEXT)]
+        hashes = {p.relative_to(journal.folder).as_posix(): sha256(p) for p in files}
+        manifest = with_points(manifest, manifest.points, hashes)
+        write_json(journal.folder / NAME, manifest.to_json())
+        write_page(Family(journal.folder, manifest), journal.folder / "report.html")
+        remove(journal.folder / "points")
+        remove(journal.folder / "table.json")
+        journal.finish()
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose change could change a family's bytes."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "numpy", "scipy")}}

@@ -1,0 +1,44 @@
+"""Rounding to the nearest, with scales that minimise the error weighted by the inputs' mean squares.
+
+This is what llama.cpp does with an importance matrix: only the diagonal of the second moments is used, and
+each weight is rounded by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, join, quantize
+from anyfit.quantizers.base import Encoded, Quantizer, output_error
+
+
+class RoundToNearest(Quantizer):
+    name = "rtn"
+
+    def prepare(self, statistics: InputStatistics) -> InputStatistics:
+        return statistics
+
+    def encode(self, weight: Tensor, prepared: InputStatistics, format_: Format) -> Encoded:
+        if isinstance(format_, CastFormat):
+            data = format_.encode(weight)
+        else:
+            assert isinstance(format_, GridFormat)
+            data = encode_nearest(format_, weight, prepared.diagonal)
+        return Encoded(data, output_error(weight - format_.decode(data), prepared.hessian))
+
+
+def encode_nearest(format_: GridFormat, weight: Tensor, importance: Tensor) -> Tensor:
+    """The file's bytes of `weight` (rows, columns), each value rounded to its nearest code."""
+    codes, scales = [], []
+    for start in range(0, weight.shape[1], SPAN):
+        part = weight[:, start : start + SPAN]
+        fitted = format_.fit(part, importance[start : start + SPAN])
+        group = torch.arange(part.shape[1]) // format_.group
+        codes.append(quantize(format_, part, fitted.scale[:, group], fitted.offset[:, group])[0])
+        scales.append(fitted)
+    return format_.pack(torch.cat(codes, 1), join(scales))
+
+
+QUANTIZER = RoundToNearest()

@@ -1,0 +1,74 @@
+"""The model card beside an exported model: what it is, how good, how to run it, where it comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateNotFound
+
+from anyfit.report import summary
+from anyfit.report.page import environment
+
+if TYPE_CHECKING:
+    from anyfit.core.config import Config
+    from anyfit.family import Family, Point
+
+_LIBRARIES = {"llama.cpp": "gguf", "transformers": "transformers"}
+"""What the hub calls the library that loads a target's models."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def model_card(family: Family, point: Point, file_name: str) -> str:
+    """The README.md, with the Hugging Face hub's front matter, of the model written to `file_name`.
+
+    Figures are of the report split where this very config was measured; a config that was only predicted
+    says so.
+    """
+    made = environment().overlay(autoescape=False)
+    made.filters["code"] = _code
+    context: dict[str, Any] = {
+        "family": family,
+        "point": point,
+        "quality": point.report,
+        "expected": family.expected(point.predicted),
+        "file_name": file_name,
+        "shares": summary.shares(family.space, point.config),
+        "roles": _roles(family, point.config),
+        "front_matter": _front_matter(family),
+        "provenance": summary.flat(family.provenance),
+    }
+    try:
+        usage = made.get_template(f"run.{family.target}.md.j2").render(context)
+    except TemplateNotFound:
+        usage = ""
+    return made.get_template("card.md.j2").render(context, usage=usage)
+
+
+def _front_matter(family: Family) -> str:
+    """YAML by way of JSON, which is YAML: no name can break out of its string."""
+    fields: dict[str, Any] = {"pipeline_tag": "text-generation"}
+    if family.target in _LIBRARIES:
+        fields["library_name"] = _LIBRARIES[family.target]
+    if _HUB_ID.fullmatch(family.original.name):
+        fields |= {"base_model": family.original.name, "base_model_relation": "quantized"}
+    if family.provenance.get("license"):
+        fields["license"] = family.provenance["license"]
+    fields["tags"] = ["anyfit", "quantized", "mixed-precision"]
+    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
+
+
+def _roles(family: Family, config: Config) -> list[tuple[str, str]]:
+    """(role, what its matrices got), for instance ("down", "Q6_K x 4, Q4_K x 12")."""
+    got: dict[str, Counter[str]] = {}
+    for decision in family.space.decisions:
+        for weight in decision.unit.weights:
+            got.setdefault(weight.role, Counter())[config[decision.key]] += 1
+    return [(role, ", ".join(f"{name} × {count}" for name, count in counts.most_common())) for role, counts in got.items()]
+
+
+def _code(text: object) -> str:
+    """Outside text as inline code that stays inside its table cell."""
+    return "`" + re.sub(r"\s+", " ", str(text)).replace("`", "'").replace("|", "/") + "`"

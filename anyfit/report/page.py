@@ -1,0 +1,167 @@
+"""One self-contained page about a family: it asks for nothing from anywhere, and its bytes depend on the family alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from anyfit.core.budget import BYTES, describe
+from anyfit.core.files import written_aside
+from anyfit.report import summary
+from anyfit.report.charts import Axis, Box, Label, place
+from anyfit.report.summary import Row
+
+if TYPE_CHECKING:
+    from anyfit.family import Family
+
+WIDTH, HEIGHT = 1040, 440
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, WIDTH - 16, 16, HEIGHT - 48
+SIDE = 440
+"""Width and height of the square chart of predicted against measured."""
+
+
+def write(family: Family, path: Path) -> None:
+    """Write the page to `path`, whole or not at all. Raises `OutputError` where that can't be done."""
+    text = render(family)
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def render(family: Family) -> str:
+    """The page's HTML. Names that came from outside are escaped."""
+    rows = summary.rows(family)
+    uniform = [(row, summary.rival(rows, row)) for row in rows if row.point.uniform]
+    return environment().get_template("page.html.j2").render(
+        family=family,
+        rows=rows,
+        split=summary.split(family),
+        uniform=uniform,
+        bits=summary.format_bits(family.space),
+        frontier_chart=_frontier_chart(rows),
+        prediction_chart=_prediction_chart(family),
+        grid=_grid(family),
+        refusals=summary.refusals(family),
+        provenance=summary.flat(family.provenance),
+        data=_data(family, rows),
+    )
+
+
+def environment() -> Environment:
+    """Templates of this package, with HTML escaped and the figures' own ways of being written."""
+    made = Environment(loader=PackageLoader("anyfit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters["size"] = lambda value: describe(BYTES, value)
+    made.filters["thousands"] = lambda value: f"{value:,}"
+    made.globals["plus_minus"] = summary.plus_minus
+    made.globals["percent"] = summary.plus_minus_percent
+    return made
+
+
+def _title(row: Row) -> str:
+    name = f"uniform {row.point.uniform}: " if row.point.uniform else ""
+    quality = row.quality
+    return (
+        f"{name}{describe(BYTES, row.point.bytes_)}, {row.point.bits:.2f} bits per weight\n"
+        f"KL {summary.plus_minus(quality.kl_mean, quality.kl_stderr)}, perplexity {quality.perplexity:.2f}"
+    )
+
+
+def _floored(values: list[float]) -> Callable[[float], float]:
+    """Values for a logarithmic axis: those that are not above zero lie at its lower end."""
+    floor = min((v for v in values if v > 0), default=1e-6)
+    return lambda value: value if value > 0 else floor
+
+
+def _frontier_chart(rows: list[Row]) -> dict[str, Any]:
+    """KL to the original against size, with one standard error each way."""
+    lift = _floored([row.quality.kl_mean for row in rows])
+    unit, per = ("GB", 1e9) if rows[-1].point.bytes_ >= 2e9 else ("MB", 1e6)
+    x = Axis.around([row.point.bytes_ / per for row in rows], _LEFT, _RIGHT)
+    y = Axis.around([lift(row.quality.kl_mean) for row in rows], _BOTTOM, _TOP, log=True)
+    marks = []
+    for index, row in enumerate(rows):
+        quality, at = row.quality, x.at(row.point.bytes_ / per)
+        mean = lift(quality.kl_mean)
+        ends = y.at(max(mean - quality.kl_stderr, y.low)), y.at(mean + quality.kl_stderr)
+        marks.append({"index": index, "x": at, "y": y.at(mean), "ends": ends, "row": row, "title": _title(row)})
+    return {
+        "marks": marks,
+        "line": " ".join(f"{m['x']},{m['y']}" for m in marks if m["row"].frontier),
+        "labels": _labels(marks),
+        "x_ticks": [(x.at(v), f"{v:g}") for v in x.ticks()],
+        "y_ticks": [(y.at(v), f"{v:g}") for v in y.ticks()],
+        "unit": unit,
+        "box": (WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM),
+    }
+
+
+def _labels(marks: list[dict[str, Any]]) -> list[Label]:
+    taken: list[Box] = [(m["x"] - 5, m["y"] - 5, m["x"] + 5, m["y"] + 5) for m in marks]
+    return place([(m["row"].point.uniform, m["x"], m["y"]) for m in marks if m["row"].point.uniform], taken, WIDTH)
+
+
+def _prediction_chart(family: Family) -> dict[str, Any] | None:
+    """Predicted against measured KL of every config, both on the search split; None where there is nothing to compare."""
+    measured = [(point.predicted, point.search.kl_mean, point) for point in family.points if point.search]
+    pairs = [pair for pair in measured if pair[0] > 0 and pair[1] > 0]
+    if len(pairs) < 3:
+        return None
+    from scipy.stats import spearmanr
+
+    values = [value for pair in pairs for value in pair[:2]]
+    x = Axis.around(values, 60, SIDE - 12, log=True)
+    y = Axis.around(values, SIDE - 48, 12, log=True)
+    correlation = float(spearmanr([pair[0] for pair in pairs], [pair[1] for pair in pairs]).statistic)
+    return {
+        "marks": [(x.at(p), y.at(m), bool(point.uniform), f"predicted {p:.3g}, measured {m:.3g}") for p, m, point in pairs],
+        "ticks": [(x.at(v), y.at(v), f"{v:g}") for v in x.ticks() if math.log10(v).is_integer() or len(x.ticks()) < 6],
+        "ends": (x.at(x.low), y.at(x.low), x.at(x.high), y.at(x.high)),
+        "correlation": correlation,
+        "side": SIDE,
+    }
+
+
+def _grid(family: Family) -> dict[str, Any]:
+    """Cells of the picture of a config: roles down, blocks across, and what stands outside the blocks apart."""
+    cells: dict[str, dict[int, tuple[int, str]]] = {}
+    single = []
+    for index, decision in enumerate(family.space.decisions):
+        for weight in decision.unit.weights:
+            cell = (index, f"{weight.name}  {weight.shape[0]} x {weight.shape[1]}")
+            if weight.block is None:
+                single.append((weight.role, cell))
+            else:
+                cells.setdefault(weight.role, {})[weight.block] = cell
+    blocks = sorted({block for row in cells.values() for block in row})
+    return {"blocks": blocks, "rows": cells, "single": single}
+
+
+def _data(family: Family, rows: list[Row]) -> dict[str, Any]:
+    """What the page's script needs: for each row of the table the format of every unit, as indices."""
+    bits = summary.format_bits(family.space)
+    names = list(bits)
+    keys = [decision.key for decision in family.space.decisions]
+    return {
+        "family": family.path.name,
+        "formats": names,
+        "bits": [round(bits[name], 4) for name in names],
+        "weights": [decision.unit.num_weights for decision in family.space.decisions],
+        "rows": [
+            {
+                "bytes": row.point.bytes_,
+                "size": describe(BYTES, row.point.bytes_),
+                "bits": f"{row.point.bits:.2f}",
+                "kl": summary.plus_minus(row.quality.kl_mean, row.quality.kl_stderr),
+                "perplexity": f"{row.quality.perplexity:.2f}",
+                "top1": f"{100 * row.quality.top1:.1f} %",
+                "uniform": row.point.uniform,
+                "frontier": row.frontier,
+                "choices": [names.index(row.point.config[key]) for key in keys],
+            }
+            for row in rows
+        ],
+    }
+

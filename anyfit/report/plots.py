@@ -1,0 +1,49 @@
+"""The frontier as a picture file, for a README or a slide.
+
+    python -m anyfit.report.plots out/demo.family docs/frontier.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anyfit.report import summary
+
+if TYPE_CHECKING:
+    from anyfit.family import Family
+
+ACCENT, AMBER, INK, LINE = "#0f766e", "#c2610c", "#626d7a", "#e3e1da"
+
+
+def frontier_png(family: Family, path: Path) -> None:
+    """KL to the original against size, with standard errors; the bytes depend on the family alone."""
+    from matplotlib.figure import Figure
+
+    rows = summary.rows(family)
+    figure = Figure(figsize=(9, 4.6), dpi=160, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    best, uniform = [r for r in rows if r.frontier], [r for r in rows if r.point.uniform]
+    for chosen, style, color, label in ((best, "o-", ACCENT, "anyfit's frontier"), (uniform, "D", AMBER, "one format everywhere")):
+        size, kl = [r.point.bytes_ / 1e6 for r in chosen], [r.quality.kl_mean for r in chosen]
+        error = [r.quality.kl_stderr for r in chosen]
+        axes.errorbar(size, kl, error, fmt=style, color=color, ms=4.5, lw=1.6, elinewidth=1, capsize=2, label=label)
+    for row in uniform:
+        at = (row.point.bytes_ / 1e6, row.quality.kl_mean)
+        axes.annotate(str(row.point.uniform), at, xytext=(6, 4), textcoords="offset points", color=AMBER, fontsize=8)
+    axes.set(yscale="log", xlabel="size of the file, MB", ylabel="mean KL to the original, nats")
+    axes.set_title(f"{family.name}: {len(best)} sizes from one run, for {family.target}", loc="left", color=INK, fontsize=11)
+    axes.grid(color=LINE, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    from anyfit.family import Family as Opened
+
+    frontier_png(Opened.open(sys.argv[1]), Path(sys.argv[2]))

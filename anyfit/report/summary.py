@@ -1,0 +1,130 @@
+"""The figures of a family as plain data: what the page, the card, the tables and `--json` all show."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anyfit.core.config import Config
+from anyfit.core.space import Space
+
+if TYPE_CHECKING:
+    from anyfit.family import Family, Point
+    from anyfit.tasks.language import Quality
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured config, with the figures of the split that the whole table uses."""
+
+    point: Point
+    quality: Quality
+    frontier: bool
+
+
+def split(family: Family) -> str:
+    """The split whose figures are shown: `report`, unless a frontier config was only measured on `search`."""
+    return "report" if all(point.report for point in family.frontier) else "search"
+
+
+def rows(family: Family) -> list[Row]:
+    """Every config that was measured on the shown split, smallest first."""
+    frontier, shown = {point.config for point in family.frontier}, split(family)
+    found = [(point, getattr(point, shown)) for point in family.points]
+    measured = [Row(point, quality, point.config in frontier) for point, quality in found if quality]
+    return sorted(measured, key=lambda row: (row.point.bytes_, not row.frontier, row.point.config.digest))
+
+
+def rival(all_rows: list[Row], uniform: Row) -> Row:
+    """The best config of the frontier that is no larger than a uniform setting."""
+    fitting = [row for row in all_rows if row.frontier and row.point.bytes_ <= uniform.point.bytes_]
+    return min(fitting or [uniform], key=lambda row: row.quality.kl_mean)
+
+
+def format_bits(space: Space) -> dict[str, float]:
+    """Stored bits per weight of every format of the space, cheapest first."""
+    found = {}
+    for name in space.formats():
+        offers = [(d.choice(name), d.unit) for d in space.decisions if any(c.name == name for c in d.choices)]
+        found[name] = 8 * sum(choice.stored_bytes for choice, _ in offers) / sum(unit.num_weights for _, unit in offers)
+    return found
+
+
+def shares(space: Space, config: Config) -> dict[str, float]:
+    """The share of the decided weights that each format holds, largest first."""
+    counts: Counter[str] = Counter()
+    for decision in space.decisions:
+        counts[config[decision.key]] += decision.unit.num_weights
+    total = sum(counts.values())
+    return {name: count / total for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+
+
+def refusals(family: Family) -> list[tuple[str, str, list[str]]]:
+    """(format, reason, units) of everything that the target's rules took off the menu, joined by reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for unit, format_, reason in family.coverage:
+        groups.setdefault((format_, reason), []).append(unit)
+    return [(format_, reason, units) for (format_, reason), units in groups.items()]
+
+
+def point_json(point: Point) -> dict[str, Any]:
+    """One config: what it costs and what was measured."""
+    return {
+        "config": point.config.digest,
+        "bytes": point.bytes_,
+        "bits": point.bits,
+        "predicted_kl": point.predicted,
+        "uniform": point.uniform,
+        "search": point.search and point.search.to_json(),
+        "report": point.report and point.report.to_json(),
+    }
+
+
+def family_json(family: Family) -> dict[str, Any]:
+    """The whole family: what went in, and every size that can be taken out."""
+    original = family.original
+    return {
+        "family": str(family.path),
+        "digest": family.digest,
+        "target": family.target,
+        "original": {
+            "name": original.name,
+            "bytes": original.bytes_,
+            "parameters": original.num_parameters,
+            "dtype": original.dtype,
+            "report": original.report.to_json(),
+        },
+        "formats": family.space.formats(),
+        "frontier": [point_json(point) for point in family.frontier],
+        "uniform": [point_json(point) for point in family.points if point.uniform],
+        "coverage": [{"unit": unit, "format": format_, "reason": reason} for unit, format_, reason in family.coverage],
+        "notes": list(family.notes),
+    }
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, value), in the order of the names."""
+    found = []
+    for key, value in sorted(data.items()):
+        if isinstance(value, Mapping):
+            found += flat(value, f"{prefix}{key}.")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            found.append((f"{prefix}{key}", text))
+    return found
+
+
+def plus_minus(value: float, error: float) -> str:
+    """A figure with its standard error, to the digits that mean something: `0.0123 ± 0.0004`."""
+    if not (math.isfinite(error) and error > 0):
+        return f"{value:.4g}"
+    decimals = max(0, -math.floor(math.log10(error)) + (1 if error / 10 ** math.floor(math.log10(error)) < 3 else 0))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def plus_minus_percent(value: float, error: float) -> str:
+    """A share with its standard error, in percent: `98.1 ± 0.2 %`."""
+    return f"{100 * value:.1f} ± {100 * error:.1f} %"

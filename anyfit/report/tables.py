@@ -1,0 +1,100 @@
+"""The figures of a family as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from anyfit.core.budget import BYTES, describe
+from anyfit.core.config import Config
+from anyfit.report import summary
+
+if TYPE_CHECKING:
+    from anyfit.family import Family, Point
+    from anyfit.tasks.language import Quality
+
+
+def frontier(family: Family, chosen: Point | None = None) -> Table:
+    """Every size of the frontier, with the uniform settings between them; `chosen` is marked."""
+    table = _table("", "size", "bits", "KL to the original", "perplexity", "top-1", "uniform", "mostly")
+    for row in summary.rows(family):
+        if not (row.frontier or row.point.uniform):
+            continue
+        quality, here = row.quality, chosen is not None and row.point.config == chosen.config
+        cells = (
+            "▸" if here else "●" if row.frontier else "",
+            describe(BYTES, row.point.bytes_),
+            f"{row.point.bits:.2f}",
+            summary.plus_minus(quality.kl_mean, quality.kl_stderr),
+            f"{quality.perplexity:.2f}",
+            summary.plus_minus_percent(quality.top1, quality.top1_stderr),
+            row.point.uniform or "",
+            mostly(family, row.point.config),
+        )
+        _add(table, cells, style="bold" if here else "" if row.frontier else "dim")
+    return table
+
+
+def mostly(family: Family, config: Config) -> str:
+    """The two formats that hold the most weights: `Q4_K 61 %, Q3_K 30 %`."""
+    shares = list(summary.shares(family.space, config).items())[:2]
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares)
+
+
+def layers(family: Family, config: Config) -> Table:
+    """What each block got, role by role; a matrix outside the blocks has a line of its own."""
+    cells: dict[int | None, dict[str, str]] = {}
+    for decision in family.space.decisions:
+        for weight in decision.unit.weights:
+            cells.setdefault(weight.block, {})[weight.role] = config[decision.key]
+    blocks = sorted(block for block in cells if block is not None)
+    roles = list(dict.fromkeys(role for block in blocks for role in cells[block]))
+    table = _table("block", *roles)
+    for block in blocks:
+        _add(table, [str(block), *[cells[block].get(role, "") for role in roles]])
+    for role, format_ in cells.get(None, {}).items():
+        _add(table, [role, format_])
+    return table
+
+
+def refusals(coverage: Iterable[tuple[str, str, str]]) -> Table:
+    """What the target's rules took off the menu, and why."""
+    counts = Counter((format_, reason) for _, format_, reason in coverage)
+    return listing([(format_, str(count), reason) for (format_, reason), count in counts.items()], "format", "units", "not possible because")
+
+
+def quality(figures: Quality) -> Table:
+    """One measurement."""
+    rows = [
+        ("perplexity", summary.plus_minus(figures.perplexity, figures.perplexity_stderr)),
+        ("KL to the original, mean", summary.plus_minus(figures.kl_mean, figures.kl_stderr)),
+        ("KL, median", f"{figures.kl_median:.3g}"),
+        ("KL, 99th percentile", f"{figures.kl_p99:.3g}"),
+        ("top-1 agreement", summary.plus_minus_percent(figures.top1, figures.top1_stderr)),
+        ("tokens in segments", f"{figures.num_tokens:,} in {figures.num_segments:,}"),
+    ]
+    return listing(rows, "measure", "value")
+
+
+def listing(rows: Iterable[Sequence[str]], *columns: str) -> Table:
+    """A plain table of text; the last column may wrap."""
+    table = _table(*columns)
+    for row in rows:
+        _add(table, row)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=column != columns[-1])
+    return table
+
+
+def _add(table: Table, cells: Iterable[str], style: str = "") -> None:
+    """Cells are text, never markup: they hold names from outside."""
+    table.add_row(*[Text(cell) for cell in cells], style=style)

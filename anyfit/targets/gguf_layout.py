@@ -1,0 +1,144 @@
+"""Where everything of a network goes in a GGUF file: names, order of rows, the tensors that nobody decides about."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from anyfit.checkpoint import Source
+from anyfit.formats import formats
+from anyfit.targets import gguf_metadata, gguf_tokenizer
+from anyfit.targets.gguf_kinds import KINDS, Kind
+
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+_FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "MXFP4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
+    **{name: gguf.LlamaFileType[f"MOSTLY_{name}_S"] for name in ("Q3_K", "Q4_K", "Q5_K")},
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One decided matrix of the file. `name` is its name there, `source` its parameter's in the checkpoint."""
+
+    name: str
+    source: str
+    shape: tuple[int, int]
+    format: str
+
+    @property
+    def bytes_(self) -> int:
+        return formats.get(self.format).bytes_(self.shape)
+
+
+def kind(source: Source) -> Kind:
+    return KINDS[source.config.model_type]
+
+
+def file_name(config: PretrainedConfig, name: str) -> str | None:
+    """llama.cpp's name for a parameter of the checkpoint; None where it has no place for it."""
+    return _names(KINDS[config.model_type].arch, config.num_hidden_layers).get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+@lru_cache(maxsize=8)
+def _names(arch: gguf.MODEL_ARCH, num_blocks: int) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(arch, num_blocks)
+
+
+def places(source: Source, name: str) -> Iterator[str]:
+    """The file's tensors that hold this matrix: one, or two where llama.cpp can't share embedding and output."""
+    own = file_name(source.config, name)
+    assert own, name
+    yield own
+    if kind(source).head == "own":
+        for other, stored in source.tied.items():
+            if stored == name and (copy := file_name(source.config, other)):
+                yield copy
+
+
+def row_order(source: Source, name: str) -> Tensor | None:
+    """Rows of the file's tensor as indices into the checkpoint's; None where the order is the same."""
+    tensor = file_name(source.config, name)
+    assert tensor, name
+    rows = kind(source).rows.get(_stem(tensor))
+    return rows(source.config) if rows else None
+
+
+def _stem(tensor: str) -> str:
+    """`blk.3.attn_q.bias` to `attn_q`."""
+    return tensor.split(".")[-2]
+
+
+def stored_value(source: Source, name: str, value: Tensor) -> Tensor:
+    """What the file holds for a parameter that nobody decides about: float32, in the file's order."""
+    order = row_order(source, name)
+    value = value.detach().float()
+    if name.endswith("norm.weight"):
+        value = value + kind(source).norm_offset
+    return value if order is None else value[order]
+
+
+def fixed_tensors(source: Source) -> dict[str, Tensor]:
+    """Norms, biases, positions and rotary tables by their name in the file, float32."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in source.passthrough.items():
+        tensor = file_name(source.config, name)
+        assert tensor, name
+        tensors[tensor] = stored_value(source, name, value)
+    return tensors | gguf_metadata.rotary_tensors(source.config, kind(source))
+
+
+def misplaced(source: Source) -> str | None:
+    """A parameter that llama.cpp doesn't read for this kind of network; None where all have a place."""
+    for name in source.passthrough:
+        tensor = file_name(source.config, name)
+        if tensor is None or (tensor.endswith(".bias") and _stem(tensor) not in kind(source).biases):
+            return name
+    return None
+
+
+def write_header(path: Path, source: Source, matrices: Iterable[Matrix], fixed: dict[str, Tensor]) -> gguf.GGUFWriter:
+    """Write all that comes before the tensors' numbers; those follow by `write_tensor_data`, in the same order."""
+    matrices = list(matrices)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind(source).arch])
+    gguf_metadata.add_network(writer, source.config, kind(source))
+    writer.add_file_type(_file_type(matrices))
+    gguf_tokenizer.write(writer, gguf_tokenizer.read(source.tokenizer(), source.config))
+    for matrix in matrices:
+        rows, row_bytes = matrix.shape[0], formats.get(matrix.format).row_bytes(matrix.shape[1])
+        type_ = gguf.GGMLQuantizationType[matrix.format]
+        writer.add_tensor_info(matrix.name, (rows, row_bytes), np.dtype(np.uint8), rows * row_bytes, type_)
+    for name, value in fixed.items():
+        writer.add_tensor_info(name, value.shape, np.dtype(np.float32), 4 * value.numel())
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except BaseException:
+        writer.close()
+        raise
+    return writer
+
+
+def padded(num_bytes: int) -> int:
+    return gguf.GGUFWriter.ggml_pad(num_bytes, ALIGNMENT)
+
+
+def _file_type(matrices: list[Matrix]) -> gguf.LlamaFileType:
+    """The one word that llama.cpp shows for a file: the format that most weights are in."""
+    weights: Counter[str] = Counter()
+    for matrix in matrices:
+        weights[matrix.format] += matrix.shape[0] * matrix.shape[1]
+    most = min(weights, key=lambda name: (-weights[name], name))
+    return _FILE_TYPES.get(most) or gguf.LlamaFileType[f"MOSTLY_{most}"]
+
+

@@ -1,0 +1,129 @@
+"""llama.cpp: one GGUF file that holds the network, its tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anyfit.checkpoint import Source
+from anyfit.core.config import Config
+from anyfit.core.errors import ModelError, UnknownNameError
+from anyfit.core.space import Choice, Decision, Space
+from anyfit.core.units import Unit, Weight
+from anyfit.formats import formats as registry
+from anyfit.targets import gguf_check, gguf_kinds, gguf_layout, gguf_tokenizer
+from anyfit.targets.base import Check, Target, Variants
+from anyfit.targets.gguf_layout import Matrix
+from anyfit.targets.llamacpp_runtime import logits as logits
+
+_SUBSTITUTES = {"Q6_K": "Q8_0", "Q5_K": "Q5_0", "Q4_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "TQ2_0": "IQ4_NL"}
+"""What stands in for a type of 256 columns where rows are no multiple of that: the nearest in size of 32 columns."""
+_ANY_ROW = "F16"
+
+
+class LlamaCpp(Target):
+    name = "llama.cpp"
+    title = "GGUF, one file for llama.cpp and all that is built on it"
+    suffix = ".gguf"
+    formats = (
+        *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q5_K", "Q4_1"),
+        *("Q4_0", "Q4_K", "IQ4_NL", "MXFP4", "Q3_K", "Q2_K", "TQ2_0"),
+    )
+    default_formats = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_NL", "Q3_K", "Q2_K")
+
+    def supports(self, source: Source) -> str | None:
+        kind = gguf_kinds.KINDS.get(source.config.model_type)
+        if kind is None:
+            return f"networks of the kind {source.config.model_type!r} are not written as GGUF; these are: {', '.join(sorted(gguf_kinds.KINDS))}"
+        if problem := gguf_kinds.refuses(source.config, kind):
+            return problem
+        if name := gguf_layout.misplaced(source):
+            return f"llama.cpp has no place for {name} in a network of this kind"
+        try:
+            gguf_tokenizer.read(source.tokenizer(), source.config)
+        except ModelError as error:
+            return error.problem
+        return None
+
+    def space(self, source: Source, weights: Iterable[Weight], formats: Iterable[str]) -> Space:
+        wanted = list(dict.fromkeys(formats))
+        for name in wanted:
+            if name not in self.formats:
+                raise UnknownNameError(f"format of {self.name}", name, self.formats)
+        weights = list(weights)
+        fixed = gguf_layout.fixed_tensors(source)
+        stored = sum(4 * value.numel() for value in fixed.values())
+        return Space(
+            decisions=tuple(self._decision(source, weight, wanted) for weight in weights),
+            fixed_bytes=_header_bytes(source, weights, fixed) + sum(gguf_layout.padded(4 * value.numel()) for value in fixed.values()),
+            fixed_stored_bytes=stored,
+            num_parameters=sum(w.num_weights for w in weights) + sum(value.numel() for value in source.passthrough.values()),
+        )
+
+    def row_order(self, source: Source, weight: Weight) -> Tensor | None:
+        return gguf_layout.row_order(source, weight.name)
+
+    def write(self, path: Path, source: Source, space: Space, config: Config, variants: Variants) -> int:
+        weights = [weight for decision in space.decisions for weight in decision.unit.weights]
+        matrices = _matrices(source, weights, config)
+        fixed = gguf_layout.fixed_tensors(source)
+        writer = gguf_layout.write_header(path, source, matrices, fixed)
+        try:
+            for matrix in matrices:
+                writer.write_tensor_data(variants(matrix.source, matrix.format).contiguous().numpy())
+            for value in fixed.values():
+                writer.write_tensor_data(value.contiguous().numpy())
+        finally:
+            writer.close()
+        return path.stat().st_size
+
+    def check(self, path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+        return gguf_check.checks(path, source, config, model, tokens)
+
+    def metadata(self) -> dict[str, Any]:
+        versions = {}
+        for package in ("gguf", "llama-cpp-python"):
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                versions[package] = None
+        return versions
+
+    def _decision(self, source: Source, weight: Weight, wanted: list[str]) -> Decision:
+        legal, refused = set(), {}
+        for name in wanted:
+            reason = registry.get(name).refuses(weight.shape)
+            if reason is None:
+                legal.add(name)
+                continue
+            substitute = _SUBSTITUTES.get(name, _ANY_ROW)
+            if registry.get(substitute).refuses(weight.shape):
+                substitute = _ANY_ROW
+            legal.add(substitute)
+            refused[name] = f"{reason}; {substitute} takes its place"
+        copies = len(list(gguf_layout.places(source, weight.name)))
+        sizes = {name: registry.get(name).bytes_(weight.shape) for name in self.formats if name in legal}
+        choices = tuple(Choice(name, copies * gguf_layout.padded(size), copies * size) for name, size in sizes.items())
+        return Decision(Unit(weight.name, (weight,)), choices, refused=refused)
+
+
+def _matrices(source: Source, weights: Iterable[Weight], config: Config) -> list[Matrix]:
+    return [Matrix(place, w.name, w.shape, config.format(w.name)) for w in weights for place in gguf_layout.places(source, w.name)]
+
+
+def _header_bytes(source: Source, weights: list[Weight], fixed: dict[str, Tensor]) -> int:
+    """Bytes before the first tensor, found by writing them. Formats don't matter: each is one number in there."""
+    anything = Config.of_formats({weight.name: _ANY_ROW for weight in weights})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "header.gguf")
+        gguf_layout.write_header(path, source, _matrices(source, weights, anything), fixed).close()
+        return gguf_layout.padded(path.stat().st_size)
+
+
+TARGET = LlamaCpp()

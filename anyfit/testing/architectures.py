@@ -1,0 +1,157 @@
+"""What must hold of the description of any kind of network: run each of `CHECKS` on a small model of the kind.
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_my_kind(check):
+    check(MY_KIND, tiny_model("my_kind"))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from anyfit.architectures.base import Architecture
+from anyfit.architectures.coverage import passthrough, uncovered
+from anyfit.core.units import Weight
+
+
+def check_each_weight_is_owned_once(architecture: Architecture, model: PreTrainedModel) -> None:
+    """Every parameter is one decided weight, another name of one, or kept; a kept matrix has a reason."""
+    weights = list(architecture.weights(model))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owners: dict[str, str] = {}
+    for weight in weights:
+        for name in (weight.name, *weight.tied):
+            assert name not in owners, f"{name} belongs to both {owners[name]} and {weight.name}"
+            assert parameters[name] is parameters[weight.name], f"{name} is not tied to {weight.name}"
+            owners[name] = weight.name
+    kept, tied = passthrough(model, weights)
+    assert not owners.keys() & kept.keys(), f"decided and kept: {sorted(owners.keys() & kept.keys())}"
+    lost = parameters.keys() - owners.keys() - kept.keys() - tied.keys()
+    assert not lost, f"neither decided nor kept: {sorted(lost)}"
+    reasons = uncovered(model, weights)
+    silent = {name for name in kept if name in parameters and parameters[name].ndim >= 2 and not reasons.get(name)}
+    assert not silent, f"kept without a reason: {sorted(silent)}"
+
+
+def check_shapes_are_of_the_product(architecture: Architecture, model: PreTrainedModel) -> None:
+    """As (outputs, inputs), each matrix times what its module reads is what its module returns."""
+    calls = _calls(model)
+    for weight, path in _multiplied(architecture, model):
+        matrix = _matrix(model.get_parameter(weight.name), weight)
+        assert tuple(matrix.shape) == weight.shape, f"{weight.name} is {tuple(matrix.shape)}, described as {weight.shape}"
+        bias = getattr(model.get_submodule(path), "bias", None)
+        product = functional.linear(calls[path].numbers, matrix, bias)
+        assert torch.allclose(product, calls[path].returned, atol=1e-4), f"{weight.name} is not what {path} multiplies"
+
+
+def check_inputs_are_shared_as_described(architecture: Architecture, model: PreTrainedModel) -> None:
+    """Matrices with one `input` read one tensor, and those with different ones read different numbers."""
+    calls = _calls(model)
+    first: dict[str, _Call] = {}
+    for weight, path in _multiplied(architecture, model):
+        assert path in calls, f"{path} never ran"
+        call = first.setdefault(str(weight.input), calls[path])
+        same = call.read is calls[path].read and torch.equal(call.numbers, calls[path].numbers)
+        assert same, f"{weight.name} doesn't read {weight.input}"
+    for (name, one), (other, two) in combinations(first.items(), 2):
+        assert not torch.equal(one.numbers, two.numbers), f"{name} and {other} are the same numbers"
+
+
+def check_order_is_of_execution(architecture: Architecture, model: PreTrainedModel) -> None:
+    """Inputs come in the order in which the network reads them; a tied embedding counts as the first."""
+    described = [weight for weight, _ in _multiplied(architecture, model) if weight.role != "embedding"]
+    inputs = {path: weight.input for weight, path in _multiplied(architecture, model)}
+    executed = [inputs[path] for path in _calls(model) if path in inputs]
+    order = list(dict.fromkeys(weight.input for weight in described))
+    expected = [input_ for input_ in dict.fromkeys(executed) if input_ in order]
+    assert order == expected, f"described {order}, executed {expected}"
+    blocks = [weight.block for weight in described if weight.block is not None]
+    assert sorted(set(blocks)) == list(range(architecture.num_blocks(model))), f"blocks {sorted(set(blocks))}"
+
+
+def check_rebuilt_is_the_original(architecture: Architecture, model: PreTrainedModel) -> None:
+    """Decided and kept tensors, put into a fresh network of the kind, give the original's outputs bit for bit."""
+    weights = list(architecture.weights(model))
+    kept, tied = passthrough(model, weights)
+    tensors = {name: tensor.clone() for name, tensor in kept.items()}
+    for weight in weights:
+        matrix = _matrix(model.get_parameter(weight.name), weight).detach().clone()
+        tensors[weight.name] = matrix.T if weight.transposed else matrix
+    with torch.random.fork_rng(devices=[]):
+        rebuilt = type(model)(copy.deepcopy(model.config)).eval()
+    for parameter in rebuilt.parameters():
+        parameter.data.fill_(torch.nan)
+    missing, unexpected = rebuilt.load_state_dict(tensors, strict=False)
+    assert set(missing) == tied.keys() and not unexpected, f"missing {missing}, ties {sorted(tied)}, unexpected {unexpected}"
+    tokens = _tokens(model)
+    with torch.no_grad():
+        assert torch.equal(rebuilt(tokens).logits, model(tokens).logits), "the outputs differ"
+
+
+def check_meta_gives_the_same(architecture: Architecture, model: PreTrainedModel) -> None:
+    """A skeleton on meta is described with the same names, shapes and ties."""
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    assert list(architecture.weights(skeleton)) == list(architecture.weights(model)), "differs on meta"
+    assert passthrough(skeleton, architecture.weights(skeleton))[1] == passthrough(model, architecture.weights(model))[1], "ties differ"
+
+
+CHECKS: tuple[Callable[[Architecture, PreTrainedModel], None], ...] = (
+    check_each_weight_is_owned_once,
+    check_shapes_are_of_the_product,
+    check_inputs_are_shared_as_described,
+    check_order_is_of_execution,
+    check_rebuilt_is_the_original,
+    check_meta_gives_the_same,
+)
+
+
+def _multiplied(architecture: Architecture, model: PreTrainedModel) -> list[tuple[Weight, str]]:
+    paths = ((weight, architecture.hook_path(weight)) for weight in architecture.weights(model))
+    return [(weight, path) for weight, path in paths if path is not None]
+
+
+def _matrix(parameter: Tensor, weight: Weight) -> Tensor:
+    return parameter.T if weight.transposed else parameter
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    return torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+class _Call(NamedTuple):
+    """What a module read (the very tensor, and its numbers at that moment) and what it returned."""
+
+    read: Tensor
+    numbers: Tensor
+    returned: Tensor
+
+
+def _calls(model: PreTrainedModel) -> dict[str, _Call]:
+    """{path: its first call} of every module with a weight, in the order of one forward pass."""
+    calls: dict[str, _Call] = {}
+
+    def remember(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if path not in calls:
+                calls[path] = _Call(args[0], args[0].clone(), output.clone())
+
+        return hook
+
+    modules = [(path, module) for path, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)]
+    handles = [module.register_forward_hook(remember(path)) for path, module in modules]
+    try:
+        with torch.no_grad():
+            model(_tokens(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

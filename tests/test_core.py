@@ -1,0 +1,121 @@
+"""Budgets, configs, names and files: what needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anyfit.core.budget import Budget, describe
+from anyfit.core.config import Config
+from anyfit.core.errors import BudgetError, OutputError, UnknownNameError
+from anyfit.core.files import refuse_existing, written_aside
+from anyfit.core.registry import Registry
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("1.5GB", {"bytes": 1.5e9}),
+        ("90MB", {"bytes": 90e6}),
+        ("<= 90 mb", {"bytes": 90e6}),
+        ("bytes<=3.2GB", {"bytes": 3.2e9}),
+        ("2GiB", {"bytes": 2 * 2**30}),
+        ("3.2 bits", {"bits": 3.2}),
+        ("3.2bpw", {"bits": 3.2}),
+        ("bits <= 3.2", {"bits": 3.2}),
+        ("50%", {"bytes": 500.0}),
+        ("90MB, 3.2 bits", {"bytes": 90e6, "bits": 3.2}),
+        ("90MB and 80MB", {"bytes": 80e6}),
+        ("1,500,000 B", {"bytes": 1.5e6}),
+        ("1_500_000B", {"bytes": 1.5e6}),
+    ],
+)
+def test_budgets_as_people_type_them(text: str, limits: dict[str, float]) -> None:
+    assert dict(Budget.parse(text, original_bytes=1000).limits) == pytest.approx(limits)
+
+
+@pytest.mark.parametrize("text", ["", "lots", "5 parsecs", "12", "-3GB", "0MB", "1.2.3GB", "GB", "3.2 bits GB", "nan GB", "1e400"])
+def test_text_that_is_no_budget_lists_the_units(text: str) -> None:
+    with pytest.raises(BudgetError, match=r"GB"):
+        Budget.parse(text)
+
+
+def test_latency_budget_says_that_none_is_measured() -> None:
+    with pytest.raises(BudgetError, match="latency"):
+        Budget.parse("20ms/token")
+
+
+@given(st.floats(min_value=1, max_value=9e14), st.sampled_from(["B", "KB", "MB", "GB", "KiB", "GiB"]))
+def test_any_number_with_a_unit_is_read(number: float, unit: str) -> None:
+    size = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "GiB": 2**30}[unit]
+    assert dict(Budget.parse(f"{number:.6f}{unit}").limits)["bytes"] == pytest.approx(number * size, rel=1e-6, abs=1e-5)
+
+
+def test_describe_reads_like_a_person() -> None:
+    assert [describe("bytes", 1.5e9), describe("bytes", 90e6), describe("bits", 3.2)] == ["1.50 GB", "90.00 MB", "3.20 bits"]
+
+
+def test_config_is_a_value() -> None:
+    config = Config.of_formats({"b": "Q4_K", "a": "Q6_K"})
+    again = Config.from_json(json.loads(json.dumps(config.to_json())))
+    assert config == again and hash(config) == hash(again) and config.digest == again.digest
+    assert config.digest != Config.of_formats({"b": "Q4_K", "a": "Q5_K"}).digest
+
+
+def test_config_digest_is_the_same_in_another_process() -> None:
+    code = "from anyfit.core.config import Config; print(Config.of_formats({'b': 'Q4_K', 'a': 'Q6_K'}).digest)"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert other.stdout.strip() == Config.of_formats({"b": "Q4_K", "a": "Q6_K"}).digest
+
+
+def test_unknown_name_lists_the_known_and_the_nearest() -> None:
+    registry: Registry[object] = Registry("format", {"Q4_K": "x:y", "Q5_K": "x:z"})
+    with pytest.raises(UnknownNameError, match=r"Q4_KM.*Did you mean 'Q4_K'.*Q5_K"):
+        registry.get("Q4_KM")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_aside(path) as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.bin"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "old").touch()
+    with written_aside(path) as aside:
+        aside.mkdir()
+        (aside / "new").touch()
+    assert os.listdir(path) == ["new"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="disk is full"), written_aside(tmp_path / "out.bin") as aside:
+        aside.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert not os.listdir(tmp_path)
+
+
+def test_existing_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match="exists"):
+        refuse_existing(tmp_path / "out", force=False)
+    refuse_existing(tmp_path / "out", force=True)
+    with pytest.raises(OutputError, match="is a file"):
+        refuse_existing(tmp_path / "out" / "below", force=False)
+
+
+def test_core_needs_no_torch() -> None:
+    code = "import sys, anyfit.core.space, anyfit.core.budget, anyfit.core.files, anyfit.core.registry; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,91 @@
+"""The exact searcher against brute force, and what the family promises about budgets."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from anyfit.core.budget import Budget
+from anyfit.core.config import Config
+from anyfit.core.errors import BudgetError
+from anyfit.core.space import Choice, Decision, Space
+from anyfit.core.units import Unit, Weight
+from anyfit.scores.table import Table
+from anyfit.searchers.exact import hull, solve
+
+
+def random_problem(seed: int, num_units: int = 5, num_choices: int = 4) -> tuple[Space, Table]:
+    rng = np.random.default_rng(seed)
+    decisions, errors, sensitivity = [], {}, {}
+    for i in range(num_units):
+        name = f"unit{i}"
+        sizes = sorted(int(s) for s in rng.integers(10, 1000, num_choices))
+        choices = tuple(Choice(f"f{j}", 32 * -(-size // 32), size) for j, size in enumerate(sizes))
+        weight = Weight(f"{name}.weight", (10, 100), "q", None)
+        decisions.append(Decision(Unit(name, (weight,)), choices))
+        errors[name] = {f"f{j}": float(e) for j, e in enumerate(sorted(rng.lognormal(0, 2, num_choices), reverse=True))}
+        sensitivity[name] = float(rng.lognormal(0, 1))
+    return Space(tuple(decisions), 77, 50, 1000 * num_units), Table(sensitivity, errors)
+
+
+def every_config(space: Space) -> list[Config]:
+    options = [[(d.key, c.name) for c in d.choices] for d in space.decisions]
+    return [Config(dict(chosen)) for chosen in itertools.product(*options)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_solver_equals_brute_force_at_every_budget(seed: int) -> None:
+    space, table = random_problem(seed)
+    configs = every_config(space)
+    sizes = sorted({space.bytes_(config) for config in configs})
+    for size in sizes[:: max(1, len(sizes) // 12)]:
+        found = solve(space, table, Budget((("bytes", float(size)),), f"{size} B"))
+        best = min(table.predict(space, c) for c in configs if space.bytes_(c) <= size)
+        assert space.bytes_(found) <= size
+        assert table.predict(space, found) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_solver_equals_brute_force_under_two_limits(seed: int) -> None:
+    space, table = random_problem(seed)
+    configs = every_config(space)
+    middle = configs[len(configs) // 2]
+    budget = Budget((("bits", space.bits(middle)), ("bytes", space.bytes_(middle) * 0.98)), "two")
+    allowed = [c for c in configs if budget.allows(space.costs(c))]
+    found = solve(space, table, budget)
+    assert budget.allows(space.costs(found))
+    assert table.predict(space, found) == pytest.approx(min(table.predict(space, c) for c in allowed), rel=1e-9)
+
+
+def test_hull_is_the_lower_convex_hull() -> None:
+    space, table = random_problem(3)
+    points = np.array([(space.bytes_(c), table.predict(space, c)) for c in every_config(space)])
+    for config in hull(space, table):
+        size, score = space.bytes_(config), table.predict(space, config)
+        assert points[points[:, 0] <= size, 1].min() >= score - 1e-9
+    sizes = [space.bytes_(c) for c in hull(space, table)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
+
+
+def test_larger_budget_is_never_worse() -> None:
+    space, table = random_problem(5, num_units=12)
+    smallest, largest = space.bytes_(space.smallest()), space.bytes_(space.largest())
+    scores = [table.predict(space, solve(space, table, Budget((("bytes", b),), ""))) for b in np.linspace(smallest, largest, 40)]
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(scores))
+
+
+def test_impossible_budget_says_the_smallest_possible() -> None:
+    space, table = random_problem(1)
+    with pytest.raises(BudgetError, match=f"smallest possible is {space.bytes_(space.smallest())} B "):
+        solve(space, table, Budget.parse("100 B"))
+
+
+def test_solves_a_large_problem() -> None:
+    space, table = random_problem(9, num_units=300, num_choices=13)
+    budget = Budget((("bytes", space.bytes_(space.smallest()) * 1.7),), "")
+    found = solve(space, table, budget)
+    relaxed = [c for c in hull(space, table) if budget.allows(space.costs(c))]
+    assert budget.allows(space.costs(found))
+    assert table.predict(space, found) <= table.predict(space, relaxed[-1]) + 1e-12
