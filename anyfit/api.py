@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from anyfit.calibration.data import Segments, load
+from anyfit.calibration.data import load
+from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
 from anyfit.core.errors import DataError, UserError
 from anyfit.core.files import refuse_existing
 from anyfit.core.space import coverage
-from anyfit.core.units import Weight
 from anyfit.family.family import Family
 from anyfit.formats import formats as all_formats
-from anyfit.pipeline import Fit, Settings
+from anyfit.formats.base import GridFormat
+from anyfit.pipeline import NUM_FINALISTS, NUM_PROBE_SEGMENTS, Fit, Settings
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
@@ -37,39 +40,76 @@ Data = str | Path | Sequence[str | Path] | None
 def fit(
     model: str | Path | None = None,
     *,
-    data: Data = None,
-    target: str = "llama.cpp",
-    formats: Iterable[str] | None = None,
-    recipe: str = "gptq",
     output: str | Path | None = None,
-    length: int | None = None,
-    segments: int | None = None,
-    seed: int = 0,
-    trust_remote_code: bool = False,
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Family:
-    """Turn a network into a family.
+    """Turn a network into a family, the folder `output`; `settings` are those of `prepare`.
 
-    `model`: a folder in Hugging Face form or a hub id; None takes the embedded default. `data`: text files, a
-    folder of them, or JSONL; what calibrates is never what measures. `length`: tokens a segment (default: the
-    model's context, at most 2048); `segments`: how many calibrate (default 128). A run that was killed is
-    continued by the same call; `restart` begins again. Raises `UserError`s, before any long work.
+    A run that was killed is continued by the same call; `restart` throws away what it had done. An existing
+    `output` is only replaced with `force`. Raises `UserError`s, before any long work.
     """
     progress = progress or Silent()
-    name = Path(model).name if model is not None else "default"
+    name = "default" if model is None else Path(model).name
     output = Path(output) if output is not None else Path(f"{name}.family")
     refuse_existing(output, force=force)
-    run = _prepare(model, data, target, formats, recipe, length, segments, seed, trust_remote_code, progress)
+    run = prepare(model, progress=progress, **settings)
     run.checkpoint.check_finite(progress)
     run.run(output, restart=restart)
     return Family.open(output)
 
 
+def prepare(
+    model: str | Path | None = None,
+    *,
+    data: Data = None,
+    target: str = "llama.cpp",
+    formats: Iterable[str] | None = None,
+    recipe: str = "gptq",
+    length: int | None = None,
+    segments: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Fit:
+    """A run that is ready to go: everything that can be wrong with what was asked has been looked at.
+
+    `model`: a folder in Hugging Face form or a hub id; None takes the embedded default. `data`: text files, a
+    folder of them, or JSONL; it is divided into text to calibrate with, to search with and to report on.
+    `formats`: those to choose from (default: the target's menu). `length`: tokens a segment (default: the
+    model's context, at most 2048). `segments`: how many calibrate (default 128).
+    """
+    runtime = targets.get(target)
+    wanted = runtime.default_formats if formats is None else tuple(dict.fromkeys(formats))
+    for name in wanted:
+        all_formats.get(name)
+        if name not in runtime.formats:
+            raise UserError(f"{target} doesn't load the format {name}.", remedy=f"It loads: {', '.join(runtime.formats)}.")
+    quantizers.get(recipes.get(recipe).quantizer)
+    checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
+    length = _segment_length(length, checkpoint.config)
+    settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed)
+    text = load(
+        _data(data, embedded=model is None),
+        checkpoint.tokenizer(),
+        length=length,
+        num_calibration=settings.num_calibration,
+        num_search=settings.num_search,
+        num_report=settings.num_report,
+        seed=seed,
+    )
+    run = Fit(checkpoint, text, settings, progress or Silent())
+    reason = runtime.supports(run.source)
+    if reason:
+        raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
+    return run
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a fit would take and what could come of it."""
+    """What a fit would take and what could come of it. Bytes, seconds; `coverage` as a family's."""
 
     model: str
     target: str
@@ -92,39 +132,32 @@ class Plan:
 def plan(
     model: str | Path | None = None,
     *,
-    data: Data = None,
-    target: str = "llama.cpp",
-    formats: Iterable[str] | None = None,
-    recipe: str = "gptq",
     budget: str | Iterable[str] | None = None,
-    length: int | None = None,
-    segments: int | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Plan:
-    """What `fit` would need and offer, from trying its largest matrix and one batch of text.
+    """What `fit` with these settings would need and offer, from trying its largest matrix and a little text.
 
     Raises what `fit` would raise, and `BudgetError` for a `budget` that no config of the family could meet.
     """
     progress = progress or Silent()
-    run = _prepare(model, data, target, formats, recipe, length, segments, 0, trust_remote_code, progress)
+    run = prepare(model, progress=progress, **settings)
     run.checkpoint.check_finite(progress)
     space = run.space
-    smallest, largest = space.smallest(), space.largest()
     if budget is not None:
         require(space, Budget.parse(budget, original_bytes=run.checkpoint.bytes_))
     return Plan(
         model=run.checkpoint.name,
-        target=target,
-        recipe=recipe,
+        target=run.settings.target,
+        recipe=run.settings.recipe,
         formats=tuple(space.formats()),
         num_parameters=space.num_parameters,
         original_bytes=run.checkpoint.bytes_,
-        smallest_bytes=space.bytes_(smallest),
-        largest_bytes=space.bytes_(largest),
+        smallest_bytes=space.bytes_(space.smallest()),
+        largest_bytes=space.bytes_(space.largest()),
         memory_bytes=_memory(run),
         disk_bytes=sum(c.stored_bytes for d in space.decisions for c in d.choices) + space.fixed_bytes,
-        seconds=_seconds(run, progress),
+        seconds=_seconds(run),
         coverage=tuple(coverage(space)),
         notes=run.segments.notes,
     )
@@ -132,7 +165,11 @@ def plan(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of one model on held-out text, beside the original's where that is at hand."""
+    """Quality of one model on held-out text, beside the original's where that is at hand.
+
+    `divergence`: whether `quality`'s divergence and agreement are to the original; otherwise only its
+    perplexity says something.
+    """
 
     subject: str
     text: str
@@ -140,18 +177,25 @@ class Evaluation:
     original: Quality | None
     tasks: dict[str, Any] | None
 
+    @property
+    def divergence(self) -> bool:
+        return self.original is not None
+
     def to_json(self) -> dict[str, Any]:
+        quality = self.quality.to_json()
+        if not self.divergence:
+            quality = {name: quality[name] for name in ("perplexity", "perplexity_stderr", "num_tokens", "num_segments")}
         return {
             "subject": self.subject,
             "text": self.text,
-            "quality": self.quality.to_json(),
+            "quality": quality,
             "original": self.original and self.original.to_json(),
             "tasks": self.tasks,
         }
 
 
 def evaluate(
-    subject: str | Path,
+    subject: str | Path | None = None,
     *,
     budget: str | Iterable[str] | None = None,
     data: Data = None,
@@ -164,74 +208,129 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model: a family at a `budget`, a model folder or hub id, or a GGUF file.
 
-    `data`: text to measure on (default: what a family kept for its report; for the embedded default, the
-    standard library's report modules). `against`: the original, which divergence and agreement are taken to;
-    without it, only perplexity is known. `tasks`: names of lm-eval tasks.
+    `data`: text to measure on; of it only the part that `fit` would report on is used. Without it, a family is
+    measured on the text that it kept for its own report, and the embedded default on the standard library.
+    `against`: the original, which divergence and agreement are taken to. `tasks`: names of lm-eval tasks.
     """
     progress = progress or Silent()
-    model, tokenizer, kept, embedded = _subject(Path(subject), subject, budget, trust_remote_code)
-    text, described = _held_out(kept, embedded, data, tokenizer, model.config, length, segments)
-    original = None
-    if against is not None or embedded:
-        origin = Checkpoint.open(against if against is not None else MODEL, trust_remote_code=trust_remote_code)
-        if origin.config.vocab_size != model.config.vocab_size:
-            raise UserError(f"{against} has another vocabulary than {subject}.", remedy="Name the model that it was made of.")
-        original = Reference.of(origin.load(), text)
+    opened = _open_subject(subject, budget, trust_remote_code)
+    text, described = _held_out(opened, data, length, segments)
+    origin = MODEL if against is None and opened.embedded else against
     with progress.stage("evaluate", 1) as stage:
-        own = Reference.of(model, text).quality
-        quality = measure(model, original) if original is not None else own
+        if origin is None:
+            original, quality = None, Reference.of(opened.model, text).quality
+        else:
+            reference = _original(origin, opened, trust_remote_code, text)
+            original, quality = reference.quality, measure(opened.model, reference)
         stage.advance()
     results = None
     if tasks:
         from anyfit.tasks.harness import run as run_tasks
 
-        results = run_tasks(model, tokenizer, list(tasks))
-    return Evaluation(str(subject), described, quality, original.quality if original is not None else None, results)
+        results = run_tasks(opened.model, opened.tokenizer, list(tasks))
+    return Evaluation(opened.name, described, quality, original, results)
 
 
-def _prepare(
-    model: str | Path | None,
-    data: Data,
-    target: str,
-    formats: Iterable[str] | None,
-    recipe: str,
-    length: int | None,
-    segments: int | None,
-    seed: int,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> Fit:
-    """Everything that can be checked before long work."""
-    runtime = targets.get(target)
-    quantizers.get(recipes.get(recipe).quantizer)
-    wanted = tuple(dict.fromkeys(formats)) if formats is not None else runtime.default_formats
-    for name in wanted:
-        all_formats.get(name)
-        if name not in runtime.formats:
-            raise UserError(f"{target} doesn't load the format {name}.", remedy=f"It loads: {', '.join(runtime.formats)}.")
-    checkpoint = Checkpoint.open(model if model is not None else MODEL, trust_remote_code=trust_remote_code)
-    if data is None:
-        if model is not None:
-            raise DataError("There is no text to calibrate with.", remedy="Name some with --data: text files, a folder of them, or JSONL.")
-        data = DATA
-    length = length or min(LONGEST_SEGMENT, _context(checkpoint))
-    settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed)
+@dataclass(frozen=True)
+class _Subject:
+    """A model to be measured. `kept`: the text that its family reports on."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    embedded: bool
+    kept: Tensor | None = None
+
+
+def _open_subject(subject: str | Path | None, budget: str | Iterable[str] | None, trust_remote_code: bool) -> _Subject:
+    path = Path(subject if subject is not None else MODEL)
+    if (path / "family.json").is_file():
+        family = Family.open(path)
+        if budget is None:
+            raise UserError(f"{path} is a family: which of its models?", remedy="Say --budget.")
+        point = family.select(budget)
+        model = family.extract(point.config)
+        return _Subject(f"{path} at {family.budget(budget)}", model, family.source.tokenizer(), family.original.embedded, family.text()["report"])
+    if budget is not None:
+        raise UserError(f"{path} is no family, so it has no budget to choose by.", remedy="Leave out --budget, or name a family.")
+    if path.suffix == ".gguf":
+        from anyfit.targets.llamacpp import read_model
+
+        model, tokenizer = read_model(path)
+        return _Subject(str(path), model, tokenizer, embedded=False)
+    checkpoint = Checkpoint.open(MODEL if subject is None else subject, trust_remote_code=trust_remote_code)
+    return _Subject(checkpoint.name, checkpoint.load(), checkpoint.tokenizer(), checkpoint.embedded)
+
+
+def _held_out(subject: _Subject, data: Data, length: int | None, segments: int | None) -> tuple[Tensor, str]:
+    """Tokens to measure on, (segments, length), and what they are."""
+    if data is None and subject.kept is not None and length is None:
+        return subject.kept[:segments], "the family's report split"
+    length = _segment_length(length, subject.model.config)
     text = load(
-        data,
-        checkpoint.tokenizer(),
+        _data(data, embedded=subject.embedded),
+        subject.tokenizer,
         length=length,
-        num_calibration=settings.num_calibration,
-        num_search=settings.num_search,
-        num_report=settings.num_report,
-        seed=seed,
+        num_calibration=1,
+        num_search=1,
+        num_report=segments or NUM_REPORT,
+        seed=0,
     )
-    run = Fit(checkpoint, text, settings, progress)
-    reason = runtime.supports(run.source)
-    if reason:
-        raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
-    assert run.space.decisions
-    return run
+    return text.report, text.description
 
 
-def _context(checkpoint: Checkpoint) -> int:
-    return int(getattr(checkpoint.config, "max_position_embeddings", LONGEST_SEGMENT))
+def _original(origin: str | Path, subject: _Subject, trust_remote_code: bool, text: Tensor) -> Reference:
+    checkpoint = Checkpoint.open(origin, trust_remote_code=trust_remote_code)
+    theirs, own = checkpoint.config.vocab_size, subject.model.config.vocab_size
+    if theirs != own:
+        raise UserError(f"{subject.name} has {own} tokens and {origin} has {theirs}.", remedy="Name the model that it was made of.")
+    return Reference.of(checkpoint.load(), text)
+
+
+def _data(data: Data, *, embedded: bool) -> str | Path | Sequence[str | Path]:
+    if data is not None:
+        return data
+    if embedded:
+        return DATA
+    raise DataError("There is no text to work with.", remedy="Name some with --data: text files, a folder of them, or JSONL.")
+
+
+def _segment_length(length: int | None, config: PretrainedConfig) -> int:
+    context = int(getattr(config, "max_position_embeddings", LONGEST_SEGMENT))
+    if length is None:
+        return min(LONGEST_SEGMENT, context)
+    if not 2 <= length <= context:
+        raise UserError(f"Segments of {length} tokens don't work with a context of {context}.", remedy=f"Give a length from 2 to {context}.")
+    return length
+
+
+def _memory(run: Fit) -> int:
+    """Peak bytes beyond the interpreter's own: the larger of calibrating and measuring."""
+    model = 4 * run.space.num_parameters
+    widths = {w.input: w.shape[1] for w in run.weights if w.input is not None}
+    moments = sum(8 * width**2 for width in widths.values())
+    solving = max(24 * w.shape[1] ** 2 + 16 * w.num_weights for w in run.weights)
+    vocabulary = run.checkpoint.config.vocab_size
+    tokens = run.segments.search.numel() + run.segments.report.numel()
+    return max(model + moments + solving, 2 * model + Reference.bytes_(tokens, vocabulary))
+
+
+@torch.inference_mode()
+def _seconds(run: Fit) -> float:
+    """From one matrix in one format and two segments of text, scaled to all of them."""
+    text = run.segments.calibration[:2]
+    began = time.perf_counter()
+    run.model(input_ids=text, use_cache=False)
+    per_token = (time.perf_counter() - began) / text.numel()
+    sizes = {name: getattr(run.segments, name).numel() for name in ("calibration", "search", "report")}
+    probing = NUM_PROBE_SEGMENTS * run.settings.length * len(run.space.decisions)
+    measuring = (sizes["search"] + sizes["report"]) * (NUM_FINALISTS + len(run.space.formats()))
+    weight = max((w for w in run.weights if w.block is not None), key=lambda w: w.num_weights)
+    format_ = next(f for f in map(all_formats.get, run.space.formats()) if isinstance(f, GridFormat) and not f.refuses(weight.shape))
+    quantizer = quantizers.get(run.recipe.quantizer)
+    began = time.perf_counter()
+    prepared = quantizer.prepare(InputStatistics.unknown(weight.shape[1]))
+    quantizer.encode(torch.zeros(weight.shape), prepared, format_)
+    per_weight = (time.perf_counter() - began) / weight.num_weights
+    encoding = sum(len(d.choices) * d.unit.num_weights for d in run.space.decisions)
+    return per_token * (sizes["calibration"] + probing + measuring) + per_weight * encoding

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from anyfit import network
 from anyfit.core.errors import ModelError
 from anyfit.core.files import sha256
+from anyfit.core.units import Weight
+from anyfit.network import read_config
 from anyfit.progress import Progress, Silent
+from anyfit.zoo import MODEL
+
+__all__ = ["Checkpoint", "Source", "read_config"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -90,11 +95,12 @@ class Stored:
 class Checkpoint:
     """The original: its folder, what it is made of, and its numbers when they are asked for.
 
-    `files` are the weight files, by name. Tensors go by the network's own parameter names, whatever prefix the
-    file leaves out or adds; a tensor with several names goes by the first in the order of the network, and
-    `tied` maps the others to it.
+    `name` is what a person calls it: the hub's name, or the folder's. `files` are the weight files. Tensors go by
+    the network's own parameter names, whatever the file calls them; one with several names goes by the first in
+    the order of the network, and `tied` maps the others to it.
     """
 
+    name: str
     folder: Path
     config: PretrainedConfig
     files: tuple[Path, ...]
@@ -112,11 +118,17 @@ class Checkpoint:
         Raises `ModelError` for everything that would stop a later stage: see `check_finite` for the rest.
         """
         folder = _folder(model, trust_remote_code)
-        config = network.read_config(folder, trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code=trust_remote_code)
         files = _weight_files(folder)
         headers = {stored.name: stored for file in files for stored in _header(file)}
         tensors, tied, unused = _match(network.skeleton(config, trust_remote_code=trust_remote_code), headers, folder)
-        return cls(folder, config, files, tied, unused, trust_remote_code, tensors)
+        name = str(model) if not Path(model).expanduser().exists() else "default" if folder == MODEL else folder.resolve().name
+        return cls(name, folder, config, files, tied, unused, trust_remote_code, tensors)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether this is the default that comes with the package."""
+        return self.folder.resolve() == MODEL.resolve()
 
     @property
     def bytes_(self) -> int:
@@ -172,6 +184,12 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises `ModelError` where it is missing or has more tokens than the model."""
         return network.read_tokenizer(self.folder, self.config, trust_remote_code=self.trust_remote_code)
+
+    def source(self, weights: Iterable[Weight]) -> Source:
+        """The original without these weights, which are decided about; everything else passes through."""
+        decided = {weight.name for weight in weights}
+        passthrough = {name: self.read(name) for name in self._stored if name not in decided}
+        return Source(self.folder, self.config, passthrough, self.tied, self.bytes_, self.trust_remote_code)
 
     def travelling_files(self) -> list[Path]:
         """What a family needs a copy of so that its models run: config, tokenizer, chat template, allowed code."""
@@ -263,26 +281,40 @@ def _header(file: Path) -> Iterator[Stored]:
 
 def _match(model: PreTrainedModel, headers: dict[str, Stored], folder: Path) -> tuple[dict[str, Stored], dict[str, str], tuple[str, ...]]:
     """Each of the network's tensors with the stored one: (by first name, other name to first name, left over)."""
+    by_parameter, unused = _by_parameter(model, headers, folder)
     tensors: dict[str, Stored] = {}
     tied: dict[str, str] = {}
-    missing, misshapen, claimed = [], [], set()
+    missing, misshapen = [], []
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for names, tensor in _shared(model):
         tied |= dict.fromkeys(names[1:], names[0])
-        found = [headers[spelled] for name in names for spelled in _spellings(name, model.base_model_prefix) if spelled in headers]
-        claimed |= {stored.name for stored in found}
+        found = [by_parameter[name] for name in names if name in by_parameter]
         if found:
-            _check_copies(found, model, folder)
+            _check_copies(found, folder)
             tensors[names[0]] = found[0]
             if found[0].shape != tuple(tensor.shape):
                 misshapen.append(f"{names[0]} is {list(found[0].shape)}, not {list(tensor.shape)}")
-        elif parameters & set(names) and not _ignored(names[0], model._keys_to_ignore_on_load_missing):
+        elif names[0] in parameters and not _ignored(names[0], model._keys_to_ignore_on_load_missing):
             missing.append(names[0])
     _refuse(f"{folder} lacks tensors that {type(model).__name__} has", missing)
     _refuse(f"{folder} holds tensors of another shape than its config.json says", misshapen)
     _refuse(f"{folder} is quantised already", [name for name, stored in tensors.items() if stored.dtype is None])
-    unused = (name for name in headers if name not in claimed)
-    return tensors, tied, tuple(sorted(name for name in unused if not _ignored(name, model._keys_to_ignore_on_load_unexpected)))
+    return tensors, tied, unused
+
+
+def _by_parameter(model: PreTrainedModel, headers: dict[str, Stored], folder: Path) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """The stored tensors by the network's own names, and the names of those that it has no place for."""
+    names = network.parameter_names(model, headers)
+    rearranged = [name for name, parameter in names.items() if parameter is None]
+    if rearranged:
+        raise ModelError(
+            f"{folder} stores tensors that {type(model).__name__} merges or splits on loading, such as {rearranged[0]}.",
+            remedy="This version handles networks whose weights are stored as they are used.",
+        )
+    known = model.state_dict()
+    unused = (name for name, parameter in names.items() if parameter not in known)
+    found = {parameter: headers[name] for name, parameter in names.items() if parameter is not None and parameter in known}
+    return found, tuple(name for name in unused if not _ignored(name, model._keys_to_ignore_on_load_unexpected))
 
 
 def _shared(model: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
@@ -293,17 +325,10 @@ def _shared(model: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
     return list(groups.values())
 
 
-def _spellings(name: str, prefix: str) -> tuple[str, ...]:
-    """The names under which transformers finds a parameter: with the base model's prefix, or without it."""
-    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
-
-
-def _check_copies(copies: list[Stored], model: PreTrainedModel, folder: Path) -> None:
+def _check_copies(copies: list[Stored], folder: Path) -> None:
     """A tensor that the config ties may be stored twice, but only with the same values."""
     first = copies[0]
     for other in copies[1:]:
-        if other.name == first.name:
-            continue
         with safe_open(first.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
             if other.shape != first.shape or not torch.equal(a.get_tensor(first.name), b.get_tensor(other.name)):
                 raise ModelError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from anyfit.core.errors import ModelError
@@ -79,6 +81,22 @@ def assemble(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]
     buffers = {name for name, _ in built.named_buffers()}
     assert not info["missing_keys"] - buffers and not info["mismatched_keys"], info
     return cast(PreTrainedModel, built.requires_grad_(False))
+
+
+def parameter_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str | None]:
+    """The network's own name for each stored tensor, as transformers' loader finds it.
+
+    None for a tensor that the loader takes apart or merges with others, so that no parameter is stored as it is.
+    """
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    known = model.state_dict()
+    names: dict[str, str | None] = {}
+    for name in sorted(stored):
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        names[name] = renamed if converter is None else None
+    return names
 
 
 def read_tokenizer(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

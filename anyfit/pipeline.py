@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anyfit.architectures import architecture_of, uncovered
+from anyfit.architectures import architecture_of
 from anyfit.architectures.base import Architecture
+from anyfit.architectures.coverage import uncovered
 from anyfit.calibration.collect import collect
 from anyfit.calibration.data import Segments
 from anyfit.calibration.statistics import InputStatistics
@@ -143,15 +144,20 @@ class Fit:
         path = store.folder / "table.json"
         if path.exists():
             return Table.load(path)
-        errors = {
-            d.unit.name: {c.name: sum(store.errors(w.name)[c.name] for w in d.unit.weights) for c in d.choices}
-            for d in self.space.decisions
-        }
+        errors = self.errors(store)
         reference = Reference.of(self.model, self.segments.search[:NUM_PROBE_SEGMENTS])
         elastic = ElasticModel(self.model, self.space, decoder(store, self.target, self.source))
         table = Table(sensitivities.get(self.recipe.score).measure(elastic, reference, errors, self.progress), errors)
         table.save(path)
         return table
+
+    def errors(self, store: Store) -> dict[str, dict[str, float]]:
+        """{unit: {choice: expected squared error of its outputs}}."""
+        found = {}
+        for decision in self.space.decisions:
+            rows = [store.errors(weight.name) for weight in decision.unit.weights]
+            found[decision.unit.name] = {c.name: sum(row[c.name] for row in rows) for c in decision.choices}
+        return found
 
     def finalists(self, store: Store, table: Table) -> tuple[Original, list[Point]]:
         """Measure the exact optima along the frontier and every uniform setting, on both held-out splits."""

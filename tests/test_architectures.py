@@ -145,11 +145,12 @@ class _WithoutMatrices(_MadeUp):
 
 class _Stops(_MadeUp):
     def __init__(self, config: _Config) -> None:
-        super().__init__(config, lambda: nn.Linear(8, 8))
+        super().__init__(config, lambda: nn.Sequential(nn.Linear(8, 8)))
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
         hidden = self.layers[0](self.project(self.table(input_ids)))
-        return self.final(hidden if hidden.sum().item() else -hidden)
+        logits: torch.Tensor = self.final(hidden if hidden.sum().item() else -hidden)
+        return logits
 
 
 def test_blocks_without_matrices_are_an_error() -> None:
@@ -164,7 +165,7 @@ def test_a_trial_run_that_stops_is_told_and_loses_nothing() -> None:
     assert [weight.name for weight in architecture.weights(model)] == [
         "table.weight",
         "project.weight",
-        *(f"layers.{i}.weight" for i in range(3)),
+        *(f"layers.{i}.0.weight" for i in range(3)),
         "final.weight",
     ]
 

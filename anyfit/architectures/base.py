@@ -50,6 +50,7 @@ class Architecture:
         return self.inputs
 
     def num_blocks(self, model: PreTrainedModel) -> int:
+        """How many blocks this network has; `ModelError` where it keeps none at `block`."""
         blocks = _module(model, self.block.removesuffix(".{i}"))
         assert isinstance(blocks, nn.ModuleList), type(blocks)
         return len(blocks)
@@ -102,6 +103,11 @@ class Architecture:
         for role, path in paths.items():
             if path in modules:
                 yield path, role, path, None
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a matrix product that can be decided."""
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _names_by_parameter(model: PreTrainedModel) -> dict[int, list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anyfit.architectures.generic import is_matrix
+from anyfit.architectures.base import is_matrix
 from anyfit.core.units import Weight
 
 

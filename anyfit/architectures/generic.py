@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from anyfit.architectures.base import Architecture, Inputs
+from anyfit.architectures.base import Architecture, Inputs, is_matrix
 from anyfit.core.errors import ModelError
 
 _REMEDY = "Give a causal language model whose blocks hold Linear layers, or describe its kind in an architecture file."
@@ -59,11 +58,6 @@ def describe(model: PreTrainedModel) -> GenericArchitecture:
     )
 
 
-def is_matrix(module: nn.Module) -> bool:
-    """Whether a module is a matrix product that can be decided."""
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
 def _groups(inputs: dict[str, int], prefix: str) -> Inputs:
     groups: dict[int, list[str]] = {}
     for path, key in inputs.items():
@@ -73,18 +67,17 @@ def _groups(inputs: dict[str, int], prefix: str) -> Inputs:
 
 
 def _blocks(model: PreTrainedModel) -> str:
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-    sizes = {path: _num_weights(lists[path].modules()) for path in outermost}
+    lists: dict[str, nn.ModuleList] = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    candidates = [path for path, modules in lists.items() if not any(is_matrix(module) for module in modules)]
+    outermost = [path for path in candidates if not any(path.startswith(f"{other}.") for other in candidates)]
+    sizes = {path: _num_weights(lists[path]) for path in outermost}
     if not any(sizes.values()):
         raise ModelError(f"{type(model).__name__} has no blocks with Linear layers, so there is nothing to decide.", remedy=_REMEDY)
-    return max(outermost, key=lambda path: sizes[path])
+    return max(outermost, key=sizes.__getitem__)
 
 
-def _num_weights(modules: Iterable[nn.Module]) -> int:
-    return sum(
-        parameter.numel() for module in modules if is_matrix(module) for parameter in [module.weight] if isinstance(parameter, Tensor)
-    )
+def _num_weights(modules: nn.ModuleList) -> int:
+    return sum(parameter.numel() for module in modules.modules() if is_matrix(module) for parameter in module.parameters())
 
 
 def _ends(model: PreTrainedModel) -> tuple[str, str | None]:
@@ -96,7 +89,7 @@ def _ends(model: PreTrainedModel) -> tuple[str, str | None]:
     if embedding not in paths or not isinstance(getattr(embedding, "weight", None), Tensor):
         raise ModelError(f"{type(model).__name__} has no embedding table.", remedy=_REMEDY)
     head = model.get_output_embeddings()
-    return paths[embedding], None if head is None else paths[head]
+    return paths[embedding], paths.get(head)
 
 
 def _readers(model: PreTrainedModel) -> tuple[dict[str, int], str]:

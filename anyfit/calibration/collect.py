@@ -33,7 +33,9 @@ class _Moments:
                 f"The calibration text makes the inputs of {name} overflow.",
                 remedy="The model may be broken in float32: check that it predicts text at all.",
             )
-        return InputStatistics((self.total / max(self.count, 1)).float(), self.count)
+        if not self.count:
+            return InputStatistics.unknown(len(self.total))
+        return InputStatistics((self.total / self.count).float(), self.count)
 
 
 @torch.inference_mode()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Generic, TypeVar, cast
 
 from anyfit.core.errors import UnknownNameError
@@ -28,6 +31,15 @@ class Registry(Generic[T]):
             raise UnknownNameError(self.kind, name, self._entries)
         module, _, attribute = self._entries[name].partition(":")
         return cast(T, getattr(import_module(module), attribute))
+
+    def about(self, name: str) -> str:
+        """The first line of what the part's module says of itself, read without importing it."""
+        module = self._entries[name].partition(":")[0]
+        spec = find_spec(module)
+        assert spec is not None and spec.origin is not None, module
+        docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+        assert docstring is not None, f"{module} has no docstring"
+        return docstring.partition("\n")[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Weight:
     """One stored matrix, as the matrix product sees it: `shape` is (outputs, inputs).
 
-    `name` is its parameter's name in the checkpoint (`model.layers.0.self_attn.q_proj.weight`). `input`
+    `name` is its parameter's name in the network's class (`model.layers.0.self_attn.q_proj.weight`). `input`
     names what it multiplies: matrices with the same `input` see the same vectors and share statistics; None
     for a table that is only looked up. `transposed` says that the checkpoint stores (inputs, outputs), as
     GPT-2's Conv1D does. `tied` names the other parameters that are this very tensor.

@@ -15,7 +15,7 @@ INTEGER_BITS = range(2, 9)
 formats: Registry[Format] = Registry(
     "format",
     {
-        **{name: f"anyfit.formats.gguf:{name}" for name in GGUF_GRIDS},
+        **{name: f"anyfit.formats.gguf{'_k' if name.endswith('_K') else ''}:{name}" for name in GGUF_GRIDS},
         "F16": "anyfit.formats.floating:F16",
         "BF16": "anyfit.formats.floating:BF16",
         "F32": "anyfit.formats.floating:F32",

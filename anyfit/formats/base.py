@@ -106,12 +106,22 @@ class GridFormat(Format):
         """uint8 codes (rows, columns) and the scales of all spans, joined along the groups, to the file's
         bytes, uint8 (rows, row_bytes)."""
 
+    @abstractmethod
+    def read(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inverse of `pack`: uint8 codes (rows, columns), float32 scales and offsets (rows, groups)."""
+
+    def decode(self, data: Tensor) -> Tensor:
+        codes, scale, offset = self.read(data)
+        levels = codes.float() + self.levels[0] if self.uniform else self.levels[codes.int()]
+        groups = levels.unflatten(1, (-1, self.group))
+        return groups.mul_(scale.unsqueeze(-1)).sub_(offset.unsqueeze(-1)).flatten(1)
+
 
 def nearest(levels: Tensor, uniform: bool, target: Tensor) -> Tensor:
     """Codes of the levels nearest to `target` (any shape), uint8."""
     if uniform:
         return (target.round() - levels[0]).clamp_(0, len(levels) - 1).to(torch.uint8)
-    ordered, order = levels.sort()
+    ordered, order = levels.sort(stable=True)
     middles = (ordered[1:] + ordered[:-1]) / 2
     return order[torch.bucketize(target, middles)].to(torch.uint8)
 

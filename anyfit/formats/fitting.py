@@ -13,12 +13,13 @@ other rows it is fitted with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
+
+from anyfit.core.errors import UserError
 
 HALF_MAX = 65504.0
 HALF_TINY = 2.0**-24
@@ -26,7 +27,7 @@ CHUNK = 2**17
 """Weights fitted at a time: a temporary of this size stays in the processor's cache."""
 
 Snap = Callable[[Tensor], Tensor]
-"""Numbers (changed in place) to the nearest levels."""
+"""Numbers, which may be changed in place, to the nearest levels."""
 
 
 @dataclass(frozen=True)
@@ -112,87 +113,17 @@ def _error_weights(importance: Tensor) -> Tensor:
     return (importance / mean).clamp_min(1e-6)
 
 
-def search_scale(columns: Columns, snap: Snap, reach: float, clips: Iterable[float], nudges: Iterable[float], signs: tuple[int, ...]) -> Tensor:
-    """A scale for each group that needs no offset, (groups, rows), not yet rounded.
-
-    `reach`: the largest level. `clips`: parts of the largest magnitude that this level should stand for, each
-    tried with each of `signs` (-1: the grid reversed). `nudges`: relative changes tried on the best of them.
-    """
-    peak = columns.values.abs().amax(0)
-    weighted = columns.values * columns.weights
-    best = Best(torch.zeros_like(peak), torch.zeros_like(peak))
-
-    def offer(scale: Tensor) -> None:
-        level = columns.levels(snap, scale)
-        along = fold(level * weighted)
-        length = inverse(fold(level.square_().mul_(columns.weights)))
-        # The least-squares scale of these levels takes along² / length off the error of all zeros.
-        best.offer(-along * along * length, along * length)
-
-    for clip, sign in product(clips, signs):
-        offer(peak * (sign * clip / reach))
-    for nudge in nudges:
-        offer(best.parts[0] * (1 + nudge))
-    return best.parts[0]
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What a least-squares line through a group needs and no code changes, (groups, rows) or (groups, 1)."""
-
-    weight: Tensor
-    value: Tensor
-    square: Tensor
-
-    @classmethod
-    def of(cls, columns: Columns) -> Moments:
-        weighted = columns.values * columns.weights
-        return cls(fold(columns.weights), fold(weighted), fold(weighted * columns.values))
-
-
-def search_affine(columns: Columns, top: int, clips: Iterable[float], nudges: Iterable[float], *, positive: bool) -> tuple[Tensor, Tensor]:
-    """A scale and an offset for each group, (groups, rows) both, not yet rounded, for levels 0 to `top`.
-
-    `clips`: parts of the lowest and of the highest value that the grid should reach, each tried with each.
-    `nudges`: steps of the grid by which either end of the best is then moved out (+) or in (-). `positive`:
-    the offset can't be stored with a sign, so it is never negative.
-    """
-    low, high = columns.values.amin(0), columns.values.amax(0)
-    if positive:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    snap, moments = whole(0, top), Moments.of(columns)
-    best = Best(torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low))
-
-    def offer(scale: Tensor, offset: Tensor) -> None:
-        level = columns.levels(snap, scale, offset)
-        best.offer(*_least_squares(columns, level, moments, positive))
-
-    # Where the range straddles nothing, parts of its ends are parts of its half-width from its middle.
-    middle = torch.zeros_like(low) if positive else (low + high) / 2
-    for clip_low, clip_high in product(clips, clips):
-        start = middle + (low - middle) * clip_low
-        offer((middle + (high - middle) * clip_high - start) / top, -start)
-    for nudge in nudges:
-        scale, offset = best.parts
-        offer(scale * (1 + nudge / top), offset)
-        scale, offset = best.parts
-        offer(scale * (1 + nudge / top), offset + nudge * scale)
-    return best.parts[0], best.parts[1]
-
-
-def _least_squares(columns: Columns, level: Tensor, moments: Moments, positive: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Error, scale and offset of the weighted least-squares line through (level, value), (groups, rows) each."""
+def least_squares_scale(columns: Columns, level: Tensor) -> Tensor:
+    """The weighted least-squares scale of these levels, (groups, rows)."""
     weighted = level * columns.weights
-    first = fold(weighted)
-    cross = fold(weighted * columns.values)
-    second = fold(weighted.mul_(level))
-    spread = moments.weight * second - first * first
-    bent = spread > 1e-6 * moments.weight * second
-    over = torch.where(bent, 1 / spread, 0)
-    scale = (moments.weight * cross - first * moments.value) * over
-    # With one level only, its value is all in the offset.
-    offset = torch.where(bent, (first * cross - second * moments.value) * over, -moments.value / moments.weight)
-    if positive:
-        scale = torch.where(offset < 0, cross * inverse(second), scale).clamp_min_(0)
-        offset = offset.clamp_min_(0)
-    return moments.square - scale * cross + offset * moments.value, scale, offset
+    return fold(weighted * columns.values) * inverse(fold(weighted.mul_(level)))
+
+
+def refuse_beyond(name: str, largest: float, weight: Tensor) -> None:
+    """Raise `UserError` where a weight is larger than the format's largest scale can reach."""
+    peak = weight.abs().max().item() if weight.numel() else 0.0
+    if not peak <= largest:
+        raise UserError(
+            f"A weight of magnitude {peak:.4g} is beyond {largest:.4g}, the largest that {name} can hold.",
+            remedy="Keep this matrix in BF16 or F32.",
+        )

@@ -21,12 +21,13 @@ _LIBRARIES = {"llama.cpp": "gguf", "transformers": "transformers"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def model_card(family: Family, point: Point, file_name: str) -> str:
+def model_card(family: Family, point: Point, file_name: str, *, target: str | None = None) -> str:
     """The README.md, with the Hugging Face hub's front matter, of the model written to `file_name`.
 
     Figures are of the report split where this very config was measured; a config that was only predicted
-    says so.
+    says so. `target` is whose way of running it is shown, by default the family's own.
     """
+    target = target or family.target
     made = environment().overlay(autoescape=False)
     made.filters["code"] = _code
     context: dict[str, Any] = {
@@ -37,21 +38,21 @@ def model_card(family: Family, point: Point, file_name: str) -> str:
         "file_name": file_name,
         "shares": summary.shares(family.space, point.config),
         "roles": _roles(family, point.config),
-        "front_matter": _front_matter(family),
+        "front_matter": _front_matter(family, target),
         "provenance": summary.flat(family.provenance),
     }
     try:
-        usage = made.get_template(f"run.{family.target}.md.j2").render(context)
+        usage = made.get_template(f"run.{target}.md.j2").render(context)
     except TemplateNotFound:
         usage = ""
     return made.get_template("card.md.j2").render(context, usage=usage)
 
 
-def _front_matter(family: Family) -> str:
+def _front_matter(family: Family, target: str) -> str:
     """YAML by way of JSON, which is YAML: no name can break out of its string."""
     fields: dict[str, Any] = {"pipeline_tag": "text-generation"}
-    if family.target in _LIBRARIES:
-        fields["library_name"] = _LIBRARIES[family.target]
+    if target in _LIBRARIES:
+        fields["library_name"] = _LIBRARIES[target]
     if _HUB_ID.fullmatch(family.original.name):
         fields |= {"base_model": family.original.name, "base_model_relation": "quantized"}
     if family.provenance.get("license"):

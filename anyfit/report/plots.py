@@ -1,11 +1,7 @@
-"""The frontier as a picture file, for a README or a slide.
-
-    python -m anyfit.report.plots out/demo.family docs/frontier.png
-"""
+"""The frontier as a picture file, for a README or a slide."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +37,3 @@ def frontier_png(family: Family, path: Path) -> None:
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
-
-
-if __name__ == "__main__":
-    from anyfit.family import Family as Opened
-
-    frontier_png(Opened.open(sys.argv[1]), Path(sys.argv[2]))

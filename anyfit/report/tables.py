@@ -67,16 +67,18 @@ def refusals(coverage: Iterable[tuple[str, str, str]]) -> Table:
     return listing([(format_, str(count), reason) for (format_, reason), count in counts.items()], "format", "units", "not possible because")
 
 
-def quality(figures: Quality) -> Table:
-    """One measurement."""
-    rows = [
-        ("perplexity", summary.plus_minus(figures.perplexity, figures.perplexity_stderr)),
-        ("KL to the original, mean", summary.plus_minus(figures.kl_mean, figures.kl_stderr)),
-        ("KL, median", f"{figures.kl_median:.3g}"),
-        ("KL, 99th percentile", f"{figures.kl_p99:.3g}"),
-        ("top-1 agreement", summary.plus_minus_percent(figures.top1, figures.top1_stderr)),
-        ("tokens in segments", f"{figures.num_tokens:,} in {figures.num_segments:,}"),
-    ]
+def quality(figures: Quality, original: Quality | None) -> Table:
+    """One measurement; without the original there is nothing to diverge from."""
+    rows = [("perplexity", summary.plus_minus(figures.perplexity, figures.perplexity_stderr))]
+    if original is not None:
+        rows += [
+            ("perplexity of the original", summary.plus_minus(original.perplexity, original.perplexity_stderr)),
+            ("KL to the original, mean", summary.plus_minus(figures.kl_mean, figures.kl_stderr)),
+            ("KL, median", f"{figures.kl_median:.3g}"),
+            ("KL, 99th percentile", f"{figures.kl_p99:.3g}"),
+            ("top-1 agreement", summary.plus_minus_percent(figures.top1, figures.top1_stderr)),
+        ]
+    rows.append(("tokens in segments", f"{figures.num_tokens:,} in {figures.num_segments:,}"))
     return listing(rows, "measure", "value")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,14 +22,13 @@ from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.formats import formats
 from anyfit.formats.base import CastFormat
-from anyfit.targets import gguf_layout, llamacpp_runtime
+from anyfit.targets import gguf_kinds, gguf_layout, llamacpp_runtime
 from anyfit.targets.base import Check
 from anyfit.targets.gguf_layout import Matrix
 
-MAX_KL = 5e-3
-"""Nats per token. llama.cpp rounds what enters a quantised matrix to 8 bits, which alone costs up to half of this."""
-MAX_KL_PLAIN = 1e-4
-"""Nats per token where no matrix is quantised."""
+MAX_KL, MAX_KL_PLAIN = 5e-3, 1e-4
+"""Nats per token, with and without quantised matrices. llama.cpp rounds what enters a quantised matrix to 8 bits,
+which the torch model does not; that alone costs up to half of the first."""
 SEGMENTS, LENGTH = 4, 128
 PROBE = (
     "Hello, world! It's 12 o'clock; we've 3456 things (and 7.89 more) to do, don't we?\n\n"
@@ -38,15 +37,162 @@ PROBE = (
 )
 
 
+class _Difference(Exception):
+    """What a reader found is not what was meant."""
+
+
 def checks(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
     """Audit, the gguf package, transformers, llama.cpp. After a failed audit nothing else is worth trying."""
-    matrices = _matrices(source, config, model)
-    audit = _audit(path, source, matrices, model)
+    matrices = gguf_layout.matrices(source, {name: _shape(model, name) for name in config.formats}, config)
+    audit = _look("audit", lambda: _audit(path, source, matrices, model))
     if not audit.passed:
         return (audit,)
     return (
         audit,
-        _check("gguf package", lambda: _read_back(path, source, matrices, model)),
-        _check("transformers", lambda: _transformers(path, source, model)),
+        _look("gguf package", lambda: _read_back(path, source, matrices, model)),
+        _look("transformers", lambda: _transformers(path, source, model)),
         *_llamacpp(path, source, config, model, tokens),
     )
+
+
+def _look(name: str, compare: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, compare())
+    except _Difference as difference:
+        return Check(name, False, str(difference))
+    except Exception as error:  # noqa: BLE001 - readers fail in their own ways on a file that is wrong, and that is a finding
+        return Check(name, False, f"can't read the file: {type(error).__name__}: {error}")
+
+
+def _shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
+    rows, columns = _oriented(model, name).shape
+    return rows, columns
+
+
+def _oriented(model: PreTrainedModel, name: str) -> Tensor:
+    """A matrix as (outputs, inputs)."""
+    parameter = model.get_parameter(name).detach()
+    return parameter.T if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else parameter
+
+
+def _audit(path: Path, source: Source, matrices: list[Matrix], model: PreTrainedModel) -> str:
+    """Each tensor once, of the type and bytes that were predicted; header and size as predicted; nothing left out."""
+    left_out = {name for name, _ in model.named_parameters()} - {m.source for m in matrices} - set(source.passthrough) - set(source.tied)
+    if left_out:
+        raise _Difference(f"{min(left_out)} is in the model and not in the file")
+    fixed = gguf_layout.fixed_tensors(source)
+    expected = {m.name: (m.format, m.bytes_) for m in matrices} | {name: ("F32", 4 * value.numel()) for name, value in fixed.items()}
+    found = [(tensor.name, (tensor.tensor_type.name, int(tensor.n_bytes))) for tensor in gguf.GGUFReader(path).tensors]
+    if repeated := [name for name, count in Counter(name for name, _ in found).items() if count > 1]:
+        raise _Difference(f"{repeated[0]} is there more than once")
+    for name in sorted(expected.keys() ^ dict(found).keys()):
+        raise _Difference(f"{name} is {'missing' if name in expected else 'not of this model'}")
+    for name, held in found:
+        if held != expected[name]:
+            raise _Difference(f"{name} is {held[0]} in {held[1]} bytes and should be {expected[name][0]} in {expected[name][1]}")
+    header = _header(source, matrices, fixed)
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            raise _Difference("the metadata are not those of this model")
+    size = gguf_layout.padded(len(header)) + sum(gguf_layout.padded(num_bytes) for _, num_bytes in expected.values())
+    if path.stat().st_size != size:
+        raise _Difference(f"the file has {path.stat().st_size} bytes and should have {size}")
+    return f"{len(found)} tensors, each once, types and bytes as predicted"
+
+
+def _header(source: Source, matrices: list[Matrix], fixed: dict[str, Tensor]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "header.gguf")
+        gguf_layout.write_header(path, source, matrices, fixed).close()
+        return path.read_bytes()
+
+
+def _read_back(path: Path, source: Source, matrices: list[Matrix], model: PreTrainedModel) -> str:
+    """Every tensor, decoded by the gguf package, is bit for bit the model's."""
+    decided = {matrix.name: matrix.source for matrix in matrices}
+    fixed = gguf_layout.fixed_tensors(source)
+    passed_on = {gguf_layout.file_name(source.config, name): name for name in source.passthrough}
+    tensors = gguf.GGUFReader(path).tensors
+    for tensor in tensors:
+        value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        if tensor.name in decided:
+            name = decided[tensor.name]
+            order = gguf_layout.row_order(source, name)
+            expected = _oriented(model, name) if order is None else _oriented(model, name)[order]
+        elif tensor.name in passed_on:
+            name = passed_on[tensor.name]
+            expected = gguf_layout.stored_value(source, name, model.get_parameter(name))
+        else:
+            name, expected = tensor.name, fixed[tensor.name]
+        _require_equal(name, value, expected)
+    return f"{len(tensors)} tensors bit-equal to the model's"
+
+
+def _require_equal(name: str, value: Tensor, expected: Tensor) -> None:
+    if value.shape != expected.shape:
+        raise _Difference(f"{name} has the shape {tuple(value.shape)}, not {tuple(expected.shape)}")
+    if not torch.equal(value.to(expected.dtype), expected):
+        raise _Difference(f"{name} differs by up to {(value - expected).abs().max():.2g}")
+
+
+def _transformers(path: Path, source: Source, model: PreTrainedModel) -> str:
+    """Every parameter that transformers' GGUF reader gives is bit for bit the model's."""
+    kind = gguf_layout.kind(source)
+    arch = gguf.MODEL_ARCH_NAMES[kind.arch]
+    if arch not in GGUF_SUPPORTED_ARCHITECTURES:
+        return f"skipped: it doesn't read GGUF files of the kind {arch}"
+    with network.quiet(), contextlib.redirect_stderr(io.StringIO()):
+        # its reader guesses what some keys say (head size, feed-forward size), so the sizes are given
+        read = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=copy.deepcopy(source.config), dtype=torch.float32, local_files_only=True
+        )
+    parameters = dict(read.named_parameters())
+    for name, parameter in model.named_parameters():
+        offset = kind.norm_offset if name.endswith("norm.weight") else 0
+        _require_equal(name, parameters[name].detach(), parameter.detach() + offset - offset)
+    return f"{len(parameters)} parameters bit-equal to the model's"
+
+
+def _llamacpp(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    if not llamacpp_runtime.installed():
+        package, extra = llamacpp_runtime.PACKAGE, llamacpp_runtime.EXTRA
+        return (Check("llama.cpp", True, f"skipped: {package} is not installed (pip install 'anyfit[{extra}]')"),)
+    window = None if gguf_layout.kind(source).window else gguf_kinds.window(source.config)
+    tokens = tokens[:SEGMENTS, : min(LENGTH, window or LENGTH)]
+    tokenizer = source.tokenizer()
+    texts = [PROBE, tokenizer.decode(tokens[0], skip_special_tokens=True)]
+    try:
+        ids, logits = llamacpp_runtime.run(path, texts, tokens)
+    except llamacpp_runtime.LlamaCppError as error:
+        return (Check("llama.cpp", False, str(error)),)
+    assert logits is not None
+    plain = all(isinstance(formats.get(name), CastFormat) for name in config.formats.values())
+    return (
+        _look("llama.cpp tokens", lambda: _compare_tokens(tokenizer, texts, ids)),
+        _look("llama.cpp outputs", lambda: _compare_outputs(model, tokens, logits, MAX_KL_PLAIN if plain else MAX_KL, window)),
+    )
+
+
+def _compare_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], ids: list[list[int]]) -> str:
+    for text, found in zip(texts, ids, strict=True):
+        expected = tokenizer.encode(text)
+        if found != expected:
+            same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+            around = tokenizer.decode(expected[max(0, same - 2) : same + 4])
+            raise _Difference(f"tokenises differently near {around!r}: {found[same : same + 4]} and not {expected[same : same + 4]}")
+    return f"{sum(map(len, ids))} tokens of probe texts are equal"
+
+
+def _compare_outputs(model: PreTrainedModel, tokens: Tensor, logits: Tensor, bar: float, window: int | None) -> str:
+    """Mean KL of llama.cpp's next-token distributions from the torch model's."""
+    divergence, agreement = 0.0, 0.0
+    for segment, computed in zip(tokens, logits, strict=True):
+        with torch.inference_mode():
+            reference = model(segment[None], use_cache=False).logits[0].double().log_softmax(-1)
+        other = computed.double().log_softmax(-1)
+        divergence += (reference.exp() * (reference - other)).sum(-1).mean().item() / len(tokens)
+        agreement += (reference.argmax(-1) == other.argmax(-1)).double().mean().item() / len(tokens)
+    found = f"mean KL to the torch model {divergence:.1e} nats on {tokens.numel()} tokens, {agreement:.1%} the same first choice"
+    if not divergence <= bar:
+        raise _Difference(f"{found}; at most {bar:.0e} is expected")
+    return found if window is None else f"{found}; beyond {window} tokens they differ: llama.cpp has no sliding window for this kind"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from gguf import MODEL_ARCH
@@ -148,7 +149,7 @@ def refuses(config: PretrainedConfig, kind: Kind) -> str | None:
     return _refuses_options(config, kind)
 
 
-def rope_parameters(config: PretrainedConfig, layers: str = "full_attention") -> dict:
+def rope_parameters(config: PretrainedConfig, layers: str = "full_attention") -> dict[str, Any]:
     """Rotary settings of the layers of one type; most networks have a single type."""
     parameters = config.rope_parameters
     return parameters.get(layers, parameters)
@@ -156,6 +157,12 @@ def rope_parameters(config: PretrainedConfig, layers: str = "full_attention") ->
 
 def rotary_size(config: PretrainedConfig) -> int:
     return int(head_size(config) * rope_parameters(config).get("partial_rotary_factor", 1.0))
+
+
+def window(config: PretrainedConfig) -> int | None:
+    """How many tokens back the network attends, where that is bounded."""
+    bounded = getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if bounded else None
 
 
 def _refuses_rotary(config: PretrainedConfig, kind: Kind) -> str | None:
@@ -169,7 +176,7 @@ def _refuses_rotary(config: PretrainedConfig, kind: Kind) -> str | None:
     return None
 
 
-def _plain_yarn(parameters: dict) -> bool:
+def _plain_yarn(parameters: dict[str, Any]) -> bool:
     return (parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1, parameters.get("truncate", True)) == (32, 1, True)
 
 
@@ -178,7 +185,9 @@ def _refuses_options(config: PretrainedConfig, kind: Kind) -> str | None:
         return "its logits are not capped, and llama.cpp's gemma2 always caps them"
     if kind.head == "shared" and not config.tie_word_embeddings:
         return "its output matrix is not the embedding, and llama.cpp always shares the two here"
-    if kind.arch is MODEL_ARCH.GPT2 and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention):
+    if kind.arch is MODEL_ARCH.GPT2 and (
+        config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention
+    ):
         return "its attention is scaled by layer, unscaled or crossed, and llama.cpp's gpt2 has the plain one only"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is bidirectional"

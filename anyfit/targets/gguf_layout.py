@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from anyfit.checkpoint import Source
+from anyfit.core.config import Config
 from anyfit.formats import formats
 from anyfit.targets import gguf_metadata, gguf_tokenizer
 from anyfit.targets.gguf_kinds import KINDS, Kind
@@ -65,6 +67,12 @@ def places(source: Source, name: str) -> Iterator[str]:
                 yield copy
 
 
+def matrices(source: Source, shapes: Mapping[str, tuple[int, int]], config: Config) -> list[Matrix]:
+    """All decided matrices in the order of the file. `shapes`: (outputs, inputs) by the checkpoint's names."""
+    found = [Matrix(place, name, shape, config.format(name)) for name, shape in shapes.items() for place in places(source, name)]
+    return sorted(found, key=lambda matrix: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", matrix.name)])
+
+
 def row_order(source: Source, name: str) -> Tensor | None:
     """Rows of the file's tensor as indices into the checkpoint's; None where the order is the same."""
     tensor = file_name(source.config, name)
@@ -106,14 +114,15 @@ def misplaced(source: Source) -> str | None:
     return None
 
 
-def write_header(path: Path, source: Source, matrices: Iterable[Matrix], fixed: dict[str, Tensor]) -> gguf.GGUFWriter:
+def write_header(path: Path, source: Source, decided: Sequence[Matrix], fixed: Mapping[str, Tensor]) -> gguf.GGUFWriter:
     """Write all that comes before the tensors' numbers; those follow by `write_tensor_data`, in the same order."""
-    matrices = list(matrices)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind(source).arch])
+    vocabulary = gguf_tokenizer.read(source.tokenizer(), source.config)
+    writer.add_name(_title(source.config, vocabulary))
+    writer.add_file_type(_file_type(decided))
     gguf_metadata.add_network(writer, source.config, kind(source))
-    writer.add_file_type(_file_type(matrices))
-    gguf_tokenizer.write(writer, gguf_tokenizer.read(source.tokenizer(), source.config))
-    for matrix in matrices:
+    gguf_tokenizer.write(writer, vocabulary)
+    for matrix in decided:
         rows, row_bytes = matrix.shape[0], formats.get(matrix.format).row_bytes(matrix.shape[1])
         type_ = gguf.GGMLQuantizationType[matrix.format]
         writer.add_tensor_info(matrix.name, (rows, row_bytes), np.dtype(np.uint8), rows * row_bytes, type_)
@@ -133,12 +142,20 @@ def padded(num_bytes: int) -> int:
     return gguf.GGUFWriter.ggml_pad(num_bytes, ALIGNMENT)
 
 
-def _file_type(matrices: list[Matrix]) -> gguf.LlamaFileType:
+def _title(config: PretrainedConfig, vocabulary: gguf_tokenizer.Vocabulary) -> str:
+    """A name that no reader takes for more than that.
+
+    transformers reads a file that is named exactly `mistral` as a class that it then has no tensor names for.
+    llama.cpp strips spaces after special tokens, and looks for some by their text, where a name has `phi3` in it.
+    """
+    kind_of_network = "phi" if config.model_type == "phi3" and not vocabulary.strips else config.model_type
+    return f"{kind_of_network} network"
+
+
+def _file_type(decided: Sequence[Matrix]) -> gguf.LlamaFileType:
     """The one word that llama.cpp shows for a file: the format that most weights are in."""
     weights: Counter[str] = Counter()
-    for matrix in matrices:
+    for matrix in decided:
         weights[matrix.format] += matrix.shape[0] * matrix.shape[1]
     most = min(weights, key=lambda name: (-weights[name], name))
-    return _FILE_TYPES.get(most) or gguf.LlamaFileType[f"MOSTLY_{most}"]
-
-
+    return _FILE_TYPES[most] if most in _FILE_TYPES else gguf.LlamaFileType[f"MOSTLY_{most}"]

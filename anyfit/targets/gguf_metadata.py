@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import gguf
 import torch
@@ -16,8 +17,6 @@ from anyfit.targets.gguf_kinds import Kind, head_size, num_kv_heads, rope_parame
 def add_network(writer: gguf.GGUFWriter, config: PretrainedConfig, kind: Kind) -> None:
     """Every size and constant that llama.cpp reads for this kind. No names of files, no times: same network, same bytes."""
     writer.add_type(gguf.GGUFType.MODEL)
-    # transformers' reader tells a Mistral network from a Llama one by this name alone
-    writer.add_name(config.model_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -50,7 +49,9 @@ def rotary_tensors(config: PretrainedConfig, kind: Kind) -> dict[str, Tensor]:
         plain = parameters["rope_theta"] ** -(torch.arange(0, rotary_size(config), 2, dtype=torch.float32) / rotary_size(config))
         return {"rope_freqs.weight": plain / frequencies}
     if parameters.get("rope_type") == "longrope":
-        return {f"rope_factors_{span}.weight": torch.tensor(parameters[f"{span}_factor"], dtype=torch.float32) for span in ("long", "short")}
+        return {
+            f"rope_factors_{span}.weight": torch.tensor(parameters[f"{span}_factor"], dtype=torch.float32) for span in ("long", "short")
+        }
     return {}
 
 
@@ -86,7 +87,7 @@ def _add_rotary(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_attn_factors(attention)
 
 
-def _add_yarn(writer: gguf.GGUFWriter, config: PretrainedConfig, parameters: dict) -> None:
+def _add_yarn(writer: gguf.GGUFWriter, config: PretrainedConfig, parameters: dict[str, Any]) -> None:
     _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(parameters["factor"])

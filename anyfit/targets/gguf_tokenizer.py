@@ -38,18 +38,23 @@ SPLITTERS: dict[tuple[tuple[str, ...], bool], str] = {
 """(splitting steps, whether a whole word that is a token is taken without merging) to llama.cpp's name for them."""
 
 _SPACE = "▁"
+_PHI3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything that llama.cpp needs. `splitter` and `merges` are for byte-level BPE, `scores` for the other kind."""
+    """Everything that llama.cpp needs. `splitter` and `merges` are for byte-level BPE, `scores` for the other kind.
+
+    `strips`: it drops spaces after special tokens as Phi-3's does, and has the tokens that llama.cpp expects then.
+    """
 
     tokens: list[str]
     types: list[gguf.TokenType]
     ids: dict[str, int]
     add_bos: bool
     add_eos: bool
+    strips: bool
     chat_template: str | list[dict[str, str]] | None
     splitter: str | None = None
     merges: tuple[str, ...] = ()
@@ -71,11 +76,10 @@ def read(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Vocabu
     merges = tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     tokens, types = _tokens(raw, config.get_text_config().vocab_size)
     add_bos, add_eos = _added(tokenizer)
-    kind: dict[str, Any] = (
-        _sentencepiece(raw, tokens, merges) if model["byte_fallback"] else {"splitter": _splitter(raw), "merges": merges}
-    )
+    kind: dict[str, Any] = _sentencepiece(raw, tokens, merges) if model["byte_fallback"] else {"splitter": _splitter(raw), "merges": merges}
     ids = _ids(tokenizer, config, len(tokens))
-    return Vocabulary(tokens, types, ids, add_bos, add_eos, _template(tokenizer), **kind)
+    strips = any(token["rstrip"] for token in raw["added_tokens"]) and _PHI3 <= set(tokens)
+    return Vocabulary(tokens, types, ids, add_bos, add_eos, strips, _template(tokenizer), **kind)
 
 
 def write(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
@@ -104,7 +108,9 @@ def _tokens(raw: dict[str, Any], rows: int) -> tuple[list[str], list[gguf.TokenT
     """Texts and types by id; ids without a token are padded with texts that nothing else has."""
     byte_tokens = raw["model"]["byte_fallback"]
     texts: dict[int, str] = {number: text for text, number in raw["model"]["vocab"].items()}
-    types = {number: gguf.TokenType.BYTE if byte_tokens and _BYTE.fullmatch(text) else gguf.TokenType.NORMAL for number, text in texts.items()}
+    types = {
+        number: gguf.TokenType.BYTE if byte_tokens and _BYTE.fullmatch(text) else gguf.TokenType.NORMAL for number, text in texts.items()
+    }
     for token in raw["added_tokens"]:
         texts[token["id"]] = token["content"]
         types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
@@ -129,7 +135,9 @@ def _splitter(raw: dict[str, Any]) -> str:
     ignore_merges = bool(raw["model"].get("ignore_merges"))
     if (steps, ignore_merges) not in SPLITTERS:
         whole_words = "taking" if ignore_merges else "not taking"
-        raise _impossible(f"it splits text by {' then '.join(map(repr, steps)) or 'nothing'}, {whole_words} whole words, which has no name there")
+        raise _impossible(
+            f"it splits text by {' then '.join(map(repr, steps)) or 'nothing'}, {whole_words} whole words, which has no name there"
+        )
     return SPLITTERS[steps, ignore_merges]
 
 

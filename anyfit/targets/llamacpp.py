@@ -19,8 +19,9 @@ from anyfit.core.units import Unit, Weight
 from anyfit.formats import formats as registry
 from anyfit.targets import gguf_check, gguf_kinds, gguf_layout, gguf_tokenizer
 from anyfit.targets.base import Check, Target, Variants
-from anyfit.targets.gguf_layout import Matrix
-from anyfit.targets.llamacpp_runtime import logits as logits
+from anyfit.targets.llamacpp_runtime import logits
+
+__all__ = ["TARGET", "LlamaCpp", "logits"]
 
 _SUBSTITUTES = {"Q6_K": "Q8_0", "Q5_K": "Q5_0", "Q4_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "TQ2_0": "IQ4_NL"}
 """What stands in for a type of 256 columns where rows are no multiple of that: the nearest in size of 32 columns."""
@@ -70,8 +71,8 @@ class LlamaCpp(Target):
         return gguf_layout.row_order(source, weight.name)
 
     def write(self, path: Path, source: Source, space: Space, config: Config, variants: Variants) -> int:
-        weights = [weight for decision in space.decisions for weight in decision.unit.weights]
-        matrices = _matrices(source, weights, config)
+        shapes = {weight.name: weight.shape for decision in space.decisions for weight in decision.unit.weights}
+        matrices = gguf_layout.matrices(source, shapes, config)
         fixed = gguf_layout.fixed_tensors(source)
         writer = gguf_layout.write_header(path, source, matrices, fixed)
         try:
@@ -113,16 +114,13 @@ class LlamaCpp(Target):
         return Decision(Unit(weight.name, (weight,)), choices, refused=refused)
 
 
-def _matrices(source: Source, weights: Iterable[Weight], config: Config) -> list[Matrix]:
-    return [Matrix(place, w.name, w.shape, config.format(w.name)) for w in weights for place in gguf_layout.places(source, w.name)]
-
-
 def _header_bytes(source: Source, weights: list[Weight], fixed: dict[str, Tensor]) -> int:
     """Bytes before the first tensor, found by writing them. Formats don't matter: each is one number in there."""
-    anything = Config.of_formats({weight.name: _ANY_ROW for weight in weights})
+    shapes = {weight.name: weight.shape for weight in weights}
+    matrices = gguf_layout.matrices(source, shapes, Config.of_formats(dict.fromkeys(shapes, _ANY_ROW)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "header.gguf")
-        gguf_layout.write_header(path, source, _matrices(source, weights, anything), fixed).close()
+        gguf_layout.write_header(path, source, matrices, fixed).close()
         return gguf_layout.padded(path.stat().st_size)
 
 

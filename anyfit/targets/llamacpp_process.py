@@ -26,7 +26,9 @@ ERROR_LEVEL = 4
 def main(request_path: str, answer_path: str) -> None:
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     complaints: list[str] = []
-    callback = llama_cpp.llama_log_callback(lambda level, text, _: complaints.append(text.decode(errors="replace")) if level >= ERROR_LEVEL else None)
+    callback = llama_cpp.llama_log_callback(
+        lambda level, text, _: complaints.append(text.decode(errors="replace")) if level >= ERROR_LEVEL else None
+    )
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(request["model"].encode(), llama_cpp.llama_model_default_params())

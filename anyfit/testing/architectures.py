@@ -1,8 +1,9 @@
 """What must hold of the description of any kind of network: run each of `CHECKS` on a small model of the kind.
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_my_kind(check):
-    check(MY_KIND, tiny_model("my_kind"))
+>>> from anyfit.architectures.llama import LLAMA
+>>> from anyfit.testing.models import tiny_model
+>>> for check in CHECKS:
+...     check(LLAMA, tiny_model("llama"))
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def check_each_weight_is_owned_once(architecture: Architecture, model: PreTraine
 
 def check_shapes_are_of_the_product(architecture: Architecture, model: PreTrainedModel) -> None:
     """As (outputs, inputs), each matrix times what its module reads is what its module returns."""
-    calls = _calls(model)
+    calls = _calls(architecture, model)
     for weight, path in _multiplied(architecture, model):
         matrix = _matrix(model.get_parameter(weight.name), weight)
         assert tuple(matrix.shape) == weight.shape, f"{weight.name} is {tuple(matrix.shape)}, described as {weight.shape}"
@@ -54,7 +55,7 @@ def check_shapes_are_of_the_product(architecture: Architecture, model: PreTraine
 
 def check_inputs_are_shared_as_described(architecture: Architecture, model: PreTrainedModel) -> None:
     """Matrices with one `input` read one tensor, and those with different ones read different numbers."""
-    calls = _calls(model)
+    calls = _calls(architecture, model)
     first: dict[str, _Call] = {}
     for weight, path in _multiplied(architecture, model):
         assert path in calls, f"{path} never ran"
@@ -67,14 +68,12 @@ def check_inputs_are_shared_as_described(architecture: Architecture, model: PreT
 
 def check_order_is_of_execution(architecture: Architecture, model: PreTrainedModel) -> None:
     """Inputs come in the order in which the network reads them; a tied embedding counts as the first."""
-    described = [weight for weight, _ in _multiplied(architecture, model) if weight.role != "embedding"]
     inputs = {path: weight.input for weight, path in _multiplied(architecture, model)}
-    executed = [inputs[path] for path in _calls(model) if path in inputs]
-    order = list(dict.fromkeys(weight.input for weight in described))
-    expected = [input_ for input_ in dict.fromkeys(executed) if input_ in order]
-    assert order == expected, f"described {order}, executed {expected}"
-    blocks = [weight.block for weight in described if weight.block is not None]
-    assert sorted(set(blocks)) == list(range(architecture.num_blocks(model))), f"blocks {sorted(set(blocks))}"
+    order = list(dict.fromkeys(weight.input for weight, _ in _multiplied(architecture, model) if weight.role != "embedding"))
+    executed = list(dict.fromkeys(inputs[path] for path in _calls(architecture, model) if inputs[path] in order))
+    assert order == executed, f"described {order}, executed {executed}"
+    blocks = {weight.block for weight in architecture.weights(model)} - {None}
+    assert blocks == set(range(architecture.num_blocks(model))), f"blocks {blocks} of {architecture.num_blocks(model)}"
 
 
 def check_rebuilt_is_the_original(architecture: Architecture, model: PreTrainedModel) -> None:
@@ -135,8 +134,8 @@ class _Call(NamedTuple):
     returned: Tensor
 
 
-def _calls(model: PreTrainedModel) -> dict[str, _Call]:
-    """{path: its first call} of every module with a weight, in the order of one forward pass."""
+def _calls(architecture: Architecture, model: PreTrainedModel) -> dict[str, _Call]:
+    """{path: its first call} of every module that a decided weight is multiplied in, in the order of a forward pass."""
     calls: dict[str, _Call] = {}
 
     def remember(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -146,8 +145,8 @@ def _calls(model: PreTrainedModel) -> dict[str, _Call]:
 
         return hook
 
-    modules = [(path, module) for path, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)]
-    handles = [module.register_forward_hook(remember(path)) for path, module in modules]
+    paths = [path for _, path in _multiplied(architecture, model)]
+    handles = [model.get_submodule(path).register_forward_hook(remember(path)) for path in paths]
     try:
         with torch.no_grad():
             model(_tokens(model))

@@ -1,0 +1,68 @@
+# Everything runs in its own virtual environment, made on first use and kept up to date with pyproject.toml.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_FLAGS ?= -n 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+DEMO := out/demo.family
+
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test check llamacpp picture bench-formats bench-scores clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
+	$(BIN)/anyfit fit -o $(DEMO) --force
+	$(BIN)/anyfit show $(DEMO) --budget 30%
+	$(BIN)/anyfit export $(DEMO) --budget 30% -o out/demo-30.gguf --force
+	$(BIN)/anyfit export $(DEMO) --budget 45% -o out/demo-45.gguf --force
+	$(BIN)/anyfit extract $(DEMO) --budget 30% -o out/demo-30 --force
+	@echo
+	@echo "Look at:  $(DEMO)/report.html      the frontier, and what each layer gets at any size"
+	@echo "          out/demo-30.gguf, out/demo-45.gguf    for llama.cpp, each with its model card"
+	@echo "          out/demo-30                           for transformers"
+	@echo "Try:      $(BIN)/anyfit export $(DEMO) --budget '3.5 bits' -o out/mine.gguf"
+
+test: $(VENV)/.dev  ## The whole suite but for the tests marked slow.
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: $(VENV)/.dev  ## Style, types, and the layers of docs/architecture.md.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+llamacpp: $(VENV)/.llamacpp  ## llama.cpp itself, compiled here: its checks are skipped without it.
+
+picture: $(VENV)/.installed  ## docs/frontier.png out of the demo's family.
+	$(BIN)/python -c 'from pathlib import Path; from anyfit import Family; from anyfit.report.plots import frontier_png; frontier_png(Family.open("$(DEMO)"), Path("docs/frontier.png"))'
+
+bench-formats: $(VENV)/.llamacpp  ## Uniform formats against llama.cpp's own quantiser. ASSETS=FOLDER adds models.
+	$(BIN)/python benchmarks/formats.py $(if $(ASSETS),--assets "$(ASSETS)")
+
+bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
+	$(BIN)/python benchmarks/scores.py
+
+clean:  ## The environment, the caches and everything that was made.
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find anyfit benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml
+	@echo "Installing into $(VENV), once. It takes a minute or two."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --retries 1 --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.llamacpp: $(VENV)/.installed
+	@echo "Compiling llama.cpp, once. It takes some ten minutes."
+	CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=2 $(PIP) install --editable '.[llamacpp]'
+	@touch $@

@@ -1,0 +1,204 @@
+"""Segments of text for the three purposes that must never share any: calibration, search and report."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from anyfit.calibration.text import Line, Passage, documents, find
+from anyfit.core.errors import DataError
+from anyfit.zoo import DATA
+from anyfit.zoo.corpus import modules
+
+PURPOSES = ("calibration", "search", "report")
+_SHARES = (0.70, 0.15, 0.15)
+_MANY_DOCUMENTS = 20
+"""From here on each document serves one purpose; with fewer, each is cut in three."""
+_BYTES_PER_TOKEN = 16
+"""More than any text takes: what is read for one segment so that it is full."""
+_NO_DATA = "Name some with --data: text files, a folder of them, or JSONL."
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Tokens by purpose, each (segments, length) int64. `description` says what the text was, `notes` what to know."""
+
+    calibration: Tensor
+    search: Tensor
+    report: Tensor
+    description: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Hash of the tokens themselves."""
+        content = hashlib.sha256()
+        for tokens in (self.calibration, self.search, self.report):
+            content.update(f"{tuple(tokens.shape)}".encode() + tokens.numpy().astype("<i8").tobytes())
+        return content.hexdigest()
+
+
+def load(
+    data: str | Path | Sequence[str | Path] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    num_calibration: int,
+    num_search: int,
+    num_report: int,
+    seed: int = 0,
+) -> Segments:
+    """Segments of `length` tokens, without overlap, drawn by `seed`.
+
+    `data` are UTF-8 text files, folders of them, JSONL with a `text` or the `messages` of a chat, or "stdlib",
+    the Python standard library. Users' text is divided 70/15/15 by size; the standard library by module. Where
+    there is too little text, there are fewer segments, and a note. Only as much is tokenised as is needed.
+    Raises `DataError` for text that can't be read or doesn't make one segment for each purpose.
+    """
+    wanted = dict(zip(PURPOSES, (num_calibration, num_search, num_report), strict=True))
+    parts, description, notes = _parts(data, tokenizer, seed)
+    reader = _Reader(tokenizer, length)
+    drawn = {purpose: reader.draw(parts[purpose], wanted[purpose], seed) for purpose in PURPOSES}
+    if not all(len(tokens) for tokens in drawn.values()):
+        raise _too_short(description, reader, parts)
+    for purpose, tokens in drawn.items():
+        if len(tokens) < wanted[purpose]:
+            notes.append(f"the text has {len(tokens)} segments of {length} tokens for {purpose}, not {wanted[purpose]}")
+    return Segments(**drawn, description=description, notes=tuple(notes))
+
+
+def held_out(
+    data: str | Path | Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    num_segments: int,
+    seed: int = 0,
+) -> tuple[Tensor, str]:
+    """Segments for measuring only, (segments, length) int64, from all of the text; of "stdlib", the report's part.
+
+    Returns them with a description. Raises `DataError` as `load` does.
+    """
+    if data == DATA:
+        passages, description = [Passage.of(text) for text in modules("report")], _stdlib()
+    else:
+        passages, description, _ = _documents(data, tokenizer)
+    reader = _Reader(tokenizer, length)
+    tokens = reader.draw(passages, num_segments, seed)
+    if not len(tokens):
+        raise DataError(
+            f"{description} has {reader.count(passages)} tokens, fewer than one segment of {length}.",
+            remedy="Take shorter segments (--length) or more text.",
+        )
+    return tokens, description
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its beginning-of-sequence token before any text by itself."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
+
+
+class _Reader:
+    """Draws segments from passages. A segment starts with BOS where the tokenizer adds it by itself."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self._tokenizer = tokenizer
+        self._prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self.length = length
+        self.payload = length - len(self._prefix)
+        if self.payload < 1 or length < 2:
+            raise DataError(f"Segments of {length} tokens predict nothing.", remedy="Take at least a few hundred tokens.")
+
+    def draw(self, passages: Sequence[Passage], wanted: int, seed: int) -> Tensor:
+        """At most `wanted` segments, (segments, length) int64: all that fit where the text is scarce."""
+        line, rng = Line(passages), np.random.default_rng(seed)
+        block = self.payload * _BYTES_PER_TOKEN
+        num_blocks = line.size // block
+        if num_blocks <= wanted:
+            ids = self._tokens(line, 0, line.size)
+            starts = rng.permutation(len(ids) // self.payload)[:wanted] * self.payload
+            payloads = [ids[at : at + self.payload] for at in sorted(starts.tolist())]
+        else:
+            payloads = []
+            for index in rng.permutation(num_blocks).tolist():
+                ids = self._tokens(line, index * block, (index + 1) * block)
+                if len(ids) >= self.payload:
+                    payloads.append(ids[: self.payload])
+                if len(payloads) == wanted:
+                    break
+        rows = [self._prefix + payload for payload in payloads]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
+
+    def count(self, passages: Sequence[Passage]) -> int:
+        """How many tokens the passages have. Only for text known to be short."""
+        line = Line(passages)
+        return len(self._tokens(line, 0, line.size))
+
+    def _tokens(self, line: Line, start: int, stop: int) -> list[int]:
+        """Of all the text between two bytes; the tokenizer's end token, where it has one, between passages."""
+        ids: list[int] = []
+        for pieces in line.read(start, stop):
+            ids += self._end if ids else []
+            for encoded in self._tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]:
+                ids += encoded
+        return ids
+
+
+def _parts(
+    data: str | Path | Sequence[str | Path] | None, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[dict[str, list[Passage]], str, list[str]]:
+    if data is None:
+        raise DataError("There is no text to calibrate and measure with.", remedy=_NO_DATA)
+    if data == DATA:
+        splits = dict(zip(PURPOSES, ("train", "search", "report"), strict=True))
+        return {purpose: [Passage.of(text) for text in modules(split)] for purpose, split in splits.items()}, _stdlib(), []
+    passages, description, notes = _documents(data, tokenizer)
+    return _divide(passages, seed), description, notes
+
+
+def _documents(data: str | Path | Sequence[str | Path], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Passage], str, list[str]]:
+    files, notes = find(data)
+    passages, more = documents(files, tokenizer)
+    named = ", ".join(path.name for path in files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
+    return passages, named, notes + more
+
+
+def _divide(passages: list[Passage], seed: int) -> dict[str, list[Passage]]:
+    """Few documents: each is cut in three. Many: each goes whole to the purpose that lacks most."""
+    parts: dict[str, list[Passage]] = {purpose: [] for purpose in PURPOSES}
+    if len(passages) < _MANY_DOCUMENTS:
+        for passage in passages:
+            for purpose, piece in zip(PURPOSES, passage.cut(_SHARES), strict=True):
+                parts[purpose].append(piece)
+        return parts
+    total = sum(passage.size for passage in passages)
+    lacking = {purpose: share * total for purpose, share in zip(PURPOSES, _SHARES, strict=True)}
+    for index in np.random.default_rng(seed).permutation(len(passages)).tolist():
+        purpose = max(lacking, key=lambda name: lacking[name])
+        parts[purpose].append(passages[index])
+        lacking[purpose] -= passages[index].size
+    return parts
+
+
+def _stdlib() -> str:
+    return f"the standard library of Python {platform.python_version()}"
+
+
+def _too_short(description: str, reader: _Reader, parts: dict[str, list[Passage]]) -> DataError:
+    counts = {purpose: reader.count(passages) for purpose, passages in parts.items()}
+    listed = ", ".join(f"{count} for {purpose}" for purpose, count in counts.items())
+    return DataError(
+        f"{description} has {sum(counts.values())} tokens ({listed}); each of the three needs a segment of {reader.length}, "
+        f"in all about {round(reader.payload / min(_SHARES))}.",
+        remedy="Take shorter segments (--length) or more text.",
+    )

@@ -1,0 +1,187 @@
+"""Text from files: found, checked, and read in parts, so that no size of input needs more memory than a part."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from anyfit.core.errors import DataError
+
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+"""What is taken from a folder. A file that is named by itself may be called anything."""
+_PIECE = 1 << 16
+_LARGEST_JSONL = 64_000_000
+"""Bytes of rows that are read from one file; of a longer one, evenly spaced blocks."""
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Consecutive text: bytes `start` to `stop` of a file, or of `content` where it is in memory."""
+
+    path: Path | None
+    start: int
+    stop: int
+    content: bytes = b""
+
+    @classmethod
+    def of(cls, text: str) -> Passage:
+        content = text.encode()
+        return cls(None, 0, len(content), content)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def cut(self, shares: Sequence[float]) -> list[Passage]:
+        """One after the other, each with its share of the bytes."""
+        ends = [self.start + round(self.size * share) for share in accumulate(shares)]
+        return [Passage(self.path, a, b, self.content) for a, b in zip([self.start, *ends], ends, strict=False)]
+
+    def read(self, start: int, stop: int) -> str:
+        """The characters that lie whole within these bytes, counted from the passage's own start.
+
+        Raises `DataError` for bytes that are not UTF-8.
+        """
+        start, stop = self.start + start, min(self.start + stop, self.stop)
+        if self.path is None:
+            return _decode(self.content[start:stop], start, Path("text"))
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return _decode(file.read(stop - start), start, self.path)
+
+
+class Line:
+    """Passages end to end, addressed by byte."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self._passages = [passage for passage in passages if passage.size]
+        self._starts = [0, *accumulate(passage.size for passage in self._passages)]
+
+    @property
+    def size(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> Iterator[list[str]]:
+        """The text of each passage that these bytes touch, in pieces short enough for any tokenizer."""
+        for index in range(bisect_right(self._starts, start) - 1, len(self._passages)):
+            passage, offset = self._passages[index], self._starts[index]
+            if offset >= stop:
+                return
+            first, last = max(start - offset, 0), min(stop - offset, passage.size)
+            yield [passage.read(at, min(at + _PIECE, last)) for at in range(first, last, _PIECE)]
+
+
+def find(data: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """The files that the user named, folders looked through, with notes of what was left out. Raises `DataError`."""
+    named = [Path(data)] if isinstance(data, str | Path) else [Path(item) for item in data]
+    if not named:
+        raise DataError("No text was named.", remedy="Name text files, a folder of them, or JSONL.")
+    files: list[Path] = []
+    notes: list[str] = []
+    for path in (path.expanduser() for path in named):
+        if not path.exists():
+            raise DataError(f"There is no file or folder {path}.", remedy="Check the path that was given as data.")
+        if path.is_file() and not path.stat().st_size:
+            raise DataError(f"{path} is empty.", remedy="Name a file with text in it.")
+        files += _in_folder(path, notes) if path.is_dir() else [path]
+    return list(dict.fromkeys(files)), notes
+
+
+def documents(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Passage], list[str]]:
+    """One passage for each text file and for each row of JSONL, with notes. Raises `DataError`."""
+    passages: list[Passage] = []
+    notes: list[str] = []
+    for path in files:
+        if path.suffix == ".jsonl":
+            passages += [Passage.of(text) for text in _rows(path, tokenizer, notes)]
+        else:
+            passages.append(Passage(path, 0, path.stat().st_size))
+    return passages, notes
+
+
+def _in_folder(folder: Path, notes: list[str]) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    files = [path for path in found if path.stat().st_size]
+    if not files:
+        raise DataError(
+            f"{folder} has no text files ({', '.join(SUFFIXES)}).", remedy="Name the files themselves if they are called otherwise."
+        )
+    if len(files) < len(found):
+        notes.append(f"{len(found) - len(files)} empty files in {folder} were left out")
+    return files
+
+
+def _decode(content: bytes, offset: int, path: Path) -> str:
+    """Without the parts of a character that the ends cut off."""
+    first = 0
+    if offset:
+        first = next((i for i, byte in enumerate(content[:3]) if byte & 0xC0 != 0x80), min(3, len(content)))
+    try:
+        return content[first:].decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        at = first + error.start
+        if error.reason == "unexpected end of data" and at >= len(content) - 3:
+            return content[first:at].decode()
+        raise DataError(
+            f"{path} is not UTF-8: byte {offset + at} is 0x{content[at]:02x}.",
+            remedy="Save it as UTF-8, for example: iconv -f LATIN1 -t UTF-8 OLD > NEW.",
+        ) from error
+
+
+def _rows(path: Path, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Iterator[str]:
+    size = path.stat().st_size
+    if size <= _LARGEST_JSONL:
+        with path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _row(line, f"{path}, line {number}", path, offset, tokenizer)
+                offset += len(line)
+        return
+    num_blocks = _LARGEST_JSONL // _BLOCK
+    notes.append(f"{path.name}: {num_blocks} evenly spaced blocks of {_BLOCK >> 20} MiB were read, not all of it")
+    with path.open("rb") as file:
+        for block in range(num_blocks):
+            file.seek(block * (size - _BLOCK) // (num_blocks - 1))
+            if block:
+                file.readline()
+            end = file.tell() + _BLOCK
+            while (offset := file.tell()) < end and (line := file.readline()):
+                if line.strip():
+                    yield _row(line, f"{path}, at byte {offset}", path, offset, tokenizer)
+
+
+def _row(line: bytes, where: str, path: Path, offset: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        row = json.loads(_decode(line, 0, path)) if not offset else json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: byte {offset + error.start}.", remedy="Save it as UTF-8.") from error
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}).", remedy="Write one JSON object a line.") from error
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return str(row["text"])
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        return _conversation(row["messages"], where, tokenizer)
+    raise DataError(f'{where} has neither "text" nor "messages".', remedy='Write rows such as {"text": "..."}.')
+
+
+def _conversation(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(f'{where} has "messages", but the tokenizer has no chat template.', remedy='Give rows with "text".')
+    render: Callable[..., Any] = tokenizer.apply_chat_template
+    try:
+        return str(render(messages, tokenize=False))
+    except (jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{where}: the chat template refuses its messages ({error}).",
+            remedy='Each message needs a "role" and a "content" that the template knows.',
+        ) from error

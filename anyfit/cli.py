@@ -1,0 +1,411 @@
+"""The command line: one command for each public function, with the same names.
+
+Nothing heavy is imported before a command needs it. The answer goes to standard output, as tables or, with
+`--json`, as exactly one JSON document; everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import sys
+import webbrowser
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from anyfit.core.budget import BYTES, describe
+from anyfit.core.errors import OutputError, UnknownNameError, UserError
+from anyfit.core.files import output_error
+from anyfit.core.registry import Registry
+from anyfit.formats import formats as all_formats
+from anyfit.progress import duration, to_stderr
+from anyfit.recipes import recipes as all_recipes
+from anyfit.targets import targets as all_targets
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from anyfit.family import Family, Point
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    help="Train once. Fit any budget: one run turns a network into a family, and any size is taken from it in seconds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Argument(help="A model folder or hub id. Default: the small embedded model.")]
+FamilyPath = Annotated[Path, typer.Argument(metavar="FAMILY", help="The folder that `anyfit fit` wrote.")]
+Data = Annotated[list[str] | None, typer.Option(help="Text: a file, a folder of files, or JSONL. May be repeated.")]
+TargetName = Annotated[str, typer.Option("--target", help="The runtime to write for: see `anyfit targets`.")]
+Formats = Annotated[list[str] | None, typer.Option("--formats", "--format", help="Formats to offer, `Q4_K,Q6_K`. Default: the target's.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="The method: see `anyfit recipes`.")]
+Budgets = Annotated[list[str], typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated; all hold.")]
+MaybeBudgets = Annotated[list[str] | None, typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens in a segment of text. Default: the model's context, at most 2048.")]
+Segments = Annotated[int | None, typer.Option(min=1, help="How many segments of text to use.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found out: the document for `--json`, and what a person is shown instead."""
+
+    document: Any
+    shown: tuple[RenderableType, ...]
+
+
+def _command(function: Callable[..., Answer]) -> Callable[..., None]:
+    """Make `function` a command. Prints its answer, by its option `json_`, and turns errors into exit codes."""
+
+    @app.command()
+    @functools.wraps(function)
+    def guarded(**options: Any) -> None:
+        as_json = options["json_"]
+        try:
+            with redirect_stdout(sys.stderr):
+                answer = function(**options)
+        except UserError as error:
+            _fail(error, as_json)
+        except OSError as error:
+            _fail(_user_error(error), as_json)
+        except KeyboardInterrupt:
+            print("\nStopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        _print(answer, as_json)
+
+    return guarded
+
+
+def _fail(error: UserError, as_json: bool) -> NoReturn:
+    print(f"error: {error.problem}", file=sys.stderr)
+    if error.remedy:
+        print(f"  {error.remedy}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": error.problem, "remedy": error.remedy}, ensure_ascii=False))
+    raise typer.Exit(USER_ERROR) from error
+
+
+def _user_error(error: OSError) -> UserError:
+    """What the file system refused, if that is the user's to mend; else the error is ours and is raised again."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return output_error(error, Path(error.filename or "the output"))
+    if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+        return OutputError(f"{error.filename}: {error.strerror}.", remedy="Check the path and its permissions.")
+    raise error
+
+
+def _print(answer: Answer, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer.document, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    for part in answer.shown:
+        console.print(part)
+
+
+def _names(given: Iterable[str] | None) -> list[str] | None:
+    """Repeated and comma-separated names as one list."""
+    return [name.strip() for part in given for name in part.split(",") if name.strip()] if given else None
+
+
+def _require_known(registry: Registry[Any], names: Iterable[str]) -> None:
+    """Refuse a misspelt name at once, before anything heavy is imported."""
+    for name in names:
+        if name not in registry:
+            raise UnknownNameError(registry.kind, name, registry)
+
+
+def _require_all_known(target: str, recipe: str, formats: list[str] | None) -> None:
+    _require_known(all_targets, [target])
+    _require_known(all_recipes, [recipe])
+    _require_known(all_formats, formats or [])
+
+
+@app.callback(invoke_without_command=True)
+def main(show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False) -> None:
+    if show_version:
+        print(version("anyfit"))
+        raise typer.Exit
+
+
+@_command
+def plan(
+    model: Model = None,
+    data: Data = None,
+    target: TargetName = "llama.cpp",
+    formats: Formats = None,
+    recipe: RecipeName = "gptq",
+    budget: MaybeBudgets = None,
+    length: Length = None,
+    segments: Segments = None,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> Answer:
+    """What a fit would need and offer: memory, disk, time, sizes, coverage. Writes nothing."""
+    wanted = _names(formats)
+    _require_all_known(target, recipe, wanted)
+    from anyfit import api
+    from anyfit.report import tables
+
+    found = api.plan(
+        model,
+        data=data,
+        target=target,
+        formats=wanted,
+        recipe=recipe,
+        budget=budget,
+        length=length,
+        segments=segments,
+        trust_remote_code=trust_remote_code,
+        progress=to_stderr(),
+    )
+    rows = [
+        ("model", f"{found.model}: {found.num_parameters:,} parameters, {describe(BYTES, found.original_bytes)}"),
+        ("for", f"{found.target}, by {found.recipe}, in {', '.join(found.formats)}"),
+        ("sizes", f"{describe(BYTES, found.smallest_bytes)} to {describe(BYTES, found.largest_bytes)}"),
+        ("memory", describe(BYTES, found.memory_bytes)),
+        ("disk", describe(BYTES, found.disk_bytes)),
+        ("time", f"about {duration(found.seconds)}"),
+    ]
+    shown: list[RenderableType] = [tables.listing(rows, "", "")]
+    shown += [tables.refusals(found.coverage)] if found.coverage else []
+    return Answer(found.to_json(), (*shown, *found.notes))
+
+
+@_command
+def fit(
+    model: Model = None,
+    data: Data = None,
+    target: TargetName = "llama.cpp",
+    formats: Formats = None,
+    recipe: RecipeName = "gptq",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The family's folder. Default: MODEL.family.")] = None,
+    length: Length = None,
+    segments: Segments = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which segments of the text are drawn.")] = 0,
+    trust_remote_code: RemoteCode = False,
+    force: Force = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again, instead of going on with a stopped run.")] = False,
+    json_: Json = False,
+) -> Answer:
+    """Turn a network into a family: one run, then any size in seconds."""
+    wanted = _names(formats)
+    _require_all_known(target, recipe, wanted)
+    from anyfit import api
+    from anyfit.report import summary, tables
+
+    family = api.fit(
+        model,
+        data=data,
+        target=target,
+        formats=wanted,
+        recipe=recipe,
+        output=output,
+        length=length,
+        segments=segments,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        force=force,
+        restart=restart,
+        progress=to_stderr(),
+    )
+    return Answer(summary.family_json(family), (_headline(family), tables.frontier(family), _page(family), *_next(family)))
+
+
+@_command
+def show(
+    family: FamilyPath,
+    budget: MaybeBudgets = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    json_: Json = False,
+) -> Answer:
+    """The frontier of a family and, at a budget, what each layer got."""
+    from anyfit.family import Family
+    from anyfit.report import summary, tables
+
+    opened = Family.open(family)
+    chosen = opened.select(budget) if budget else None
+    document = summary.family_json(opened) | {"page": str(opened.path / "report.html")}
+    shown: list[RenderableType] = [_headline(opened), tables.frontier(opened, chosen)]
+    if chosen:
+        document["chosen"] = summary.point_json(chosen) | {"formats": chosen.config.formats}
+        shown += [f"\n{opened.budget(budget or [])}: {_described(opened, chosen)}", tables.layers(opened, chosen.config)]
+    if opened.coverage:
+        shown += ["", tables.refusals(opened.coverage)]
+    if open_:
+        webbrowser.open((opened.path / "report.html").resolve().as_uri())
+    return Answer(document, (*shown, *opened.notes, _page(opened)))
+
+
+@_command
+def export(
+    family: FamilyPath,
+    budget: Budgets,
+    output: Annotated[Path, typer.Option("--output", "-o", help="What to write. The target's suffix is added if it is missing.")],
+    force: Force = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Don't load the written model back.")] = False,
+    json_: Json = False,
+) -> Answer:
+    """Write the best model within a budget for the family's target, and load it back."""
+    from anyfit.family import Family
+    from anyfit.report import tables
+
+    opened = Family.open(family)
+    suffix = all_targets.get(opened.target).suffix
+    path = output if output.name.endswith(suffix) else output.with_name(output.name + suffix)
+    made = opened.export(budget, path, force=force, check=not no_check, progress=to_stderr())
+    headline = f"{made.path}: {made.bytes_:,} bytes within {made.budget}, in {duration(made.seconds)}"
+    checks = tables.listing([("passed" if c.passed else "FAILED", c.name, c.detail) for c in made.checks], "", "check", "")
+    return Answer(made.to_json(), (headline, _described(opened, made.point), *([checks] if made.checks else ["Not loaded back."])))
+
+
+@_command
+def extract(
+    family: FamilyPath,
+    budget: Budgets,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    force: Force = False,
+    json_: Json = False,
+) -> Answer:
+    """Write the best model within a budget as an ordinary transformers folder, with decoded weights.
+
+    The budget is that of the family's own target; the folder itself holds floating-point numbers and is larger.
+    """
+    from anyfit.core.files import refuse_existing
+    from anyfit.family import Family
+
+    opened = Family.open(family)
+    refuse_existing(output, force=force)
+    point = opened.select(budget)
+    _save(opened, point, output)
+    document = {"path": str(output), "bytes_as_exported": point.bytes_, "bits": point.bits, "config": point.config.to_json()}
+    return Answer(document, (f"{output}: as exported for {opened.target}, {_described(opened, point)}",))
+
+
+@_command
+def evaluate(
+    subject: Annotated[str, typer.Argument(help="A family (with --budget), a model folder or hub id, or a GGUF file.")],
+    budget: MaybeBudgets = None,
+    data: Data = None,
+    against: Annotated[str | None, typer.Option(help="The original, which divergence and agreement are taken to.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Names of lm-eval tasks, `arc_easy,piqa`.")] = None,
+    length: Length = None,
+    segments: Segments = None,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> Answer:
+    """Measure a model on held-out text: perplexity, divergence, agreement, with standard errors."""
+    from anyfit import api
+    from anyfit.report import summary, tables
+
+    found = api.evaluate(
+        subject,
+        budget=budget,
+        data=data,
+        against=against,
+        tasks=_names(tasks),
+        length=length,
+        segments=segments,
+        trust_remote_code=trust_remote_code,
+        progress=to_stderr(),
+    )
+    shown: list[RenderableType] = [f"{found.subject} on {found.text}", tables.quality(found.quality, found.original)]
+    shown += [tables.listing(summary.flat(found.tasks), "task", "value")] if found.tasks else []
+    return Answer(found.to_json(), tuple(shown))
+
+
+@_command
+def targets(json_: Json = False) -> Answer:
+    """The runtimes that models are written for."""
+    return _listed(all_targets, "target")
+
+
+@_command
+def recipes(json_: Json = False) -> Answer:
+    """The methods that make a family."""
+    from anyfit.report import tables
+
+    found = [all_recipes.get(name) for name in all_recipes]
+    document = [{"name": r.name, "title": r.title, "paper": r.paper, "about": r.about} for r in found]
+    return Answer(document, (tables.listing([(r.name, r.paper, f"{r.title}. {r.about}") for r in found], "recipe", "paper", "about"),))
+
+
+@_command
+def formats(json_: Json = False) -> Answer:
+    """The ways in which weights are stored, with what they cost and who loads them."""
+    from anyfit.report import tables
+
+    loads = {name: all_targets.get(name).formats for name in all_targets}
+    found = [(name, all_formats.get(name)) for name in all_formats]
+    document = [
+        {"name": name, "bits": f.bits, "row_multiple": f.block, "targets": [t for t in loads if name in loads[t]]}
+        for name, f in sorted(found, key=lambda pair: (pair[1].bits, pair[0]))
+    ]
+    rows = [(str(d["name"]), f"{d['bits']:g}", str(d["row_multiple"]), ", ".join(d["targets"])) for d in document]
+    return Answer(document, (tables.listing(rows, "format", "bits per weight", "rows in multiples of", "loaded by"),))
+
+
+def _listed(registry: Registry[Any], kind: str) -> Answer:
+    from anyfit.report import tables
+
+    rows = [(name, registry.about(name)) for name in registry]
+    return Answer([{"name": name, "about": about} for name, about in rows], (tables.listing(rows, kind, "about"),))
+
+
+def _headline(family: Family) -> str:
+    original = family.original
+    return (
+        f"{family.path}: {len(family.frontier)} sizes of {original.name} for {family.target} "
+        f"({original.num_parameters:,} parameters, {describe(BYTES, original.bytes_)} as {original.dtype}, "
+        f"perplexity {original.report.perplexity:.2f})\n"
+    )
+
+
+def _page(family: Family) -> str:
+    return f"\nThe page: {family.path / 'report.html'}"
+
+
+def _next(family: Family) -> tuple[str, ...]:
+    middle = family.frontier[len(family.frontier) // 2]
+    suffix = all_targets.get(family.target).suffix
+    return (f"Next:     anyfit export {family.path} --budget {describe(BYTES, middle.bytes_).replace(' ', '')} -o {family.name}{suffix}",)
+
+
+def _described(family: Family, point: Point) -> str:
+    """A config's size and quality in one line; says whether the quality was measured."""
+    from anyfit.report import summary
+
+    costs = f"{point.bytes_:,} bytes, {point.bits:.2f} bits per weight, "
+    if point.report is None:
+        return costs + f"expected KL to the original {family.expected(point.predicted):.3g} (this very mix was not measured)"
+    kl = summary.plus_minus(point.report.kl_mean, point.report.kl_stderr)
+    return costs + f"measured KL to the original {kl}, perplexity {point.report.perplexity:.2f}"
+
+
+def _save(family: Family, point: Point, path: Path) -> None:
+    """A transformers folder: decoded weights, and everything that travels with the model."""
+    import shutil
+
+    from anyfit.core.files import written_aside
+    from anyfit.report.card import model_card
+
+    with written_aside(path) as aside:
+        family.extract(point.config).save_pretrained(aside)
+        for file in sorted(family.source.folder.iterdir()):
+            if not (aside / file.name).exists():
+                shutil.copyfile(file, aside / file.name)
+        (aside / "README.md").write_text(model_card(family, point, path.name, target="transformers"), encoding="utf-8")

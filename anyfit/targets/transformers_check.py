@@ -1,0 +1,134 @@
+"""Whether a written folder is what it should be: read tensor by tensor, then loaded by transformers in another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anyfit.architectures import architecture_of
+from anyfit.checkpoint import Source
+from anyfit.core.config import Config
+from anyfit.targets import compressed_tensors, transformers_reader
+from anyfit.targets.base import Check
+from anyfit.targets.compressed_tensors import DTYPES, Place
+from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot
+
+LOGITS_BAR = 1e-4
+"""Largest difference of a logit. The weights are equal to the bit; threads may add them up in another order."""
+_TEXT = "def anyfit(x):\n    return 'ünïcode', [1, 2.5]\n"
+
+
+def checks(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    """See `Target.check`. The later ones are left out where an earlier one fails."""
+    skeleton = source.skeleton()
+    chosen = [
+        (compressed_tensors.place(skeleton, weight), config.format(weight.name)) for weight in architecture_of(skeleton).weights(skeleton)
+    ]
+    try:
+        audit = _audit(path, source, chosen)
+        if audit.passed:
+            values = _values(path, source, chosen, model)
+            return audit, values, *(_loads(path, source, chosen, model, tokens) if values.passed else ())
+    except (SafetensorError, OSError) as error:
+        audit = Check("tensors", False, f"{path} can't be read: {error}")
+    return (audit,)
+
+
+def _audit(path: Path, source: Source, chosen: list[tuple[Place, str]]) -> Check:
+    """Each tensor once, of the right type and shape, and the files exactly as long as that makes them."""
+    expected = {name: Slot.of(name, tensor) for name, tensor in source.passthrough.items()}
+    expected |= {slot.name: slot for held, name in chosen for slot in held.slots(name)}
+    files = sorted(path.glob("*.safetensors"))
+    found: dict[str, Slot] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict: it has no iterator of its own)
+                if name in found:
+                    return Check("tensors", False, f"{name} is stored twice")
+                found[name] = Slot.of(name, opened.get_tensor(name))
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        return Check("tensors", False, f"{len(wrong)} tensors are missing, left over, or of another type or shape: {', '.join(wrong[:5])}")
+    predicted = len(files) * EMPTY_BYTES + sum(slot.bytes_ for slot in expected.values())
+    size = sum(file.stat().st_size for file in files)
+    return Check("tensors", size == predicted, f"{len(found)} tensors, each once; {size} bytes where {predicted} were predicted")
+
+
+def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: PreTrainedModel) -> Check:
+    """Each tensor, read and decoded, against the extracted model's."""
+    files = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file)
+
+    def read(name: str) -> Tensor:
+        with safe_open(files[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    stored = model.state_dict()
+    wrong = [name for name in source.passthrough if not torch.equal(read(name).to(stored[name].dtype), stored[name])]
+    for held, name in chosen:
+        tensors = {slot.name: read(slot.name) for slot in held.slots(name)}
+        if not torch.equal(held.decode(name, tensors), stored[held.weight.name].float()):
+            wrong.append(held.weight.name)
+    detail = f"not the extracted model's: {', '.join(wrong[:5])}" if wrong else "every tensor equals the extracted model's to the bit"
+    return Check("values", not wrong, detail)
+
+
+def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    if any(name not in DTYPES for _, name in chosen) and (missing := _lacks_runtime()):
+        return (Check("transformers", True, f"skipped: {missing}"),)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({"tokens": tokens.contiguous()}, Path(folder, "tokens.safetensors"))
+        arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", _TEXT, str(torch.get_num_threads())]
+        # -P keeps anyfit's own folder, where the program lies, from being searched for modules
+        command = [sys.executable, "-P", transformers_reader.__file__, *arguments, *(["trust"] if source.trust_remote_code else [])]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
+            return (Check("transformers", False, f"from_pretrained failed: {last}"),)
+        report = json.loads(Path(folder, "out.json").read_text(encoding="utf-8"))
+        logits = load_file(Path(folder, "out.safetensors"))["logits"]
+    return _compare(report, logits, source, model, tokens)
+
+
+def _compare(report: Mapping[str, Any], logits: Tensor, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    """What the other process found, against the extracted model and the original's tokenizer."""
+    assert not report["anyfit"], "the reader must not need anyfit"
+    own = {name: transformers_reader.digest(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    wrong = sorted(name for name, digest in own.items() if report["digests"].get(name) != digest)
+    with torch.no_grad():
+        difference = float((model(tokens).logits.float() - logits).abs().max())
+    same_tokens = report["text"] == source.tokenizer()(_TEXT)["input_ids"]
+    complaints = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in report["complaints"].items())
+    loaded = "loaded in another process, every parameter equal to the bit"
+    return (
+        Check("transformers", not wrong and not complaints, f"differ: {', '.join(wrong[:5])} {complaints}" if wrong or complaints else loaded),
+        Check("logits", difference <= LOGITS_BAR, f"largest difference {difference:.1e} (bar {LOGITS_BAR:.0e})"),
+        Check("tokenizer", same_tokens, "loads and reads a probe text as the original's does" if same_tokens else "reads a probe text otherwise"),
+    )
+
+
+def _lacks_runtime() -> str | None:
+    """What to install before a folder with integers can be loaded; None where it is there."""
+    needed = f"compressed-tensors>={compressed_tensors.VERSION}"
+    try:
+        installed = version("compressed-tensors")
+    except PackageNotFoundError:
+        return f"loading integers needs {needed}, which is not installed; pip install '{needed}'"
+    if Version(installed) < Version(compressed_tensors.VERSION):
+        return f"loading these integers needs {needed}, and {installed} is installed; pip install '{needed}'"
+    return None

@@ -1,0 +1,47 @@
+"""A program of its own, run without anyfit: load a folder as anyone would, and say what came of it.
+
+Usage: python transformers_reader.py FOLDER TOKENS OUTPUT TEXT THREADS [trust]. TOKENS is a safetensors file with
+`tokens`. Writes OUTPUT.safetensors (`logits`) and OUTPUT.json: a hash of each parameter, the tokens of TEXT, the names
+that the loader missed or had left over, and whether anyfit was imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def digest(tensor: Tensor) -> str:
+    """Hash of the values in float32. Zero has two signs; adding zero leaves one."""
+    values = (tensor.detach().float() + 0.0).contiguous()
+    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def main(folder: str, tokens: str, output: str, text: str, threads: str, trust: str = "") -> None:
+    torch.set_num_threads(int(threads))
+    allowed = trust == "trust"
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=allowed, output_loading_info=True
+    )
+    with torch.no_grad():
+        logits = model.eval()(load_file(tokens)["tokens"]).logits
+    save_file({"logits": logits.contiguous()}, f"{output}.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=allowed)
+    report = {
+        "digests": {name: digest(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)},
+        "text": tokenizer(text)["input_ids"],
+        "complaints": {kind: sorted(map(str, names)) for kind, names in found.items() if names},
+        "anyfit": any(name.partition(".")[0] == "anyfit" for name in sys.modules),
+    }
+    Path(f"{output}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,36 @@
+"""Conformance of any quantizer: what the pipeline relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.formats.base import Format
+from anyfit.quantizers.base import Quantizer, output_error
+
+
+def check_quantizer(quantizer: Quantizer, formats: Sequence[Format]) -> None:
+    """Raises AssertionError where the quantizer breaks its contract on one of `formats`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 512, generator=generator) * torch.randn(512, generator=generator).exp()
+    x[:, 5] = 0
+    weight = torch.randn(12, 512, generator=generator) * 0.1
+    weight[3] = 0
+    for statistics in (InputStatistics(x.T @ x / 600, 600), InputStatistics.unknown(512)):
+        kept_weight, kept_hessian = weight.clone(), statistics.hessian.clone()
+        prepared = quantizer.prepare(statistics)
+        for format_ in formats:
+            encoded = quantizer.encode(weight, prepared, format_)
+            assert encoded.data.dtype == torch.uint8, "variants are bytes"
+            assert encoded.data.shape == (12, format_.row_bytes(512)), "as many bytes as the format says"
+            values = format_.decode(encoded.data)
+            assert values.isfinite().all(), "finite weights stay finite"
+            error = output_error(weight - values, statistics.hessian)
+            assert abs(error - encoded.error) <= 1e-5 * error + 1e-12, "the error is that of the stored bytes"
+            again = quantizer.encode(weight, quantizer.prepare(statistics), format_)
+            assert torch.equal(again.data, encoded.data), "the same in, the same out"
+            rows = quantizer.encode(weight[4:9].contiguous(), prepared, format_)
+            assert torch.equal(rows.data, encoded.data[4:9]), "a row doesn't depend on its neighbours"
+        assert torch.equal(weight, kept_weight) and torch.equal(statistics.hessian, kept_hessian), "inputs are not changed"

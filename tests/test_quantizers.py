@@ -1,0 +1,136 @@
+"""GPTQ and rounding against independent computations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.formats import formats
+from anyfit.formats.base import SPAN, GridFormat
+from anyfit.quantizers import gptq as gptq_module
+from anyfit.quantizers import quantizers
+from anyfit.quantizers.base import output_error
+from anyfit.quantizers.gptq import column_order, inverse_factor
+from anyfit.testing.quantizers import check_quantizer
+
+GRIDS = ("Q2_K", "Q4_K", "Q6_K", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4", "int3_asym", "int4_sym")
+
+
+def correlated(columns: int, seed: int = 0, count: int = 2048) -> InputStatistics:
+    """Inputs with log-normal channel scales and strong correlations."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    x = torch.randn(count, columns, generator=generator) @ mixing * torch.randn(columns, generator=generator).exp()
+    return InputStatistics(x.T @ x / count, count)
+
+
+def matrix(rows: int, columns: int, seed: int = 1) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def grid(name: str) -> GridFormat:
+    format_ = formats.get(name)
+    assert isinstance(format_, GridFormat)
+    return format_
+
+
+@pytest.mark.parametrize("name", quantizers)
+def test_conformance(name: str) -> None:
+    check_quantizer(quantizers.get(name), [formats.get(f) for f in ("Q2_K", "Q4_K", "Q8_0", "MXFP4", "int3_asym", "BF16")])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_gptq_without_correlations_is_rounding(name: str) -> None:
+    """A diagonal H leaves nothing to compensate with, and each column weighs what its mean square says."""
+    weight = matrix(24, 512)
+    diagonal = torch.rand(512, generator=torch.Generator().manual_seed(3)) + 0.5
+    statistics = InputStatistics(diagonal.diag(), 100)
+    gptq, rtn = quantizers.get("gptq"), quantizers.get("rtn")
+    prepared = gptq.prepare(statistics)
+    damped = InputStatistics(prepared.importance.diag(), 100)
+    ours = gptq.encode(weight, prepared, grid(name)).data
+    plain = rtn.encode(weight, damped, grid(name)).data
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128, 256])
+def test_blocks_of_updates_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics = matrix(16, 512), correlated(512)
+    gptq = quantizers.get("gptq")
+    expected = gptq.encode(weight, gptq.prepare(statistics), grid("Q3_K"))
+    monkeypatch.setattr(gptq_module, "CHUNK", chunk)
+    found = gptq.encode(weight, gptq.prepare(statistics), grid("Q3_K"))
+    assert found.error == pytest.approx(expected.error, rel=0.02)
+    assert (found.data == expected.data).float().mean() > 0.9
+
+
+def test_matches_the_textbook_column_loop() -> None:
+    """The paper's algorithm 1, written naively in float64 with the inverse updated by elimination."""
+    weight, statistics, format_ = matrix(8, 256), correlated(256), grid("Q8_0")
+    gptq = quantizers.get("gptq")
+    prepared = gptq.prepare(statistics)
+    scales = format_.fit(weight, prepared.importance)
+    group = torch.arange(256) // format_.group
+    scale, offset = scales.scale[:, group].double(), scales.offset[:, group].double()
+    hessian = statistics.hessian.double()
+    hessian += gptq_module.DAMPING * hessian.diagonal().mean() * torch.eye(256, dtype=torch.float64)
+    inverse, free, expected = torch.linalg.inv(hessian), weight.double().clone(), torch.empty(8, 256, dtype=torch.float64)
+    for j in column_order(statistics.diagonal).tolist():
+        code = ((free[:, j] + offset[:, j]) / scale[:, j]).round().clamp(format_.levels.min(), format_.levels.max())
+        expected[:, j] = code * scale[:, j] - offset[:, j]
+        free -= torch.outer((free[:, j] - expected[:, j]) / inverse[j, j], inverse[j])
+        inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    found = format_.decode(gptq.encode(weight, prepared, format_).data)
+    same = (found - expected.float()).abs() < 1e-6
+    assert same.float().mean() > 0.97, "float32 may tip a rounding, and what follows it, but not many"
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_compensation_pays_on_correlated_inputs(name: str) -> None:
+    weight, statistics = matrix(64, 512), correlated(512)
+    gptq, rtn = quantizers.get("gptq"), quantizers.get("rtn")
+    ours = gptq.encode(weight, gptq.prepare(statistics), grid(name)).error
+    plain = rtn.encode(weight, rtn.prepare(statistics), grid(name)).error
+    assert ours < plain / 1.5
+
+
+def test_error_is_the_mean_squared_output_error() -> None:
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    difference = matrix(10, 64)
+    expected = (x @ difference.T).square().sum(1).mean()
+    assert output_error(difference, x.T @ x / 500) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_factor_inverts_the_damped_hessian() -> None:
+    hessian = correlated(64).hessian.double()
+    factor, notes = inverse_factor(hessian)
+    damped = hessian + gptq_module.DAMPING * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    assert torch.allclose(factor.T @ factor @ damped, torch.eye(64, dtype=torch.float64), atol=1e-8)
+    assert not notes and torch.equal(factor, factor.triu())
+
+
+def test_damping_escalates_and_says_so() -> None:
+    hessian = torch.eye(32, dtype=torch.float64)
+    hessian[0, 1] = hessian[1, 0] = 1.2
+    factor, notes = inverse_factor(hessian)
+    assert factor.isfinite().all() and "damping raised to" in notes[0]
+
+
+def test_dead_inputs_are_zeroed_and_noted() -> None:
+    statistics = correlated(256)
+    dead = torch.tensor([3, 77])
+    hessian = statistics.hessian.clone()
+    hessian[dead], hessian[:, dead] = 0, 0
+    gptq = quantizers.get("gptq")
+    encoded = gptq.encode(matrix(8, 256), gptq.prepare(InputStatistics(hessian, 10)), grid("Q8_0"))
+    assert (grid("Q8_0").decode(encoded.data)[:, dead] == 0).all()
+    assert any("2 of 256 inputs" in note for note in encoded.notes)
+
+
+def test_order_stays_inside_spans() -> None:
+    order = column_order(torch.rand(600, generator=torch.Generator().manual_seed(0)))
+    assert sorted(order.tolist()) == list(range(600))
+    spans = [int(c) // SPAN for c in order]
+    assert len([1 for a, b in zip(spans, spans[1:], strict=False) if a != b]) == 2
