@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_FLAGS ?= -n 2
 
 VENV := .venv
@@ -54,7 +53,7 @@ clean:  ## The environment, the caches and everything that was made.
 $(VENV)/.installed: pyproject.toml
 	@echo "Installing into $(VENV), once. It takes a minute or two."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --retries 1 --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"
+	$(PIP) install "$(TORCH)"
 	$(PIP) install --editable .
 	@touch $@
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from anyfit.calibration.data import load
+from anyfit.calibration.data import held_out, load
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
@@ -208,8 +208,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model: a family at a `budget`, a model folder or hub id, or a GGUF file.
 
-    `data`: text to measure on; of it only the part that `fit` would report on is used. Without it, a family is
-    measured on the text that it kept for its own report, and the embedded default on the standard library.
+    `data`: text to measure on. Without it, a family is measured on the text that it kept for its own report, and
+    the embedded default on the report modules of the standard library.
     `against`: the original, which divergence and agreement are taken to. `tasks`: names of lm-eval tasks.
     """
     progress = progress or Silent()
@@ -266,17 +266,12 @@ def _held_out(subject: _Subject, data: Data, length: int | None, segments: int |
     """Tokens to measure on, (segments, length), and what they are."""
     if data is None and subject.kept is not None and length is None:
         return subject.kept[:segments], "the family's report split"
-    length = _segment_length(length, subject.model.config)
-    text = load(
+    return held_out(
         _data(data, embedded=subject.embedded),
         subject.tokenizer,
-        length=length,
-        num_calibration=1,
-        num_search=1,
-        num_report=segments or NUM_REPORT,
-        seed=0,
+        length=_segment_length(length, subject.model.config),
+        num_segments=segments or NUM_REPORT,
     )
-    return text.report, text.description
 
 
 def _original(origin: str | Path, subject: _Subject, trust_remote_code: bool, text: Tensor) -> Reference:

@@ -114,7 +114,7 @@ def _print(answer: Answer, as_json: bool) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     for part in answer.shown:
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _names(given: Iterable[str] | None) -> list[str] | None:
@@ -331,17 +331,18 @@ def evaluate(
 @_command
 def targets(json_: Json = False) -> Answer:
     """The runtimes that models are written for."""
-    return _listed(all_targets, "target")
+    from anyfit.report import tables
+
+    rows = [(name, all_targets.about(name)) for name in all_targets]
+    return Answer([{"name": name, "about": about} for name, about in rows], (tables.listing(rows, "target", "about"),))
 
 
 @_command
 def recipes(json_: Json = False) -> Answer:
     """The methods that make a family."""
-    from anyfit.report import tables
-
     found = [all_recipes.get(name) for name in all_recipes]
     document = [{"name": r.name, "title": r.title, "paper": r.paper, "about": r.about} for r in found]
-    return Answer(document, (tables.listing([(r.name, r.paper, f"{r.title}. {r.about}") for r in found], "recipe", "paper", "about"),))
+    return Answer(document, tuple(f"{r.name}: {r.title} ({r.paper})\n{r.about}\n" for r in found))
 
 
 @_command
@@ -351,19 +352,12 @@ def formats(json_: Json = False) -> Answer:
 
     loads = {name: all_targets.get(name).formats for name in all_targets}
     found = [(name, all_formats.get(name)) for name in all_formats]
-    document = [
+    document: list[dict[str, Any]] = [
         {"name": name, "bits": f.bits, "row_multiple": f.block, "targets": [t for t in loads if name in loads[t]]}
         for name, f in sorted(found, key=lambda pair: (pair[1].bits, pair[0]))
     ]
-    rows = [(str(d["name"]), f"{d['bits']:g}", str(d["row_multiple"]), ", ".join(d["targets"])) for d in document]
+    rows = [(d["name"], f"{d['bits']:g}", str(d["row_multiple"]), ", ".join(d["targets"])) for d in document]
     return Answer(document, (tables.listing(rows, "format", "bits per weight", "rows in multiples of", "loaded by"),))
-
-
-def _listed(registry: Registry[Any], kind: str) -> Answer:
-    from anyfit.report import tables
-
-    rows = [(name, registry.about(name)) for name in registry]
-    return Answer([{"name": name, "about": about} for name, about in rows], (tables.listing(rows, kind, "about"),))
 
 
 def _headline(family: Family) -> str:
@@ -401,10 +395,12 @@ def _save(family: Family, point: Point, path: Path) -> None:
     import shutil
 
     from anyfit.core.files import written_aside
+    from anyfit.network import quiet
     from anyfit.report.card import model_card
 
     with written_aside(path) as aside:
-        family.extract(point.config).save_pretrained(aside)
+        with quiet():
+            family.extract(point.config).save_pretrained(aside)
         for file in sorted(family.source.folder.iterdir()):
             if not (aside / file.name).exists():
                 shutil.copyfile(file, aside / file.name)

@@ -104,6 +104,14 @@ class Fit:
     def space(self) -> Space:
         return self.target.space(self.source, self.weights, self.settings.formats)
 
+    @cached_property
+    def _second(self) -> PreTrainedModel:
+        return self.checkpoint.load()
+
+    def elastic(self, store: Store) -> ElasticModel:
+        """A second copy of the network, which runs as any config; the first stays the original."""
+        return ElasticModel(self._second, self.space, decoder(store, self.target, self.source))
+
     def run(self, output: Path, *, restart: bool) -> None:
         """Make the family at `output`. Raises `UserError`s only; what is finished is kept for the next run."""
         with Journal.open(output, self.key, restart=restart) as journal:
@@ -146,8 +154,8 @@ class Fit:
             return Table.load(path)
         errors = self.errors(store)
         reference = Reference.of(self.model, self.segments.search[:NUM_PROBE_SEGMENTS])
-        elastic = ElasticModel(self.model, self.space, decoder(store, self.target, self.source))
-        table = Table(sensitivities.get(self.recipe.score).measure(elastic, reference, errors, self.progress), errors)
+        sensitivity = sensitivities.get(self.recipe.score).measure(self.elastic(store), reference, errors, self.progress)
+        table = Table(sensitivity, errors)
         table.save(path)
         return table
 
@@ -162,7 +170,7 @@ class Fit:
     def finalists(self, store: Store, table: Table) -> tuple[Original, list[Point]]:
         """Measure the exact optima along the frontier and every uniform setting, on both held-out splits."""
         references = {name: Reference.of(self.model, getattr(self.segments, name)) for name in ("search", "report")}
-        elastic = ElasticModel(self.checkpoint.load(), self.space, decoder(store, self.target, self.source))
+        elastic = self.elastic(store)
         candidates = dict(self._candidates(table))
         points = []
         with self.progress.stage("measure finalists", len(candidates)) as stage:
@@ -197,9 +205,7 @@ class Fit:
         for size in np.geomspace(smallest, largest, NUM_FINALISTS):
             yield solve(self.space, table, Budget((("bytes", float(np.ceil(size))),), f"{size:.0f} B")), None
         for name in self.space.formats():
-            config = self.space.uniform(name)
-            if config is not None:
-                yield config, name
+            yield self.space.uniform(name), name
 
     def _measured(self, store: Store, elastic: ElasticModel, config: Config, references: dict[str, Reference]) -> dict[str, Quality]:
         path = store.folder / "points" / f"{config.digest}.json"

@@ -20,8 +20,7 @@ from table import Row, finish
 from anyfit.api import prepare
 from anyfit.core.config import Config
 from anyfit.core.space import Space
-from anyfit.elastic.model import ElasticModel
-from anyfit.family.store import Store, decoder
+from anyfit.family.store import Store
 from anyfit.pipeline import NUM_PROBE_SEGMENTS
 from anyfit.progress import Silent
 from anyfit.scores import sensitivities
@@ -53,12 +52,10 @@ def main() -> int:
         store = Store(Path(folder))
         fit.encode(store)
         errors = fit.errors(store)
-        decoded = decoder(store, fit.target, fit.source)
+        elastic = fit.elastic(store)
         probing = Reference.of(fit.model, fit.segments.search[:NUM_PROBE_SEGMENTS])
-        undisturbed = ElasticModel(fit.model, fit.space, decoded)
-        tables = {name: Table(sensitivities.get(name).measure(undisturbed, probing, errors, Silent()), errors) for name in sensitivities}
+        tables = {name: Table(sensitivities.get(name).measure(elastic, probing, errors, Silent()), errors) for name in sensitivities}
         reference = Reference.of(fit.model, fit.segments.report)
-        elastic = ElasticModel(fit.checkpoint.load(), fit.space, decoded)
         configs = random_configs(fit.space, np.random.default_rng(0))
         measured = np.array([kl(elastic.set(config), reference) for config in configs])
     rows = []

@@ -8,11 +8,11 @@ import numpy as np
 
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config
+from anyfit.core.files import write_json
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.family import Family, Point
 from anyfit.family.manifest import NAME, Manifest, Original
-from anyfit.core.files import write_json
 from anyfit.scores.table import Table
 from anyfit.searchers.exact import solve
 from anyfit.tasks.language import Quality
@@ -57,16 +57,18 @@ def space() -> Space:
 
 
 def table(made: Space) -> Table:
-    """Sensitivities that grow towards both ends of the network, errors that fall fourfold with each bit."""
-    sensitivity = {d.unit.name: 1 + abs(index - 20) / 10 for index, d in enumerate(made.decisions)}
-    errors = {d.unit.name: {c.name: 0.3 * 4 ** -BITS[c.name] * d.unit.num_weights / 65536 for c in d.choices} for d in made.decisions}
+    """Sensitivities that differ a hundredfold between units, errors that fall fourfold with each bit."""
+    sensitivity = {d.unit.name: 10 ** (index * 7 % 5 / 2 - 1) for index, d in enumerate(made.decisions)}
+    errors = {d.unit.name: {c.name: 0.05 * 4 ** -BITS[c.name] * d.unit.num_weights / 65536 for c in d.choices} for d in made.decisions}
     return Table(sensitivity, errors)
 
 
 def points(made: Space, scores: Table) -> tuple[Point, ...]:
     """Optima at a dozen sizes and every uniform setting, measured to be a little off their prediction."""
     low, high = made.bytes_(made.smallest()), made.bytes_(made.largest())
-    configs: dict[Config, str | None] = {solve(made, scores, Budget((("bytes", float(size)),), "")): None for size in np.geomspace(low, high, 12)}
+    configs: dict[Config, str | None] = {
+        solve(made, scores, Budget((("bytes", float(size)),), "")): None for size in np.geomspace(low, high, 12)
+    }
     configs |= {config: name for name in made.formats() if (config := made.uniform(name))}
     found = []
     for index, (config, uniform) in enumerate(configs.items()):

@@ -23,7 +23,9 @@ _SHARES = (0.70, 0.15, 0.15)
 _MANY_DOCUMENTS = 20
 """From here on each document serves one purpose; with fewer, each is cut in three."""
 _BYTES_PER_TOKEN = 16
-"""More than any text takes: what is read for one segment so that it is full."""
+"""More than any text takes: segments are drawn this far apart, so that each is full."""
+_LIKELY_BYTES_PER_TOKEN = 6
+"""Read at first; the rest only where that didn't fill the segment."""
 _NO_DATA = "Name some with --data: text files, a folder of them, or JSONL."
 
 
@@ -131,11 +133,13 @@ class _Reader:
         else:
             payloads = []
             for index in rng.permutation(num_blocks).tolist():
-                ids = self._tokens(line, index * block, (index + 1) * block)
-                if len(ids) >= self.payload:
-                    payloads.append(ids[: self.payload])
                 if len(payloads) == wanted:
                     break
+                ids = self._tokens(line, index * block, index * block + self.payload * _LIKELY_BYTES_PER_TOKEN)
+                if len(ids) < self.payload:
+                    ids = self._tokens(line, index * block, (index + 1) * block)
+                if len(ids) >= self.payload:
+                    payloads.append(ids[: self.payload])
         rows = [self._prefix + payload for payload in payloads]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
 

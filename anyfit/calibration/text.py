@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ def find(data: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]
     for path in (path.expanduser() for path in named):
         if not path.exists():
             raise DataError(f"There is no file or folder {path}.", remedy="Check the path that was given as data.")
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{path} can't be read.", remedy="Allow reading it.")
         if path.is_file() and not path.stat().st_size:
             raise DataError(f"{path} is empty.", remedy="Name a file with text in it.")
         files += _in_folder(path, notes) if path.is_dir() else [path]

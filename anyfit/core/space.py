@@ -64,21 +64,31 @@ class Space:
 
     def formats(self) -> list[str]:
         """Every format that is a choice somewhere, smallest first."""
+        bits = self._bits_by_format()
+        return sorted(bits, key=lambda name: (bits[name], name))
+
+    def _bits_by_format(self) -> dict[str, float]:
+        """Stored bits per weight of each format, over the units that can take it."""
         sizes: Counter[str] = Counter()
         weights: Counter[str] = Counter()
         for decision in self.decisions:
             for choice in decision.choices:
-                sizes[choice.name] += choice.stored_bytes
+                sizes[choice.name] += 8 * choice.stored_bytes
                 weights[choice.name] += decision.unit.num_weights
-        return sorted(sizes, key=lambda name: (sizes[name] / weights[name], name))
+        return {name: sizes[name] / weights[name] for name in sizes}
 
-    def uniform(self, name: str, keep: Mapping[str, str] | None = None) -> Config | None:
-        """One format everywhere, but for the units that `keep` names; None where a unit can't take it."""
-        keep = keep or {}
-        formats = {d.unit.name: keep.get(d.unit.name, name) for d in self.decisions}
-        if any(all(c.name != formats[d.unit.name] for c in d.choices) for d in self.decisions):
-            return None
-        return Config.of_formats(formats)
+    def uniform(self, name: str) -> Config:
+        """One format everywhere; a unit that can't take it gets its smallest that isn't smaller, or its largest."""
+        bits = self._bits_by_format()
+        chosen = {}
+        for decision in self.decisions:
+            own = {c.name: 8 * c.stored_bytes / decision.unit.num_weights for c in decision.choices}
+            if name in own:
+                chosen[decision.key] = name
+                continue
+            enough = [c for c in own if own[c] >= bits[name]]
+            chosen[decision.key] = min(enough, key=lambda c: (own[c], c)) if enough else max(own, key=lambda c: (own[c], c))
+        return Config(chosen)
 
     def smallest(self) -> Config:
         return Config({d.key: min(d.choices, key=lambda c: (c.bytes_, c.name)).name for d in self.decisions})

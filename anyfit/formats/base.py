@@ -123,7 +123,7 @@ def nearest(levels: Tensor, uniform: bool, target: Tensor) -> Tensor:
         return (target.round() - levels[0]).clamp_(0, len(levels) - 1).to(torch.uint8)
     ordered, order = levels.sort(stable=True)
     middles = (ordered[1:] + ordered[:-1]) / 2
-    return order[torch.bucketize(target, middles)].to(torch.uint8)
+    return order[torch.bucketize(target.contiguous(), middles)].to(torch.uint8)
 
 
 def quantize(format_: GridFormat, weight: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,4 +53,5 @@ def half_bytes(halves: Tensor) -> Tensor:
 
 def read_halves(data: Tensor) -> Tensor:
     """uint8 (..., 2) to float16 (...,)."""
-    return data.contiguous().view(torch.float16).squeeze(-1)
+    low, high = data.short().unbind(-1)
+    return (low | high << 8).view(torch.float16)

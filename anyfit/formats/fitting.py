@@ -23,6 +23,7 @@ from anyfit.core.errors import UserError
 
 HALF_MAX = 65504.0
 HALF_TINY = 2.0**-24
+FLOAT_TINY = 2.0**-126
 CHUNK = 2**17
 """Weights fitted at a time: a temporary of this size stays in the processor's cache."""
 
@@ -71,8 +72,8 @@ def fold(summands: Tensor) -> Tensor:
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for 0."""
-    return torch.where(scale == 0, 0, 1 / scale)
+    """1 / scale, and 0 where that would not be finite."""
+    return torch.where(scale.abs() < FLOAT_TINY, 0, 1 / scale)
 
 
 def to_half(number: Tensor) -> Tensor:
@@ -87,15 +88,20 @@ def whole(low: int, high: int) -> Snap:
 
 
 def listed(levels: Tensor) -> Snap:
-    """Rounding to any list of levels."""
-    ordered = levels.sort().values
-    middles = (ordered[1:] + ordered[:-1]) / 2
-    return lambda target: ordered[torch.bucketize(target, middles, out_int32=True)]
+    """Rounding to any list of whole numbers."""
+    ordered = levels.unique()
+    # The borders between them are multiples of a half, so within a cell of that width all numbers round alike.
+    cells = torch.arange(2 * int(ordered[0]), 2 * int(ordered[-1])) / 2 + 0.25
+    table = ordered[torch.bucketize(cells, (ordered[1:] + ordered[:-1]) / 2)]
+
+    def snap(target: Tensor) -> Tensor:
+        cell = target.sub_(ordered[0]).mul_(2).clamp_(0, len(table) - 1).int()
+        return table.index_select(0, cell.flatten()).view_as(cell)
+
+    return snap
 
 
-def fit_rows(
-    fit: Callable[[Columns], tuple[Tensor, ...]], weight: Tensor, importance: Tensor, group: int
-) -> tuple[Tensor, ...]:
+def fit_rows(fit: Callable[[Columns], tuple[Tensor, ...]], weight: Tensor, importance: Tensor, group: int) -> tuple[Tensor, ...]:
     """Apply `fit` to a few rows of a span at a time and join its answers, (groups or 1, rows), as (rows, groups or 1)."""
     weights = _error_weights(importance).reshape(-1, group).T.unsqueeze(-1).contiguous()
     answers = []
@@ -113,10 +119,15 @@ def _error_weights(importance: Tensor) -> Tensor:
     return (importance / mean).clamp_min(1e-6)
 
 
-def least_squares_scale(columns: Columns, level: Tensor) -> Tensor:
-    """The weighted least-squares scale of these levels, (groups, rows)."""
+def best_multiple(columns: Columns, level: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted least-squares scale of these levels, (groups, rows), after its error.
+
+    The error is counted from that of all zeros, so it is never positive.
+    """
     weighted = level * columns.weights
-    return fold(weighted * columns.values) * inverse(fold(weighted.mul_(level)))
+    along = fold(weighted * columns.values)
+    scale = along * inverse(fold(weighted.mul_(level)))
+    return -along * scale, scale
 
 
 def refuse_beyond(name: str, largest: float, weight: Tensor) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from anyfit.formats.fitting import Best, Columns, fold, inverse, least_squares_scale, to_half, whole
+from anyfit.formats.fitting import Best, Columns, best_multiple, fold, inverse, to_half, whole
 
 
 @dataclass(frozen=True)
@@ -76,26 +76,28 @@ class LineSearch:
 
     def zero_point(self, columns: Columns) -> tuple[Tensor, Tensor]:
         """The half scale and whole zero point (0 to `top`) of least error as stored, (groups, rows) each."""
-        scale, offset = self.ideal(columns)
+        low, high = columns.values.amin(0).clamp(max=0), columns.values.amax(0).clamp(min=0)
         snap = whole(0, self.top)
-        start = (offset * inverse(scale)).round().clamp(0, self.top)
-        best = Best(torch.full_like(scale, torch.inf), to_half(scale), start)
+        best = Best(torch.zeros_like(low), torch.zeros_like(low), torch.zeros_like(low))
 
-        def offer(scale: Tensor, zero: Tensor) -> None:
-            half = to_half(scale)
-            best.offer(columns.error(snap, half, half * zero), half, zero)
+        def improved(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+            return best_multiple(columns, columns.levels(snap, scale, scale * zero).sub_(zero))
 
-        def improved(scale: Tensor, zero: Tensor) -> Tensor:
-            return least_squares_scale(columns, columns.levels(snap, scale, scale * zero) - zero)
-
-        for move in (0, 1, -1):
-            zero = (start + move).clamp(0, self.top)
-            offer(scale, zero)
-            offer(improved(scale, zero), zero)
+        for clip_low, clip_high in product(self.clips, self.clips):
+            scale = (high * clip_high - low * clip_low) / self.top
+            zero = (low * -clip_low * inverse(scale)).round()
+            best.offer(*improved(scale, zero), zero)
+        for nudge in self.nudges:
+            scale, zero = best.parts
+            best.offer(*improved(scale * (1 + nudge / self.top), zero), zero)
+            zero = (zero + (1 if nudge > 0 else -1)).clamp(0, self.top)
+            best.offer(*improved(scale, zero), zero)
+        half, zero = to_half(best.parts[0]), best.parts[1]
+        stored = Best(columns.error(snap, half, half * zero), half)
         for _ in range(2):
-            half, zero = best.parts
-            offer(improved(half, zero), zero)
-        return best.parts[0], best.parts[1]
+            half = to_half(improved(stored.parts[0], zero)[1])
+            stored.offer(columns.error(snap, half, half * zero), half)
+        return stored.parts[0], zero
 
 
 def _least_squares(columns: Columns, level: Tensor, moments: Moments, positive: bool) -> tuple[Tensor, Tensor, Tensor]:

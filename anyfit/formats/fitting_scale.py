@@ -8,40 +8,36 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from anyfit.formats.fitting import Best, Columns, Snap, fold, inverse, least_squares_scale, to_half
+from anyfit.formats.fitting import Best, Columns, Snap, best_multiple, to_half
 
 
 @dataclass(frozen=True)
 class ScaleSearch:
     """Where to look for the scale of a group.
 
-    `reach`: the largest level. `clips`: parts of the group's largest magnitude that this level should stand
-    for, each tried with each of `signs` (-1: the grid reversed). `nudges`: relative changes of the best.
+    `reach`: the largest level. `clipped`: levels beyond it that the group's largest magnitude may fall on and
+    be clipped from (negative: levels that stay unused), each tried with each of `signs` (-1: the grid
+    reversed). `nudges`: changes of the best scale, in levels at the end of the grid.
     """
 
     snap: Snap
     reach: float
-    clips: tuple[float, ...]
-    nudges: tuple[float, ...] = ()
+    clipped: tuple[float, ...] = (-1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4.5)
+    nudges: tuple[float, ...] = (0.3, -0.3, 0.15, -0.15)
     signs: tuple[int, ...] = (1, -1)
 
     def ideal(self, columns: Columns) -> Tensor:
         """The best scale found for each group, (groups, rows), not rounded."""
         peak = columns.values.abs().amax(0)
-        weighted = columns.values * columns.weights
         best = Best(torch.zeros_like(peak), torch.zeros_like(peak))
 
         def offer(scale: Tensor) -> None:
-            level = columns.levels(self.snap, scale)
-            along = fold(level * weighted)
-            length = inverse(fold(level.square_().mul_(columns.weights)))
-            # The least-squares scale of these levels takes along² / length off the error of all zeros.
-            best.offer(-along * along * length, along * length)
+            best.offer(*best_multiple(columns, columns.levels(self.snap, scale)))
 
-        for clip, sign in product(self.clips, self.signs):
-            offer(peak * (sign * clip / self.reach))
+        for clipped, sign in product(self.clipped, self.signs):
+            offer(peak * (sign / (self.reach + clipped)))
         for nudge in self.nudges:
-            offer(best.parts[0] * (1 + nudge))
+            offer(best.parts[0] * (1 + nudge / self.reach))
         return best.parts[0]
 
     def half(self, columns: Columns) -> tuple[Tensor]:
@@ -49,7 +45,7 @@ class ScaleSearch:
         half = to_half(self.ideal(columns))
         best = Best(columns.error(self.snap, half), half)
         for _ in range(2):
-            half = to_half(least_squares_scale(columns, columns.levels(self.snap, best.parts[0])))
+            half = to_half(best_multiple(columns, columns.levels(self.snap, best.parts[0]))[1])
             best.offer(columns.error(self.snap, half), half)
         return (best.parts[0],)
 

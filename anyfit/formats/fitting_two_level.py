@@ -86,7 +86,8 @@ class TwoLevel:
             number, offset_number = best.parts
             moved = (number + move).clamp(self.low, self.high), (offset_number + offset_move).clamp(0, self.high)
             best.offer(error(*moved), *moved)
-        return best.error, *best.parts
+        number, offset_number = best.parts
+        return best.error, number, offset_number
 
     def _refit_halves(
         self, columns: Columns, half: Tensor, number: Tensor, offset_half: Tensor, offset_number: Tensor

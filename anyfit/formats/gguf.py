@@ -86,43 +86,32 @@ _NON_LINEAR = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25,
 _TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.float32)
 
 Q8_0 = HalfScaled(
-    "Q8_0",
-    counting(-128, 127),
-    Layout(32, {"d": 2, "qs": 32}, {"qs": (8, 1)}, signed=True),
-    ScaleSearch(whole(-128, 127), 128, (1.008, 1.004, 1.0, 0.996, 0.99)),
+    "Q8_0", counting(-128, 127), Layout(32, {"d": 2, "qs": 32}, {"qs": (8, 1)}, signed=True), ScaleSearch(whole(-128, 127), 128)
 )
-Q5_0 = HalfScaled(
-    "Q5_0",
-    counting(-16, 15),
-    Layout(32, {"d": 2, "qh": 4, "qs": 16}, _FIVE_BITS),
-    ScaleSearch(whole(-16, 15), 16, (1.05, 1.02, 1.0, 0.97, 0.94, 0.9, 0.85, 0.8), (0.02, -0.02, 0.01, -0.01)),
-)
-Q4_0 = HalfScaled(
-    "Q4_0",
-    counting(-8, 7),
-    Layout(32, {"d": 2, "qs": 16}, _NIBBLES),
-    ScaleSearch(whole(-8, 7), 8, (1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.65, 0.55), (0.02, -0.02, 0.01, -0.01)),
-)
+Q5_0 = HalfScaled("Q5_0", counting(-16, 15), Layout(32, {"d": 2, "qh": 4, "qs": 16}, _FIVE_BITS), ScaleSearch(whole(-16, 15), 16))
+Q4_0 = HalfScaled("Q4_0", counting(-8, 7), Layout(32, {"d": 2, "qs": 16}, _NIBBLES), ScaleSearch(whole(-8, 7), 8))
 Q5_1 = HalfLine(
     "Q5_1",
     Layout(32, {"d": 2, "m": 2, "qh": 4, "qs": 16}, _FIVE_BITS),
-    LineSearch(31, (1.0, 0.85, 0.7), (0.5, -0.5, 0.25, -0.25), positive=False),
+    LineSearch(31, (1.02, 0.97, 0.92, 0.8), (1, -1, 0.5, -0.5, 0.25, -0.25), positive=False),
 )
 Q4_1 = HalfLine(
     "Q4_1",
     Layout(32, {"d": 2, "m": 2, "qs": 16}, _NIBBLES),
-    LineSearch(15, (1.0, 0.85, 0.7, 0.5), (0.5, -0.5, 0.25, -0.25), positive=False),
+    LineSearch(15, (1.02, 0.95, 0.85, 0.65), (1, -1, 0.5, -0.5, 0.25, -0.25), positive=False),
 )
+# Neighbouring levels are about twelve apart.
 IQ4_NL = HalfScaled(
     "IQ4_NL",
     _NON_LINEAR,
     Layout(32, {"d": 2, "qs": 16}, _NIBBLES),
-    ScaleSearch(listed(_NON_LINEAR), 127, (1.1, 1.0, 0.92, 0.84, 0.75, 0.65, 0.55), (0.03, -0.03)),
+    ScaleSearch(listed(_NON_LINEAR), 127, (-12, 0, 11, 24, 42, 68, 104), (4, -4)),
 )
 MXFP4 = PowerScaled("MXFP4", _TWICE_E2M1, 32, Layout(32, {"e": 1, "qs": 16}, _NIBBLES))
+# With three levels the scale to try is a threshold: half of it separates zero from one.
 TQ2_0 = HalfScaled(
     "TQ2_0",
     counting(-1, 1),
     Layout(256, {"qs": 64, "d": 2}, {"qs": (2, 32)}),
-    ScaleSearch(whole(-1, 1), 1, tuple(0.04 * 1.15**i for i in range(24)), (0.05, -0.05), signs=(1,)),
+    ScaleSearch(whole(-1, 1), 1, tuple(1.15**i - 1 for i in range(-4, 22)), (0.05, -0.05), signs=(1,)),
 )

@@ -109,41 +109,43 @@ class NibbleLine(TwoLevelLine):
         return data & 15, data >> 4
 
 
+_OUT_AND_IN = (1, -1, 0.5, -0.5, 0.25, -0.25)
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1))
 _FAR_AND_NEAR = (*((2 * move, 2 * other) for move, other in _AROUND), *_AROUND)
+_ALONG = tuple((sign * step, 0) for step in (6, 4, 3, 2, 1) for sign in (1, -1))
 
 Q6_K = TwoLevelScaled(
     "Q6_K",
     counting(-32, 31),
     Layout(SPAN, {"ql": 128, "qh": 64, "scales": 16, "d": 2}, {"ql": (4, 64), "qh": (2, 32)}),
-    ScaleSearch(whole(-32, 31), 32, (1.03, 1.01, 0.99, 0.97, 0.94, 0.91)),
-    TwoLevel(whole(-32, 31), -128, 127, (-128, -125, 127, 124), ((2, 0), (-2, 0), (1, 0), (-1, 0)), with_offset=False),
+    ScaleSearch(whole(-32, 31), 32),
+    TwoLevel(whole(-32, 31), -128, 127, (-128, -125, 127, 124), _ALONG, with_offset=False),
 )
 Q5_K = TwoLevelLine(
     "Q5_K",
     32,
     Layout(SPAN, {"d": 2, "dmin": 2, "scales": 12, "qh": 32, "qs": 128}, {"qs": (4, 32), "qh": (1, 32)}),
-    LineSearch(31, (1.0, 0.85, 0.7), (0.5, -0.5, 0.25, -0.25), positive=True),
+    LineSearch(31, (1.02, 0.97, 0.92, 0.8), _OUT_AND_IN, positive=True),
     TwoLevel(whole(0, 31), 0, 63, (63, 62, 61, 60, 64, 65), _FAR_AND_NEAR, with_offset=True),
 )
 Q4_K = TwoLevelLine(
     "Q4_K",
     32,
     Layout(SPAN, {"d": 2, "dmin": 2, "scales": 12, "qs": 128}, {"qs": (4, 32)}),
-    LineSearch(15, (1.0, 0.85, 0.7, 0.5), (0.5, -0.5, 0.25, -0.25), positive=True),
+    LineSearch(15, (1.02, 0.95, 0.85, 0.65), _OUT_AND_IN, positive=True),
     TwoLevel(whole(0, 15), 0, 63, (63, 62, 61, 60, 64, 65), _FAR_AND_NEAR, with_offset=True),
 )
 Q3_K = SixBitScaled(
     "Q3_K",
     counting(-4, 3),
     Layout(SPAN, {"hmask": 32, "qs": 64, "scales": 12, "d": 2}, {"qs": (2, 32), "hmask": (1, 32)}),
-    ScaleSearch(whole(-4, 3), 4, (1.15, 1.05, 0.95, 0.85, 0.75, 0.65, 0.55), (0.05, -0.05)),
-    TwoLevel(whole(-4, 3), -32, 31, (-32, -31, -30, -33, 31, 30, 32), ((1, 0), (-1, 0), (2, 0), (-2, 0)), with_offset=False),
+    ScaleSearch(whole(-4, 3), 4),
+    TwoLevel(whole(-4, 3), -32, 31, (-32, -31, -30, -33, 31, 30, 32), _ALONG, with_offset=False),
 )
 Q2_K = NibbleLine(
     "Q2_K",
     16,
     Layout(SPAN, {"scales": 16, "qs": 64, "d": 2, "dmin": 2}, {"qs": (2, 32)}),
     LineSearch(3, (1.0, 0.85, 0.7, 0.5), (0.5, -0.5, 0.25, -0.25), positive=True),
-    TwoLevel(whole(0, 3), 0, 15, (15, 14, 13, 12, 16, 17), _AROUND, with_offset=True),
+    TwoLevel(whole(0, 3), 0, 15, (15, 14, 13, 12, 16, 18, 21, 27), _AROUND, with_offset=True),
 )

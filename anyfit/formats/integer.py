@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anyfit.formats.base import GridFormat, Scales
 from anyfit.formats.fields import half_bytes, pack_dense, read_halves, unpack_dense
-from anyfit.formats.fitting import HALF_MAX, Columns, fit_rows, refuse_beyond, whole
+from anyfit.formats.fitting import HALF_MAX, fit_rows, refuse_beyond, whole
 from anyfit.formats.fitting_line import LineSearch
 from anyfit.formats.fitting_scale import ScaleSearch
 
@@ -37,10 +37,10 @@ class IntegerFormat(GridFormat):
         return self.num_bits + (16 if self.symmetric else 24) / self.group
 
     def fit(self, weight: Tensor, importance: Tensor) -> Scales:
-        reach = 2 ** (self.num_bits - 1) if self.symmetric else 2**self.num_bits - 1
+        reach = 2 ** (self.num_bits - 1)
         refuse_beyond(self.name, HALF_MAX * reach, weight)
         if self.symmetric:
-            (scale,) = fit_rows(_scale_search(self.num_bits).half, weight, importance, self.group)
+            (scale,) = fit_rows(ScaleSearch(whole(-reach, reach - 1), reach).half, weight, importance, self.group)
             return Scales(scale, torch.zeros_like(scale), {"scale": scale.half()})
         scale, zero = fit_rows(_line_search(self.num_bits).zero_point, weight, importance, self.group)
         return Scales(scale, scale * zero, {"scale": scale.half(), "zero": zero.to(torch.uint8)})
@@ -66,15 +66,11 @@ class IntegerFormat(GridFormat):
         return codes, scale, torch.zeros_like(scale) if zero is None else scale * zero.float()
 
 
-def _scale_search(num_bits: int) -> ScaleSearch:
-    reach = 2 ** (num_bits - 1)
-    # What is worth clipping is counted in steps of the grid, and shrinks with them.
-    clips = tuple(1 - steps / (reach + steps) for steps in (-0.35, -0.1, 0.15, 0.4, 0.7, 1.0))
-    return ScaleSearch(whole(-reach, reach - 1), reach, clips, (0.2 / reach, -0.2 / reach))
-
-
 def _line_search(num_bits: int) -> LineSearch:
-    clips = (1.0, 0.85, 0.7, 0.5) if num_bits <= 4 else (1.0, 0.9)
+    if num_bits == 2:
+        clips: tuple[float, ...] = (1.0, 0.85, 0.7, 0.5)
+    else:
+        clips = (1.02, 0.95, 0.85, 0.65) if num_bits <= 4 else (1.01, 0.97, 0.9)
     return LineSearch(2**num_bits - 1, clips, (0.5, -0.5, 0.25, -0.25), positive=True)
 
 

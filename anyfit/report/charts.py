@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
@@ -35,17 +35,15 @@ class Axis:
     def at(self, value: float) -> float:
         """Where `value` is drawn, kept inside the axis and rounded to a tenth."""
         value = min(max(value, self.low), self.high)
-        if self.log:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
+        place = math.log if self.log else float
+        share = (place(value) - place(self.low)) / (place(self.high) - place(self.low))
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self) -> list[float]:
         """Round values inside the axis."""
         if self.log:
             wide = self.high / self.low > 100
-            locator = LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=20)
+            locator: Locator = LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=20)
         else:
             locator = MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10])
         return [float(v) for v in locator.tick_values(self.low, self.high) if self.low <= v <= self.high]

@@ -35,24 +35,29 @@ def render(family: Family) -> str:
     """The page's HTML. Names that came from outside are escaped."""
     rows = summary.rows(family)
     uniform = [(row, summary.rival(rows, row)) for row in rows if row.point.uniform]
-    return environment().get_template("page.html.j2").render(
-        family=family,
-        rows=rows,
-        split=summary.split(family),
-        uniform=uniform,
-        bits=summary.format_bits(family.space),
-        frontier_chart=_frontier_chart(rows),
-        prediction_chart=_prediction_chart(family),
-        grid=_grid(family),
-        refusals=summary.refusals(family),
-        provenance=summary.flat(family.provenance),
-        data=_data(family, rows),
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            family=family,
+            rows=rows,
+            split=summary.split(family),
+            uniform=uniform,
+            bits=summary.format_bits(family.space),
+            frontier_chart=_frontier_chart(rows),
+            prediction_chart=_prediction_chart(family),
+            grid=_grid(family),
+            refusals=summary.refusals(family),
+            provenance=summary.flat(family.provenance),
+            data=_data(family, rows),
+        )
     )
 
 
 def environment() -> Environment:
     """Templates of this package, with HTML escaped and the figures' own ways of being written."""
-    made = Environment(loader=PackageLoader("anyfit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = PackageLoader("anyfit.report")
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["size"] = lambda value: describe(BYTES, value)
     made.filters["thousands"] = lambda value: f"{value:,}"
     made.globals["plus_minus"] = summary.plus_minus
@@ -81,11 +86,12 @@ def _frontier_chart(rows: list[Row]) -> dict[str, Any]:
     unit, per = ("GB", 1e9) if rows[-1].point.bytes_ >= 2e9 else ("MB", 1e6)
     x = Axis.around([row.point.bytes_ / per for row in rows], _LEFT, _RIGHT)
     y = Axis.around([lift(row.quality.kl_mean) for row in rows], _BOTTOM, _TOP, log=True)
-    marks = []
+    marks: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
         quality, at = row.quality, x.at(row.point.bytes_ / per)
         mean = lift(quality.kl_mean)
-        ends = y.at(max(mean - quality.kl_stderr, y.low)), y.at(mean + quality.kl_stderr)
+        error = quality.kl_stderr if math.isfinite(quality.kl_stderr) else 0.0
+        ends = y.at(max(mean - error, y.low)), y.at(mean + error)
         marks.append({"index": index, "x": at, "y": y.at(mean), "ends": ends, "row": row, "title": _title(row)})
     return {
         "marks": marks,
@@ -145,7 +151,6 @@ def _data(family: Family, rows: list[Row]) -> dict[str, Any]:
     names = list(bits)
     keys = [decision.key for decision in family.space.decisions]
     return {
-        "family": family.path.name,
         "formats": names,
         "bits": [round(bits[name], 4) for name in names],
         "weights": [decision.unit.num_weights for decision in family.space.decisions],
@@ -164,4 +169,3 @@ def _data(family: Family, rows: list[Row]) -> dict[str, Any]:
             for row in rows
         ],
     }
-

@@ -29,7 +29,7 @@ def frontier_png(family: Family, path: Path) -> None:
         at = (row.point.bytes_ / 1e6, row.quality.kl_mean)
         axes.annotate(str(row.point.uniform), at, xytext=(6, 4), textcoords="offset points", color=AMBER, fontsize=8)
     axes.set(yscale="log", xlabel="size of the file, MB", ylabel="mean KL to the original, nats")
-    axes.set_title(f"{family.name}: {len(best)} sizes from one run, for {family.target}", loc="left", color=INK, fontsize=11)
+    axes.set_title(f"{family.original.name}: {len(best)} sizes from one run, for {family.target}", loc="left", color=INK, fontsize=11)
     axes.grid(color=LINE, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

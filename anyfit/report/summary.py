@@ -39,9 +39,8 @@ def rows(family: Family) -> list[Row]:
 
 
 def rival(all_rows: list[Row], uniform: Row) -> Row:
-    """The best config of the frontier that is no larger than a uniform setting."""
-    fitting = [row for row in all_rows if row.frontier and row.point.bytes_ <= uniform.point.bytes_]
-    return min(fitting or [uniform], key=lambda row: row.quality.kl_mean)
+    """The config of the frontier that a budget of a uniform setting's size gives, which may be that very setting."""
+    return [row for row in all_rows if row.frontier and row.point.bytes_ <= uniform.point.bytes_][-1]
 
 
 def format_bits(space: Space) -> dict[str, float]:
@@ -127,4 +126,4 @@ def plus_minus(value: float, error: float) -> str:
 
 def plus_minus_percent(value: float, error: float) -> str:
     """A share with its standard error, in percent: `98.1 ± 0.2 %`."""
-    return f"{100 * value:.1f} ± {100 * error:.1f} %"
+    return f"{100 * value:.1f} ± {100 * error:.1f} %" if math.isfinite(error) else f"{100 * value:.1f} %"

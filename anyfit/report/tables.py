@@ -64,7 +64,8 @@ def layers(family: Family, config: Config) -> Table:
 def refusals(coverage: Iterable[tuple[str, str, str]]) -> Table:
     """What the target's rules took off the menu, and why."""
     counts = Counter((format_, reason) for _, format_, reason in coverage)
-    return listing([(format_, str(count), reason) for (format_, reason), count in counts.items()], "format", "units", "not possible because")
+    rows = [(format_ or "kept as it is", str(count), reason) for (format_, reason), count in counts.items()]
+    return listing(rows, "not possible", "units", "because")
 
 
 def quality(figures: Quality, original: Quality | None) -> Table:

@@ -5,8 +5,8 @@ Found in its source and by loading files (0.15 to 0.20 with transformers 5.23), 
 - A `Linear` of its own is `pack-quantized`: codes as a dense stream of bits in 32-bit words, scales in half precision.
 - Asymmetric groups don't load there under the `group` strategy (the loader expects zero points of another shape
   than it then unpacks). As `block`s of 1 x 32 the same groups do, with zero points of one byte each.
-- A table that is looked up (`Embedding`) loads only under its plain name, so as whole bytes: `naive-quantized`, 8 bits.
-  The same goes for a head tied to it, which needs scales under its own name too.
+- A table (`Embedding`) loads only under its plain name, so as whole bytes: `naive-quantized`, 8 bits. The same goes for
+  a head tied to it, which needs a copy of the scales under its own name.
 - Scales are cast to the type that the model is loaded in. Half precision and float32 keep them; bfloat16 rounds them.
   So the folder's config.json asks for float32.
 - The dense stream is read by version 0.18 and later; earlier ones refuse the shapes of 3, 5, 6 and 7 bits.
@@ -34,7 +34,6 @@ VERSION = "0.18.0"
 """The oldest version of compressed-tensors that reads every file written here."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PACKED, _BYTES = "pack-quantized", "naive-quantized"
-_ROWS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Place:
         if self.form is None:
             return self.problem
         if self.form == _BYTES and format_.num_bits != 8:
-            return "a table that is looked up, alone or with a head tied to it, loads only in 8 bits or as floating point"
+            return "a table, like a matrix that several modules share, loads only as whole bytes"
         return format_.refuses(self.weight.shape)
 
     def slots(self, name: str) -> tuple[Slot, ...]:
@@ -74,8 +73,8 @@ class Place:
             per_group.append(Slot("weight_zero_point", torch.int8, (rows, columns // format_.group)))
         if self.form == _PACKED:
             words = Slot("weight_packed", torch.int32, (rows, columns * format_.num_bits // 32))
-            shape = Slot("weight_shape", torch.int64, (2,))
-            return tuple(_below(self.modules[0], slot) for slot in (words, shape, *per_group))
+            original = Slot("weight_shape", torch.int64, (2,))
+            return tuple(_below(self.modules[0], slot) for slot in (words, original, *per_group))
         codes = Slot("weight", torch.int8, (rows, columns))
         return (_below(self.modules[0], codes), *(_below(module, slot) for module in self.modules for slot in per_group))
 
@@ -90,7 +89,10 @@ class Place:
         if zero is not None:
             parts["weight_zero_point"] = _signed(zero, format_.num_bits)
         if self.form == _PACKED:
-            parts |= {"weight_packed": _words(codes, format_.num_bits), "weight_shape": torch.tensor(self.weight.shape)}
+            parts |= {
+                "weight_packed": pack_dense(codes, format_.num_bits).view(torch.int32),
+                "weight_shape": torch.tensor(self.weight.shape),
+            }
             return {f"{self.modules[0]}.{part}": tensor for part, tensor in parts.items()}
         copies = {f"{module}.{part}": tensor for module in self.modules for part, tensor in parts.items()}
         return {self.weight.name: _signed(codes, format_.num_bits), **copies}
@@ -177,9 +179,3 @@ def _below(module: str, slot: Slot) -> Slot:
 def _signed(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes as the signed integers of the same width, int8."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
-
-
-def _words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 (rows, columns) to int32 (rows, columns * bits / 32); few rows at a time, because packing widens them."""
-    packed = torch.cat([pack_dense(rows, bits) for rows in codes.split(_ROWS_AT_A_TIME)])
-    return packed.contiguous().view(torch.int32)

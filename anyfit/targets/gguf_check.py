@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import tempfile
 from collections import Counter
@@ -13,7 +12,7 @@ from pathlib import Path
 import gguf
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 from transformers.pytorch_utils import Conv1D
 
@@ -37,7 +36,7 @@ PROBE = (
 )
 
 
-class _Difference(Exception):
+class _DifferenceError(Exception):
     """What a reader found is not what was meant."""
 
 
@@ -58,9 +57,9 @@ def checks(path: Path, source: Source, config: Config, model: PreTrainedModel, t
 def _look(name: str, compare: Callable[[], str]) -> Check:
     try:
         return Check(name, True, compare())
-    except _Difference as difference:
+    except _DifferenceError as difference:
         return Check(name, False, str(difference))
-    except Exception as error:  # noqa: BLE001 - readers fail in their own ways on a file that is wrong, and that is a finding
+    except Exception as error:  # readers fail in their own ways on a file that is wrong, and that is a finding
         return Check(name, False, f"can't read the file: {type(error).__name__}: {error}")
 
 
@@ -79,24 +78,24 @@ def _audit(path: Path, source: Source, matrices: list[Matrix], model: PreTrained
     """Each tensor once, of the type and bytes that were predicted; header and size as predicted; nothing left out."""
     left_out = {name for name, _ in model.named_parameters()} - {m.source for m in matrices} - set(source.passthrough) - set(source.tied)
     if left_out:
-        raise _Difference(f"{min(left_out)} is in the model and not in the file")
+        raise _DifferenceError(f"{min(left_out)} is in the model and not in the file")
     fixed = gguf_layout.fixed_tensors(source)
     expected = {m.name: (m.format, m.bytes_) for m in matrices} | {name: ("F32", 4 * value.numel()) for name, value in fixed.items()}
     found = [(tensor.name, (tensor.tensor_type.name, int(tensor.n_bytes))) for tensor in gguf.GGUFReader(path).tensors]
     if repeated := [name for name, count in Counter(name for name, _ in found).items() if count > 1]:
-        raise _Difference(f"{repeated[0]} is there more than once")
+        raise _DifferenceError(f"{repeated[0]} is there more than once")
     for name in sorted(expected.keys() ^ dict(found).keys()):
-        raise _Difference(f"{name} is {'missing' if name in expected else 'not of this model'}")
+        raise _DifferenceError(f"{name} is {'missing' if name in expected else 'not of this model'}")
     for name, held in found:
         if held != expected[name]:
-            raise _Difference(f"{name} is {held[0]} in {held[1]} bytes and should be {expected[name][0]} in {expected[name][1]}")
+            raise _DifferenceError(f"{name} is {held[0]} in {held[1]} bytes and should be {expected[name][0]} in {expected[name][1]}")
     header = _header(source, matrices, fixed)
     with path.open("rb") as file:
         if file.read(len(header)) != header:
-            raise _Difference("the metadata are not those of this model")
+            raise _DifferenceError("the metadata are not those of this model")
     size = gguf_layout.padded(len(header)) + sum(gguf_layout.padded(num_bytes) for _, num_bytes in expected.values())
     if path.stat().st_size != size:
-        raise _Difference(f"the file has {path.stat().st_size} bytes and should have {size}")
+        raise _DifferenceError(f"the file has {path.stat().st_size} bytes and should have {size}")
     return f"{len(found)} tensors, each once, types and bytes as predicted"
 
 
@@ -114,7 +113,7 @@ def _read_back(path: Path, source: Source, matrices: list[Matrix], model: PreTra
     passed_on = {gguf_layout.file_name(source.config, name): name for name in source.passthrough}
     tensors = gguf.GGUFReader(path).tensors
     for tensor in tensors:
-        value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        value = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
         if tensor.name in decided:
             name = decided[tensor.name]
             order = gguf_layout.row_order(source, name)
@@ -130,9 +129,9 @@ def _read_back(path: Path, source: Source, matrices: list[Matrix], model: PreTra
 
 def _require_equal(name: str, value: Tensor, expected: Tensor) -> None:
     if value.shape != expected.shape:
-        raise _Difference(f"{name} has the shape {tuple(value.shape)}, not {tuple(expected.shape)}")
+        raise _DifferenceError(f"{name} has the shape {tuple(value.shape)}, not {tuple(expected.shape)}")
     if not torch.equal(value.to(expected.dtype), expected):
-        raise _Difference(f"{name} differs by up to {(value - expected).abs().max():.2g}")
+        raise _DifferenceError(f"{name} differs by up to {(value - expected).abs().max():.2g}")
 
 
 def _transformers(path: Path, source: Source, model: PreTrainedModel) -> str:
@@ -141,10 +140,11 @@ def _transformers(path: Path, source: Source, model: PreTrainedModel) -> str:
     arch = gguf.MODEL_ARCH_NAMES[kind.arch]
     if arch not in GGUF_SUPPORTED_ARCHITECTURES:
         return f"skipped: it doesn't read GGUF files of the kind {arch}"
+    config = AutoConfig.for_model(**source.config.to_dict() | {"model_type": kind.reader or source.config.model_type})
     with network.quiet(), contextlib.redirect_stderr(io.StringIO()):
         # its reader guesses what some keys say (head size, feed-forward size), so the sizes are given
         read = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, config=copy.deepcopy(source.config), dtype=torch.float32, local_files_only=True
+            path.parent, gguf_file=path.name, config=config, dtype=torch.float32, local_files_only=True
         )
     parameters = dict(read.named_parameters())
     for name, parameter in model.named_parameters():
@@ -179,7 +179,7 @@ def _compare_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], ids: l
         if found != expected:
             same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
             around = tokenizer.decode(expected[max(0, same - 2) : same + 4])
-            raise _Difference(f"tokenises differently near {around!r}: {found[same : same + 4]} and not {expected[same : same + 4]}")
+            raise _DifferenceError(f"tokenises differently near {around!r}: {found[same : same + 4]} and not {expected[same : same + 4]}")
     return f"{sum(map(len, ids))} tokens of probe texts are equal"
 
 
@@ -194,5 +194,5 @@ def _compare_outputs(model: PreTrainedModel, tokens: Tensor, logits: Tensor, bar
         agreement += (reference.argmax(-1) == other.argmax(-1)).double().mean().item() / len(tokens)
     found = f"mean KL to the torch model {divergence:.1e} nats on {tokens.numel()} tokens, {agreement:.1%} the same first choice"
     if not divergence <= bar:
-        raise _Difference(f"{found}; at most {bar:.0e} is expected")
+        raise _DifferenceError(f"{found}; at most {bar:.0e} is expected")
     return found if window is None else f"{found}; beyond {window} tokens they differ: llama.cpp has no sliding window for this kind"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class Kind:
     added to the weights of norms. `head`: whether the output matrix is `shared` with the embedding, its `own`,
     or `either`. `scaling`: the kinds of rotary scaling that it can express. `attention_scale`: the factor on
     the attention scores that is built in, where the configuration could ask for another. `window`: whether
-    sliding attention windows exist there. `square`: whether heads times head size must be the hidden size.
+    sliding attention windows exist there. `square`: whether heads times head size must be the hidden size. `reader`: the `model_type` as
+    which transformers reads the file, where that isn't its own.
     """
 
     arch: MODEL_ARCH
@@ -46,6 +47,7 @@ class Kind:
     attention_scale: Callable[[PretrainedConfig], float] | None = None
     window: bool = False
     square: bool = False
+    reader: str | None = None
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -97,9 +99,17 @@ _LLAMA = Kind(
 
 KINDS: dict[str, Kind] = {
     "llama": _LLAMA,
-    "mistral": _LLAMA,
+    "mistral": replace(_LLAMA, reader="llama"),
     "qwen2": Kind(MODEL_ARCH.QWEN2, _SILU, biases=QKV, square=True),
     "qwen3": Kind(MODEL_ARCH.QWEN3, _SILU, biases=QKV),
+    "gemma": Kind(
+        MODEL_ARCH.GEMMA,
+        _GELU,
+        biases=QKV,
+        norm_offset=1.0,
+        head="shared",
+        scaling=frozenset({"default", "linear"}),
+    ),
     "gemma2": Kind(
         MODEL_ARCH.GEMMA2,
         frozenset({"gelu_pytorch_tanh"}),
@@ -189,6 +199,8 @@ def _refuses_options(config: PretrainedConfig, kind: Kind) -> str | None:
         config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention
     ):
         return "its attention is scaled by layer, unscaled or crossed, and llama.cpp's gpt2 has the plain one only"
+    if kind.arch is MODEL_ARCH.GPTNEOX and not config.attention_bias:
+        return "its attention has no biases, and llama.cpp's gptneox must have them"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is bidirectional"
     return None

@@ -78,7 +78,7 @@ def read(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Vocabu
     add_bos, add_eos = _added(tokenizer)
     kind: dict[str, Any] = _sentencepiece(raw, tokens, merges) if model["byte_fallback"] else {"splitter": _splitter(raw), "merges": merges}
     ids = _ids(tokenizer, config, len(tokens))
-    strips = any(token["rstrip"] for token in raw["added_tokens"]) and _PHI3 <= set(tokens)
+    strips = any(token["rstrip"] for token in raw["added_tokens"]) and set(tokens) >= _PHI3
     return Vocabulary(tokens, types, ids, add_bos, add_eos, strips, _template(tokenizer), **kind)
 
 

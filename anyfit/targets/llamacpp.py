@@ -19,9 +19,10 @@ from anyfit.core.units import Unit, Weight
 from anyfit.formats import formats as registry
 from anyfit.targets import gguf_check, gguf_kinds, gguf_layout, gguf_tokenizer
 from anyfit.targets.base import Check, Target, Variants
+from anyfit.targets.gguf_read import read_model
 from anyfit.targets.llamacpp_runtime import logits
 
-__all__ = ["TARGET", "LlamaCpp", "logits"]
+__all__ = ["TARGET", "LlamaCpp", "logits", "read_model"]
 
 _SUBSTITUTES = {"Q6_K": "Q8_0", "Q5_K": "Q5_0", "Q4_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "TQ2_0": "IQ4_NL"}
 """What stands in for a type of 256 columns where rows are no multiple of that: the nearest in size of 32 columns."""
@@ -41,7 +42,8 @@ class LlamaCpp(Target):
     def supports(self, source: Source) -> str | None:
         kind = gguf_kinds.KINDS.get(source.config.model_type)
         if kind is None:
-            return f"networks of the kind {source.config.model_type!r} are not written as GGUF; these are: {', '.join(sorted(gguf_kinds.KINDS))}"
+            known = ", ".join(sorted(gguf_kinds.KINDS))
+            return f"networks of the kind {source.config.model_type!r} are not written as GGUF; these are: {known}"
         if problem := gguf_kinds.refuses(source.config, kind):
             return problem
         if name := gguf_layout.misplaced(source):
@@ -88,7 +90,7 @@ class LlamaCpp(Target):
         return gguf_check.checks(path, source, config, model, tokens)
 
     def metadata(self) -> dict[str, Any]:
-        versions = {}
+        versions: dict[str, str | None] = {}
         for package in ("gguf", "llama-cpp-python"):
             try:
                 versions[package] = version(package)

@@ -31,7 +31,7 @@ def main(request_path: str, answer_path: str) -> None:
     )
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(request["model"].encode(), llama_cpp.llama_model_default_params())
+    model = llama_cpp.llama_model_load_from_file(request["model"].encode(), _as_stored())
     if not model:
         sys.exit("".join(complaints).strip() or "llama.cpp can't load the file and doesn't say why")
     ids = [_tokenise(model, text) for text in request["texts"]]
@@ -39,6 +39,13 @@ def main(request_path: str, answer_path: str) -> None:
         _logits(model, np.load(request["tokens"]), request)
     llama_cpp.llama_model_free(model)
     Path(answer_path).write_text(json.dumps({"ids": ids}), encoding="utf-8")
+
+
+def _as_stored() -> Any:
+    """Matrices as they lie in the file: no repacked copies, whose AMX kernels kill the process on some machines."""
+    settings = llama_cpp.llama_model_default_params()
+    settings.use_extra_bufts = False
+    return settings
 
 
 def _tokenise(model: Any, text: str) -> list[int]:

@@ -65,7 +65,9 @@ class Transformers(Target):
     def write(self, path: Path, source: Source, space: Space, config: Config, variants: Variants) -> int:
         model = source.skeleton()
         chosen = [
-            (compressed_tensors.place(model, weight), config[decision.key]) for decision in space.decisions for weight in decision.unit.weights
+            (compressed_tensors.place(model, weight), config[decision.key])
+            for decision in space.decisions
+            for weight in decision.unit.weights
         ]
         parts = [
             *(_Part.of(name, tensor) for name, tensor in source.passthrough.items()),

@@ -28,7 +28,8 @@ from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot
 
 LOGITS_BAR = 1e-4
 """Largest difference of a logit. The weights are equal to the bit; threads may add them up in another order."""
-_TEXT = "def anyfit(x):\n    return 'ünïcode', [1, 2.5]\n"
+PROBE = "def anyfit(x):\n    return 'ünïcode', [1, 2.5]\n"
+"""What both tokenizers are asked to read."""
 
 
 def checks(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
@@ -69,7 +70,7 @@ def _audit(path: Path, source: Source, chosen: list[tuple[Place, str]]) -> Check
 
 def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: PreTrainedModel) -> Check:
     """Each tensor, read and decoded, against the extracted model's."""
-    files = {}
+    files: dict[str, Path] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             files |= dict.fromkeys(opened.keys(), file)
@@ -89,11 +90,11 @@ def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: 
 
 
 def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
-    if any(name not in DTYPES for _, name in chosen) and (missing := _lacks_runtime()):
+    if any(name not in DTYPES for _, name in chosen) and (missing := lacks_runtime()):
         return (Check("transformers", True, f"skipped: {missing}"),)
     with tempfile.TemporaryDirectory() as folder:
         save_file({"tokens": tokens.contiguous()}, Path(folder, "tokens.safetensors"))
-        arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", _TEXT, str(torch.get_num_threads())]
+        arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", PROBE, str(torch.get_num_threads())]
         # -P keeps anyfit's own folder, where the program lies, from being searched for modules
         command = [sys.executable, "-P", transformers_reader.__file__, *arguments, *(["trust"] if source.trust_remote_code else [])]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -102,33 +103,40 @@ def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: P
             return (Check("transformers", False, f"from_pretrained failed: {last}"),)
         report = json.loads(Path(folder, "out.json").read_text(encoding="utf-8"))
         logits = load_file(Path(folder, "out.safetensors"))["logits"]
-    return _compare(report, logits, source, model, tokens)
-
-
-def _compare(report: Mapping[str, Any], logits: Tensor, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
-    """What the other process found, against the extracted model and the original's tokenizer."""
     assert not report["anyfit"], "the reader must not need anyfit"
+    return compare(report, logits, source, model, tokens)
+
+
+def compare(report: Mapping[str, Any], logits: Tensor, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    """What `transformers_reader.read` found, against the extracted model and the original's tokenizer."""
     own = {name: transformers_reader.digest(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     wrong = sorted(name for name, digest in own.items() if report["digests"].get(name) != digest)
     with torch.no_grad():
         difference = float((model(tokens).logits.float() - logits).abs().max())
-    same_tokens = report["text"] == source.tokenizer()(_TEXT)["input_ids"]
+    same_tokens = report["text"] == source.tokenizer()(PROBE)["input_ids"]
     complaints = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in report["complaints"].items())
     loaded = "loaded in another process, every parameter equal to the bit"
     return (
-        Check("transformers", not wrong and not complaints, f"differ: {', '.join(wrong[:5])} {complaints}" if wrong or complaints else loaded),
+        Check(
+            "transformers", not wrong and not complaints, f"differ: {', '.join(wrong[:5])} {complaints}" if wrong or complaints else loaded
+        ),
         Check("logits", difference <= LOGITS_BAR, f"largest difference {difference:.1e} (bar {LOGITS_BAR:.0e})"),
-        Check("tokenizer", same_tokens, "loads and reads a probe text as the original's does" if same_tokens else "reads a probe text otherwise"),
+        Check(
+            "tokenizer",
+            same_tokens,
+            "loads and reads a probe text as the original's does" if same_tokens else "reads a probe text otherwise",
+        ),
     )
 
 
-def _lacks_runtime() -> str | None:
+def lacks_runtime() -> str | None:
     """What to install before a folder with integers can be loaded; None where it is there."""
     needed = f"compressed-tensors>={compressed_tensors.VERSION}"
+    install = "pip install 'anyfit[compressed]'"
     try:
         installed = version("compressed-tensors")
     except PackageNotFoundError:
-        return f"loading integers needs {needed}, which is not installed; pip install '{needed}'"
+        return f"loading integers needs {needed}, which is not installed; {install}"
     if Version(installed) < Version(compressed_tensors.VERSION):
-        return f"loading these integers needs {needed}, and {installed} is installed; pip install '{needed}'"
+        return f"loading these integers needs {needed}, and {installed} is installed; {install}"
     return None

@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,22 +25,27 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def main(folder: str, tokens: str, output: str, text: str, threads: str, trust: str = "") -> None:
-    torch.set_num_threads(int(threads))
-    allowed = trust == "trust"
+def read(folder: str | Path, tokens: Tensor, text: str, *, trust_remote_code: bool) -> tuple[dict[str, Any], Tensor]:
+    """Load a folder in float32: (what is found, the logits of `tokens`)."""
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=allowed, output_loading_info=True
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
     )
     with torch.no_grad():
-        logits = model.eval()(load_file(tokens)["tokens"]).logits
-    save_file({"logits": logits.contiguous()}, f"{output}.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=allowed)
+        logits = model.eval()(tokens).logits
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     report = {
         "digests": {name: digest(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)},
         "text": tokenizer(text)["input_ids"],
         "complaints": {kind: sorted(map(str, names)) for kind, names in found.items() if names},
         "anyfit": any(name.partition(".")[0] == "anyfit" for name in sys.modules),
     }
+    return report, logits
+
+
+def main(folder: str, tokens: str, output: str, text: str, threads: str, trust: str = "") -> None:
+    torch.set_num_threads(int(threads))
+    report, logits = read(folder, load_file(tokens)["tokens"], text, trust_remote_code=trust == "trust")
+    save_file({"logits": logits.contiguous()}, f"{output}.safetensors")
     Path(f"{output}.json").write_text(json.dumps(report), encoding="utf-8")
 
 

@@ -25,6 +25,8 @@ from anyfit.zoo.corpus import SPLITS, modules
 
 BOS, EOS = 0, 1
 WARM_UP_STEPS = 100
+LONGEST_STEP = 60.0
+"""Seconds that one step may count for: a process that was put to sleep goes on where it was."""
 DECAY_FROM = 0.3
 """Share of the time after which the learning rate falls linearly to zero."""
 
@@ -96,7 +98,7 @@ def main() -> None:
     print({split: (len(texts[split]), len(part)) for split, part in ids.items()}, flush=True)
     config = LlamaConfig(
         vocab_size=args.vocab, hidden_size=256, intermediate_size=args.ffn, num_hidden_layers=args.layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=args.length, tie_word_embeddings=True,
         bos_token_id=BOS, eos_token_id=EOS,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -136,7 +138,7 @@ def fit(model: LlamaForCausalLM, ids: dict[str, np.ndarray], args: argparse.Name
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step, now = step + 1, time.monotonic()
-        seconds, last = seconds + now - last, now
+        seconds, last = seconds + min(now - last, LONGEST_STEP), now
         if step % 100 == 0:
             print(f"step {step} {seconds:.0f}s loss {loss.item():.3f} lr {lr:.1e}", flush=True)
         if step % 500 == 0:

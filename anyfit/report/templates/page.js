@@ -20,6 +20,13 @@
     return box;
   };
 
+  const swatch = (format) => {
+    const box = document.createElement("span");
+    box.textContent = `${data.formats[format]}: ${data.bits[format].toFixed(2)} bits`;
+    shade(box, format);
+    return box;
+  };
+
   const shares = (choices) => {
     const held = data.formats.map(() => 0);
     choices.forEach((format, unit) => (held[format] += data.weights[unit]));
@@ -43,11 +50,11 @@
     ["x1", "x2"].forEach((end) => document.getElementById("cursor").setAttribute(end, mark.dataset.x));
     document.getElementById("size").textContent = row.size;
     document.getElementById("figures").replaceChildren(
-      tile("bits per weight", row.bits), tile("KL to the original", row.kl), tile("perplexity", row.perplexity), tile("same first token", row.top1),
+      tile("bits per weight", row.bits), tile("KL to the original", row.kl), tile("perplexity", row.perplexity), tile("same likeliest token", row.top1),
     );
     document.getElementById("command").textContent = row.frontier
-      ? `anyfit export ${data.family} --budget ${row.bytes}B -o OUTPUT`
-      : `${row.uniform ? "uniform " + row.uniform : "measured"}: the frontier has a better one of this size`;
+      ? `anyfit export FAMILY --budget ${row.bytes}B -o OUTPUT`
+      : `${row.uniform ? "uniform " + row.uniform : "this mix"}: the frontier has one that is no larger and closer to the original`;
     document.getElementById("shares").replaceChildren(...shares(row.choices));
     document.querySelectorAll("[data-unit]").forEach((cell) => {
       const format = row.choices[Number(cell.dataset.unit)];
@@ -59,6 +66,7 @@
   };
 
   document.querySelector(".needs-script").hidden = false;
+  document.getElementById("formats").replaceChildren(...data.formats.map((_, format) => swatch(format)));
   slider.addEventListener("input", () => choose(frontier[Number(slider.value)]));
   document.addEventListener("click", (event) => {
     const hit = event.target.closest("[data-row]");

@@ -1,0 +1,183 @@
+"""How well a model predicts text, and how far its predictions are from the original's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Logits = Callable[[Tensor], Tensor]
+"""Tokens (segments, length) int64 to the logits of each next token, (segments, length, vocabulary)."""
+
+KEPT_BYTES = 1_500_000_000
+"""Reference distributions are kept up to this size; beyond it the original runs again for each measurement."""
+_BATCH_BYTES = 1 << 29
+_CHUNK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures over `num_tokens` predictions in `num_segments` segments of held-out text.
+
+    Divergences are KL(original || model) per token in nats. Standard errors are over segments, and NaN for a
+    single one. `top1`: how often the likeliest token is the original's.
+    """
+
+    perplexity: float
+    perplexity_stderr: float
+    kl_mean: float
+    kl_stderr: float
+    kl_median: float
+    kl_p99: float
+    top1: float
+    top1_stderr: float
+    num_tokens: int
+    num_segments: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """NaN, which JSON hasn't, becomes null."""
+        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Quality:
+        values: dict[str, Any] = {f.name: math.nan if data[f.name] is None else data[f.name] for f in fields(cls)}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the original predicts on `tokens`, (segments, length) int64.
+
+    `log_probs`, (segments, length - 1, vocabulary) float32, are None where they would take too much memory: then
+    `logits` is asked again at each measurement, so the original must stay as it is.
+    """
+
+    tokens: Tensor
+    batch_size: int
+    quality: Quality
+    """The original against itself: its own perplexity, no divergence."""
+    log_probs: Tensor | None = field(repr=False)
+    logits: Logits = field(repr=False)
+    original: nn.Module | None = field(repr=False)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | Logits, tokens: Tensor, batch_size: int = 8, *, kept_bytes: int = KEPT_BYTES) -> Reference:
+        """Run the original over the text once. `batch_size` is lowered where the vocabulary is large."""
+        logits = _logits(model)
+        with torch.inference_mode():
+            vocabulary = logits(tokens[:1]).shape[-1]
+            batch_size = max(1, min(batch_size, _BATCH_BYTES // (4 * vocabulary * tokens.shape[1])))
+            num_predictions = tokens.shape[0] * (tokens.shape[1] - 1)
+            kept = torch.empty(num_predictions, vocabulary) if 4 * vocabulary * num_predictions <= kept_bytes else None
+            losses = torch.empty(num_predictions, dtype=torch.float64)
+            for rows, log_probs in _predictions(logits, tokens, batch_size):
+                losses[rows] = _losses(log_probs, tokens, rows)
+                if kept is not None:
+                    kept[rows] = log_probs.cpu()
+        nothing = torch.zeros(num_predictions, dtype=torch.float64)
+        return cls(
+            tokens=tokens,
+            batch_size=batch_size,
+            quality=_quality(losses, nothing, nothing + 1, tokens.shape[0]),
+            log_probs=kept.reshape(tokens.shape[0], -1, vocabulary) if kept is not None else None,
+            logits=logits,
+            original=model if isinstance(model, nn.Module) else None,
+        )
+
+
+def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> Quality:
+    """Every figure for a model on the reference's text. The same model gives a divergence of exactly zero."""
+    num_predictions = reference.tokens.shape[0] * (reference.tokens.shape[1] - 1)
+    losses, divergences, agreements = (torch.empty(num_predictions, dtype=torch.float64) for _ in range(3))
+    with torch.inference_mode():
+        for rows, expected, log_probs in _pairs(model, reference, batch_size):
+            losses[rows] = _losses(log_probs, reference.tokens, rows)
+            divergences[rows] = _divergences(expected, log_probs)
+            agreements[rows] = (expected.argmax(-1) == log_probs.argmax(-1)).double().cpu()
+    return _quality(losses, divergences, agreements, reference.tokens.shape[0])
+
+
+def kl(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> float:
+    """Mean KL(original || model) per token in nats: `measure(...).kl_mean` without the rest."""
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for _, expected, log_probs in _pairs(model, reference, batch_size):
+            total += float(_divergences(expected, log_probs).sum())
+            count += len(expected)
+    return total / count
+
+
+def _logits(model: PreTrainedModel | Logits) -> Logits:
+    if not isinstance(model, nn.Module):
+        return model
+    assert not model.training, "a model in training mode predicts at random"
+    network: PreTrainedModel = model
+    return lambda tokens: network(input_ids=tokens.to(network.device), use_cache=False).logits
+
+
+def _predictions(logits: Logits, tokens: Tensor, batch_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of log-probabilities, (predictions, vocabulary) float32, with their place among all predictions."""
+    per_segment = tokens.shape[1] - 1
+    for start in range(0, tokens.shape[0], batch_size):
+        batch = logits(tokens[start : start + batch_size])[:, :-1].flatten(0, 1)
+        step = max(1, _CHUNK_BYTES // (4 * batch.shape[1]))
+        for at in range(0, len(batch), step):
+            chunk = torch.log_softmax(batch[at : at + step].float(), dim=-1)
+            first = start * per_segment + at
+            yield slice(first, first + len(chunk)), chunk
+
+
+def _pairs(model: PreTrainedModel | Logits, reference: Reference, batch_size: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(place, original's log-probabilities, model's), chunk by chunk."""
+    predicted = _predictions(_logits(model), reference.tokens, batch_size or reference.batch_size)
+    if reference.log_probs is not None:
+        flat = reference.log_probs.flatten(0, 1)
+        yield from ((rows, flat[rows].to(chunk.device), chunk) for rows, chunk in predicted)
+        return
+    assert model is not reference.original, "a reference that isn't kept needs an original that is not the model measured"
+    expected = _predictions(reference.logits, reference.tokens, batch_size or reference.batch_size)
+    for (rows, chunk), (_, original) in zip(predicted, expected, strict=True):
+        yield rows, original.to(chunk.device), chunk
+
+
+def _losses(log_probs: Tensor, tokens: Tensor, rows: slice) -> Tensor:
+    """Of the tokens that came, (predictions,) float64, in nats."""
+    targets = tokens[:, 1:].flatten()[rows].to(log_probs.device)
+    return -log_probs.gather(-1, targets[:, None])[:, 0].double().cpu()
+
+
+def _divergences(expected: Tensor, log_probs: Tensor) -> Tensor:
+    """KL of each prediction, (predictions,) float64; rounding below zero is no divergence."""
+    return (expected.exp() * (expected - log_probs)).sum(-1, dtype=torch.float64).clamp_min(0).cpu()
+
+
+def _quality(losses: Tensor, divergences: Tensor, agreements: Tensor, num_segments: int) -> Quality:
+    """Figures from one number per prediction. Segments are equally long, so their means average to the mean."""
+    assert losses.isfinite().all() and divergences.isfinite().all(), "the model's logits are not finite"
+    perplexity = math.exp(losses.mean())
+    median, p99 = np.quantile(divergences.numpy(), [0.5, 0.99]).tolist()
+    return Quality(
+        perplexity=perplexity,
+        perplexity_stderr=perplexity * _stderr(losses, num_segments),
+        kl_mean=float(divergences.mean()),
+        kl_stderr=_stderr(divergences, num_segments),
+        kl_median=median,
+        kl_p99=p99,
+        top1=float(agreements.mean()),
+        top1_stderr=_stderr(agreements, num_segments),
+        num_tokens=len(losses),
+        num_segments=num_segments,
+    )
+
+
+def _stderr(values: Tensor, num_segments: int) -> float:
+    """Of the mean, over segments: tokens of one segment are not independent."""
+    if num_segments < 2:
+        return math.nan
+    return float(values.reshape(num_segments, -1).mean(1).std()) / math.sqrt(num_segments)

@@ -1,0 +1,217 @@
+"""The main line end to end on a tiny network: fit, kill, continue, select, extract, export, tamper."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import anyfit
+from anyfit import pipeline
+from anyfit.checkpoint import Checkpoint
+from anyfit.core.errors import BudgetError, DataError, FamilyError, ModelError, OutputError, UnknownNameError, UserError
+from anyfit.core.files import sha256
+from anyfit.family.family import Family
+from anyfit.tasks.language import Reference, measure
+from anyfit.testing.models import save_tiny, tiny_text
+
+FORMATS = ("BF16", "Q8_0", "Q5_K", "Q4_K", "Q2_K", "IQ4_NL")
+SMALL: dict[str, Any] = {"formats": FORMATS, "length": 32, "segments": 8}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "tiny-llama", "llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    path.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def family(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    state = torch.random.get_rng_state()
+    made = anyfit.fit(tiny, data=text, output=tmp_path_factory.mktemp("family") / "tiny.family", **SMALL)
+    assert torch.equal(state, torch.random.get_rng_state()), "the global random state is never touched"
+    return made
+
+
+@pytest.fixture
+def copy(family: Family, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(family.path, tmp_path / "copy.family"))
+
+
+def test_the_folder_is_whole(family: Family) -> None:
+    assert not list(family.path.rglob("*.partial")) and not family.path.with_name("tiny.family.partial").exists()
+    assert {p.name for p in family.path.iterdir()} == {"family.json", "report.html", "variants", "source", "passthrough.safetensors", "text.safetensors"}
+    assert str(family.path.parent) not in (family.path / "family.json").read_text()
+
+
+def test_another_process_makes_the_same_family(family: Family, tiny: Path, text: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, anyfit, torch; torch.set_num_threads(1);"
+        f"family = anyfit.fit(sys.argv[1], data=sys.argv[2], output=sys.argv[3], formats={FORMATS!r}, length=32, segments=8);"
+        "family.export('60%', sys.argv[4], check=False)"
+    )
+    other = tmp_path / "other.family"
+    subprocess.run([sys.executable, "-c", code, str(tiny), str(text), str(other), str(tmp_path / "b.gguf")], check=True)
+    assert Family.open(other).digest == family.digest
+    family.export("60%", tmp_path / "a.gguf", check=False)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_a_killed_run_continues_to_the_same_bytes(family: Family, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, encoded = tmp_path / "killed.family", []
+    write = pipeline.Store.write
+
+    def killing(limit: int) -> Any:
+        def counted(store: pipeline.Store, weight: str, variants: Any) -> None:
+            if len(encoded) == limit:
+                raise KeyboardInterrupt
+            encoded.append(weight)
+            write(store, weight, variants)
+
+        return counted
+
+    for limit in (3, 9):
+        monkeypatch.setattr(pipeline.Store, "write", killing(limit))
+        with pytest.raises(KeyboardInterrupt):
+            anyfit.fit(tiny, data=text, output=output, **SMALL)
+        assert not output.exists()
+    monkeypatch.setattr(pipeline.Store, "write", killing(10**6))
+    assert anyfit.fit(tiny, data=text, output=output, **SMALL).digest == family.digest
+    assert len(encoded) == len(set(encoded)), "nothing that was finished is computed again"
+    assert os.listdir(tmp_path) == ["killed.family"]
+
+
+def test_an_unfinished_run_of_something_else_is_named(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "other.family"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Fit, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            anyfit.fit(tiny, data=text, output=output, **SMALL)
+    with pytest.raises(FamilyError, match=r"seed was 0 and is 1.*--restart"):
+        anyfit.fit(tiny, data=text, output=output, seed=1, **SMALL)
+
+
+def test_frontier_is_sorted_and_not_dominated(family: Family) -> None:
+    sizes = [point.bytes_ for point in family.frontier]
+    losses = [point.search.kl_mean for point in family.frontier if point.search]
+    assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True) and len(sizes) >= 3
+    assert {point.uniform for point in family.points} >= set(FORMATS)
+
+
+def test_every_budget_is_kept_and_uniform_settings_never_win(family: Family) -> None:
+    for share in (25, 30, 40, 55, 70, 90):
+        budget = family.budget(f"{share}%")
+        point = family.select(budget)
+        assert budget.allows({"bytes": point.bytes_, "bits": point.bits})
+        rivals = [p.search.kl_mean for p in family.points if p.search and p.uniform and budget.allows({"bytes": p.bytes_, "bits": p.bits})]
+        expected = point.search.kl_mean if point.search else family.expected(point.predicted)
+        assert all(expected <= rival for rival in rivals)
+
+
+def test_extracted_model_equals_the_exported_file(family: Family, tmp_path: Path) -> None:
+    export = family.export("2.9 bits" if family.frontier[0].bits < 2.9 else "50%", tmp_path / "model.gguf")
+    assert export.bytes_ == (tmp_path / "model.gguf").stat().st_size == family.space.bytes_(export.point.config)
+    assert export.checks and all(check.passed for check in export.checks)
+    assert (tmp_path / "model.README.md").exists()
+
+
+def test_extract_at_the_largest_format_is_the_original(family: Family, tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    extracted = family.extract(family.space.uniform("BF16"))
+    original = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    tokens = family.text()["search"][:2]
+    with torch.inference_mode():
+        difference = (extracted(tokens).logits - original(tokens).logits).abs().max()
+    assert difference < 0.05
+    assert extracted.get_input_embeddings().weight is extracted.get_output_embeddings().weight
+
+
+def test_quality_of_a_point_is_what_the_extracted_model_has(family: Family, tiny: Path) -> None:
+    point = family.frontier[0]
+    assert point.search is not None
+    reference = Reference.of(Checkpoint.open(tiny).load(), family.text()["search"])
+    assert measure(family.extract(point.config), reference).kl_mean == pytest.approx(point.search.kl_mean, rel=1e-4)
+
+
+def test_impossible_budget(family: Family, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="smallest possible"):
+        family.export("1 KB", tmp_path / "x.gguf")
+    assert not os.listdir(tmp_path)
+
+
+def test_existing_output_is_kept_without_force(family: Family, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_text("precious")
+    with pytest.raises(OutputError, match="exists"):
+        family.export("60%", path)
+    assert path.read_text() == "precious"
+    family.export("60%", path, force=True, check=False)
+    assert path.read_bytes()[:4] == b"GGUF"
+
+
+def test_altered_variant_is_found_before_it_is_used(copy: Path, tmp_path: Path) -> None:
+    victim = max((copy / "variants").iterdir(), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[-100] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(FamilyError, match=rf"{victim.name} was altered"):
+        Family.open(copy).export("60%", tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_altered_manifest_is_found(copy: Path) -> None:
+    path = copy / "family.json"
+    data = json.loads(path.read_text())
+    data["points"][0]["bytes"] -= 1
+    path.write_text(json.dumps(data))
+    with pytest.raises(FamilyError, match="altered"):
+        Family.open(copy)
+
+
+def test_newer_family_is_told(copy: Path) -> None:
+    path = copy / "family.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 999}))
+    with pytest.raises(FamilyError, match="newer"):
+        Family.open(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"anyfit": "family"}', "\x00"])
+def test_a_broken_manifest_is_a_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "family.json").write_text(content)
+    with pytest.raises(FamilyError):
+        Family.open(tmp_path)
+
+
+def test_fit_refuses_early(tiny: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="llama.cpp"):
+        anyfit.fit(tiny, data=text, target="lama.cpp")
+    with pytest.raises(UnknownNameError, match="Q4_K"):
+        anyfit.fit(tiny, data=text, formats=["Q4_KM"])
+    with pytest.raises(UserError, match="doesn't load"):
+        anyfit.fit(tiny, data=text, formats=["int4_sym"])
+    with pytest.raises(DataError, match="--data"):
+        anyfit.fit(tiny)
+    with pytest.raises(ModelError):
+        anyfit.fit(tmp_path / "nowhere", data=text)
+    with pytest.raises(UserError, match="context"):
+        anyfit.fit(tiny, data=text, length=10**6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_original_is_not_touched(family: Family, tiny: Path) -> None:
+    assert sorted(p.name for p in tiny.iterdir()) == sorted(p.name for p in save_tiny(tiny.parent / "again", "llama", tie_word_embeddings=True).iterdir())
+    assert sha256(tiny / "model.safetensors") == sha256(tiny.parent / "again" / "model.safetensors")
