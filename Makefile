@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= -n 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 DEMO := out/demo.family
 
 export OMP_NUM_THREADS ?= 2
@@ -52,16 +52,16 @@ clean:  ## The environment, the caches and everything that was made.
 
 $(VENV)/.installed: pyproject.toml
 	@echo "Installing into $(VENV), once. It takes a minute or two."
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install "$(TORCH)"
-	$(PIP) install --editable .
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)"
+	@$(PIP) install --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --editable '.[dev]'
+	@$(PIP) install --editable '.[dev]'
 	@touch $@
 
 $(VENV)/.llamacpp: $(VENV)/.installed
 	@echo "Compiling llama.cpp, once. It takes some ten minutes."
-	CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=2 $(PIP) install --editable '.[llamacpp]'
+	@CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=2 $(PIP) install --editable '.[llamacpp]'
 	@touch $@

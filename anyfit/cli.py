@@ -243,7 +243,7 @@ def show(
     shown: list[RenderableType] = [_headline(opened), tables.frontier(opened, chosen)]
     if chosen:
         document["chosen"] = summary.point_json(chosen) | {"formats": chosen.config.formats}
-        shown += [f"\n{opened.budget(budget or [])}: {_described(opened, chosen)}", tables.layers(opened, chosen.config)]
+        shown += [f"\n{opened.budget(budget or [])}: {summary.described(opened, chosen)}", tables.layers(opened, chosen.config)]
     if opened.coverage:
         shown += ["", tables.refusals(opened.coverage)]
     if open_:
@@ -262,7 +262,7 @@ def export(
 ) -> Answer:
     """Write the best model within a budget for the family's target, and load it back."""
     from anyfit.family import Family
-    from anyfit.report import tables
+    from anyfit.report import summary, tables
 
     opened = Family.open(family)
     suffix = all_targets.get(opened.target).suffix
@@ -270,7 +270,7 @@ def export(
     made = opened.export(budget, path, force=force, check=not no_check, progress=to_stderr())
     headline = f"{made.path}: {made.bytes_:,} bytes within {made.budget}, in {duration(made.seconds)}"
     checks = tables.listing([("passed" if c.passed else "FAILED", c.name, c.detail) for c in made.checks], "", "check", "")
-    return Answer(made.to_json(), (headline, _described(opened, made.point), *([checks] if made.checks else ["Not loaded back."])))
+    return Answer(made.to_json(), (headline, summary.described(opened, made.point), *([checks] if made.checks else ["Not loaded back."])))
 
 
 @_command
@@ -287,13 +287,14 @@ def extract(
     """
     from anyfit.core.files import refuse_existing
     from anyfit.family import Family
+    from anyfit.report import summary
 
     opened = Family.open(family)
     refuse_existing(output, force=force)
     point = opened.select(budget)
     _save(opened, point, output)
     document = {"path": str(output), "bytes_as_exported": point.bytes_, "bits": point.bits, "config": point.config.to_json()}
-    return Answer(document, (f"{output}: as exported for {opened.target}, {_described(opened, point)}",))
+    return Answer(document, (f"{output}: as exported for {opened.target}, {summary.described(opened, point)}",))
 
 
 @_command
@@ -377,17 +378,6 @@ def _next(family: Family) -> tuple[str, ...]:
     middle = family.frontier[len(family.frontier) // 2]
     suffix = all_targets.get(family.target).suffix
     return (f"Next:     anyfit export {family.path} --budget {describe(BYTES, middle.bytes_).replace(' ', '')} -o {family.name}{suffix}",)
-
-
-def _described(family: Family, point: Point) -> str:
-    """A config's size and quality in one line; says whether the quality was measured."""
-    from anyfit.report import summary
-
-    costs = f"{point.bytes_:,} bytes, {point.bits:.2f} bits per weight, "
-    if point.report is None:
-        return costs + f"expected KL to the original {family.expected(point.predicted):.3g} (this very mix was not measured)"
-    kl = summary.plus_minus(point.report.kl_mean, point.report.kl_stderr)
-    return costs + f"measured KL to the original {kl}, perplexity {point.report.perplexity:.2f}"
 
 
 def _save(family: Family, point: Point, path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,14 @@ class Fit:
         quantizer = quantizers.get(self.recipe.quantizer)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         prepared_for, prepared = None, None
-        with self.progress.stage("encode", len(todo)) as stage:
+        with one_thread_each() as pool, self.progress.stage("encode", len(todo)) as stage:
             for decision, weight in todo:
                 if prepared is None or weight.input is None or weight.input != prepared_for:
                     seen = statistics[weight.input] if weight.input else InputStatistics.unknown(weight.shape[1])
                     prepared_for, prepared = weight.input, quantizer.prepare(seen)
-                matrix = self._matrix(parameters[weight.name], weight)
-                store.write(weight.name, {c.name: quantizer.encode(matrix, prepared, formats.get(c.name)) for c in decision.choices})
+                encode = partial(quantizer.encode, self._matrix(parameters[weight.name], weight), prepared)
+                names = [choice.name for choice in decision.choices]
+                store.write(weight.name, dict(zip(names, pool.map(encode, map(formats.get, names)), strict=True)))
                 stage.advance(detail=weight.name)
 
     def _matrix(self, parameter: Tensor, weight: Weight) -> Tensor:
@@ -261,6 +263,15 @@ class Fit:
         remove(journal.folder / "points")
         remove(journal.folder / "table.json")
         journal.finish()
+
+
+def one_thread_each() -> ThreadPoolExecutor:
+    """As many workers as torch has threads, each computing with one.
+
+    Fitting scales and rounding columns are long chains of small operations, which lose more by splitting each
+    of them than they gain. And so the bytes don't depend on the number of threads.
+    """
+    return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
 
 
 def versions() -> dict[str, str]:

@@ -36,6 +36,8 @@ def run(*arguments: object) -> Result:
 
 def document(result: Result) -> Any:
     """The one JSON document on standard output."""
+    if result.exit_code not in (0, 2) and result.exception:
+        raise result.exception
     return json.loads(result.stdout)
 
 

@@ -69,6 +69,15 @@ def refusals(family: Family) -> list[tuple[str, str, list[str]]]:
     return [(format_, reason, units) for (format_, reason), units in groups.items()]
 
 
+def described(family: Family, point: Point) -> str:
+    """A config's size and quality in one line; says whether the quality was measured."""
+    costs = f"{point.bytes_:,} bytes, {point.bits:.2f} bits per weight, "
+    if point.report is None:
+        return costs + f"expected KL to the original {family.expected(point.predicted):.3g} (this very mix was not measured)"
+    kl = plus_minus(point.report.kl_mean, point.report.kl_stderr)
+    return costs + f"measured KL to the original {kl}, perplexity {point.report.perplexity:.2f}"
+
+
 def point_json(point: Point) -> dict[str, Any]:
     """One config: what it costs and what was measured."""
     return {

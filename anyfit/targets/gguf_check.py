@@ -19,15 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from anyfit import network
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
-from anyfit.formats import formats
-from anyfit.formats.base import CastFormat
 from anyfit.targets import gguf_kinds, gguf_layout, llamacpp_runtime
 from anyfit.targets.base import Check
 from anyfit.targets.gguf_layout import Matrix
 
 MAX_KL, MAX_KL_PLAIN = 5e-3, 1e-4
-"""Nats per token, with and without quantised matrices. llama.cpp rounds what enters a quantised matrix to 8 bits,
-which the torch model does not; that alone costs up to half of the first."""
+"""Nats per token; the second where every matrix is in one of `PLAIN`. llama.cpp rounds what enters any other matrix
+to its type (8 bits for a quantised one), which the torch model does not; that alone costs up to half of the first."""
+PLAIN = {"F32", "F16"}
 SEGMENTS, LENGTH = 4, 128
 PROBE = (
     "Hello, world! It's 12 o'clock; we've 3456 things (and 7.89 more) to do, don't we?\n\n"
@@ -166,10 +165,10 @@ def _llamacpp(path: Path, source: Source, config: Config, model: PreTrainedModel
     except llamacpp_runtime.LlamaCppError as error:
         return (Check("llama.cpp", False, str(error)),)
     assert logits is not None
-    plain = all(isinstance(formats.get(name), CastFormat) for name in config.formats.values())
+    bar = MAX_KL_PLAIN if PLAIN.issuperset(config.formats.values()) else MAX_KL
     return (
         _look("llama.cpp tokens", lambda: _compare_tokens(tokenizer, texts, ids)),
-        _look("llama.cpp outputs", lambda: _compare_outputs(model, tokens, logits, MAX_KL_PLAIN if plain else MAX_KL, window)),
+        _look("llama.cpp outputs", lambda: _compare_outputs(model, tokens, logits, bar, window)),
     )
 
 

@@ -51,14 +51,17 @@ class Kind:
 
 
 def head_size(config: PretrainedConfig) -> int:
+    """Numbers in one head of the queries."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def num_kv_heads(config: PretrainedConfig) -> int:
+    """Heads of the keys and values; as many as queries have where the configuration names none."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def activation(config: PretrainedConfig) -> str:
+    """The feed-forward's activation, under whichever name this kind keeps it."""
     names = ("hidden_activation", "hidden_act", "activation_function")
     return next(str(value) for name in names if (value := getattr(config, name, None)))
 
@@ -166,6 +169,7 @@ def rope_parameters(config: PretrainedConfig, layers: str = "full_attention") ->
 
 
 def rotary_size(config: PretrainedConfig) -> int:
+    """How many numbers of each head are turned."""
     return int(head_size(config) * rope_parameters(config).get("partial_rotary_factor", 1.0))
 
 

@@ -39,10 +39,12 @@ class Matrix:
 
     @property
     def bytes_(self) -> int:
+        """Without padding."""
         return formats.get(self.format).bytes_(self.shape)
 
 
 def kind(source: Source) -> Kind:
+    """The facts of this network's kind, which must be a known one."""
     return KINDS[source.config.model_type]
 
 
@@ -139,6 +141,7 @@ def write_header(path: Path, source: Source, decided: Sequence[Matrix], fixed: M
 
 
 def padded(num_bytes: int) -> int:
+    """What a tensor of this size takes in the file."""
     return gguf.GGUFWriter.ggml_pad(num_bytes, ALIGNMENT)
 
 

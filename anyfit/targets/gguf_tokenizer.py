@@ -23,12 +23,12 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
 )
 _CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2, _DIGIT = "GPT-2", "digit"
+GPT2, DIGIT = "GPT-2", "digit"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
 
 SPLITTERS: dict[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGIT, _GPT2), False): "smollm",
+    ((GPT2,), False): "gpt-2",
+    ((DIGIT, GPT2), False): "smollm",
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "smaug-bpe",
     ((rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}",), False): "qwen2",
@@ -74,6 +74,8 @@ def read(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Vocabu
     if model["type"] != "BPE":
         raise _impossible(f"its model is {model['type']!r}, and only BPE is written")
     merges = tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    if not merges:
+        raise _impossible("it has no merges")
     tokens, types = _tokens(raw, config.get_text_config().vocab_size)
     add_bos, add_eos = _added(tokenizer)
     kind: dict[str, Any] = _sentencepiece(raw, tokens, merges) if model["byte_fallback"] else {"splitter": _splitter(raw), "merges": merges}
@@ -83,6 +85,7 @@ def read(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Vocabu
 
 
 def write(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add the keys, in an order that is always the same."""
     writer.add_tokenizer_model("gpt2" if vocabulary.splitter else "llama")
     writer.add_tokenizer_pre(vocabulary.splitter or "default")
     writer.add_token_list(vocabulary.tokens)
@@ -155,11 +158,11 @@ def _step(step: dict[str, Any]) -> str | None:
         case {"type": "ByteLevel", "add_prefix_space": True}:
             raise _impossible("it puts a space before the text")
         case {"type": "ByteLevel", "use_regex": True}:
-            return _GPT2
+            return GPT2
         case {"type": "ByteLevel"}:
             return None
         case {"type": "Digits", "individual_digits": True} | {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated"}:
-            return _DIGIT
+            return DIGIT
         case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
             return pattern
         case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}:

@@ -30,6 +30,8 @@ _ANY_ROW = "F16"
 
 
 class LlamaCpp(Target):
+    """Every matrix is decided by itself: llama.cpp takes any mixture of types, tensor by tensor."""
+
     name = "llama.cpp"
     title = "GGUF, one file for llama.cpp and all that is built on it"
     suffix = ".gguf"

@@ -24,6 +24,7 @@ ERROR_LEVEL = 4
 
 
 def main(request_path: str, answer_path: str) -> None:
+    """Answer one request; ends the process with llama.cpp's own message where it can't."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     complaints: list[str] = []
     callback = llama_cpp.llama_log_callback(

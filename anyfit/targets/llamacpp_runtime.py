@@ -26,6 +26,7 @@ class LlamaCppError(Exception):
 
 
 def installed() -> bool:
+    """Whether llama-cpp-python is there."""
     return find_spec("llama_cpp") is not None
 
 

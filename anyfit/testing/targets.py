@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -113,8 +112,12 @@ def check_space_covers_the_network(trial: Trial, _: Path) -> None:
 
 def check_unknown_format_is_refused(trial: Trial, _: Path) -> None:
     """A name that the target doesn't know is an error that lists those it does."""
-    with pytest.raises(UnknownNameError, match=trial.target.formats[0]):
+    message = ""
+    try:
         trial.target.space(trial.source, trial.weights, ("no such format",))
+    except UnknownNameError as error:
+        message = str(error)
+    assert message and all(name in message for name in trial.target.formats), "an error lists the known formats"
 
 
 def check_row_orders_are_permutations(trial: Trial, _: Path) -> None:
@@ -140,8 +143,8 @@ def check_same_config_same_bytes(trial: Trial, folder: Path) -> None:
     config = trial.config(0)
     first, second = folder / f"a{trial.target.suffix}", folder / f"other{trial.target.suffix}"
     trial.write(first, config)
-    again = Trial(trial.target, trial.source, trial.weights, trial.target.space(trial.source, trial.weights, trial.target.formats), trial.original)
-    again.write(second, config)
+    space = trial.target.space(trial.source, trial.weights, trial.target.formats)
+    replace(trial, space=space).write(second, config)
     assert _content(first) == _content(second)
 
 
