@@ -28,7 +28,7 @@ from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.searchers.exact import require
 from anyfit.targets import targets
-from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.tasks.language import Quality, Reference, kept_bytes, measure
 from anyfit.zoo import DATA, MODEL
 
 NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 32, 64
@@ -250,7 +250,9 @@ def _open_subject(subject: str | Path | None, budget: str | Iterable[str] | None
             raise UserError(f"{path} is a family: which of its models?", remedy="Say --budget.")
         point = family.select(budget)
         model = family.extract(point.config)
-        return _Subject(f"{path} at {family.budget(budget)}", model, family.source.tokenizer(), family.original.embedded, family.text()["report"])
+        return _Subject(
+            f"{path} at {family.budget(budget)}", model, family.source.tokenizer(), family.original.embedded, family.text()["report"]
+        )
     if budget is not None:
         raise UserError(f"{path} is no family, so it has no budget to choose by.", remedy="Leave out --budget, or name a family.")
     if path.suffix == ".gguf":
@@ -295,7 +297,9 @@ def _segment_length(length: int | None, config: PretrainedConfig) -> int:
     if length is None:
         return min(LONGEST_SEGMENT, context)
     if not 2 <= length <= context:
-        raise UserError(f"Segments of {length} tokens don't work with a context of {context}.", remedy=f"Give a length from 2 to {context}.")
+        raise UserError(
+            f"Segments of {length} tokens don't work with a context of {context}.", remedy=f"Give a length from 2 to {context}."
+        )
     return length
 
 
@@ -306,8 +310,8 @@ def _memory(run: Fit) -> int:
     moments = sum(8 * width**2 for width in widths.values())
     solving = max(24 * w.shape[1] ** 2 + 16 * w.num_weights for w in run.weights)
     vocabulary = run.checkpoint.config.vocab_size
-    tokens = run.segments.search.numel() + run.segments.report.numel()
-    return max(model + moments + solving, 2 * model + Reference.bytes_(tokens, vocabulary))
+    references = sum(kept_bytes(getattr(run.segments, name).numel(), vocabulary) for name in ("search", "report"))
+    return max(model + moments + solving, 2 * model + references)
 
 
 @torch.inference_mode()

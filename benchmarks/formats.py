@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,7 @@ class Subject:
 
 def subjects(assets: Path | None) -> Iterator[Subject]:
     checkpoint = Checkpoint.open(MODEL)
-    text = load(
-        DATA, checkpoint.tokenizer(), length=LENGTH, num_calibration=NUM_CALIBRATION, num_search=1, num_report=NUM_REPORT, seed=0
-    )
+    text = load(DATA, checkpoint.tokenizer(), length=LENGTH, num_calibration=NUM_CALIBRATION, num_search=1, num_report=NUM_REPORT, seed=0)
     yield Subject("embedded default", MODEL, text.calibration, text.report)
     folder = assets / "tinystories-llama-3m" if assets else None
     if folder is None or not folder.is_dir():
@@ -84,11 +83,17 @@ def compare(subject: Subject) -> Iterator[Row]:
         _fill(model, original)
         return quality, seconds
 
-    for type_, gain in CLAIMS.items():
+    def peer(type_: str, weight: Weight) -> Tensor:
+        return quantise(original[weight.name], type_, statistics[weight.input].diagonal)
+
+    def own(type_: str, weight: Weight) -> Tensor:
         format_ = formats.get(type_)
-        theirs, their_seconds = measured(lambda w: quantise(original[w.name], type_, statistics[w.input].diagonal))
-        ours, our_seconds = measured(lambda w: format_.decode(quantizer.encode(original[w.name], prepared[w.input], format_).data))
-        yield _row(subject, type_, format_.bits, theirs, ours, (their_seconds, our_seconds), gain)
+        return format_.decode(quantizer.encode(original[weight.name], prepared[weight.input], format_).data)
+
+    for type_, gain in CLAIMS.items():
+        theirs, their_seconds = measured(partial(peer, type_))
+        ours, our_seconds = measured(partial(own, type_))
+        yield _row(subject, type_, formats.get(type_).bits, theirs, ours, (their_seconds, our_seconds), gain)
 
 
 def _row(subject: Subject, type_: str, bits: float, theirs: Quality, ours: Quality, seconds: tuple[float, float], gain: float) -> Row:
@@ -115,12 +120,25 @@ def main() -> int:
     parser.add_argument("--assets", type=Path, default=None, help="a folder with further models")
     args = parser.parse_args()
     rows = [row for subject in subjects(args.assets) for row in compare(subject)]
-    header = ("model", "type", "bits", "KL llama.cpp + imatrix", "KL anyfit", "lower by", "ppl llama.cpp", "ppl anyfit", "CPU s", "CPU s anyfit")
+    header = (
+        "model",
+        "type",
+        "bits",
+        "KL llama.cpp + imatrix",
+        "KL anyfit",
+        "lower by",
+        "ppl llama.cpp",
+        "ppl anyfit",
+        "CPU s",
+        "CPU s anyfit",
+    )
     remarks = (
         f"Mean KL to the original in nats per token on {NUM_REPORT} held-out segments of {LENGTH} tokens, ± standard error over segments; "
         f"{NUM_CALIBRATION} calibration segments. A row holds where anyfit's KL is lower by {LOWEST_GAIN:.0%}; at Q6_K, where it is no higher.",
     )
-    return finish("formats", "One type everywhere: anyfit against llama.cpp's quantiser", "make bench-formats ASSETS=FOLDER", header, rows, remarks)
+    return finish(
+        "formats", "One type everywhere: anyfit against llama.cpp's quantiser", "make bench-formats ASSETS=FOLDER", header, rows, remarks
+    )
 
 
 if __name__ == "__main__":

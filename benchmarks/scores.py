@@ -64,7 +64,14 @@ def main() -> int:
         for which, part in (("all", slice(None)), ("drawn alike", slice(1, None, 2)), ("leaning", slice(0, None, 2))):
             correlation = spearmanr(predicted[part], measured[part]).statistic
             log_ratio = np.log(measured[part] / predicted[part])
-            cells = (name, which, str(len(measured[part])), f"{correlation:.3f}", f"{np.exp(np.median(log_ratio)):.2f}", f"{np.exp(log_ratio.std()):.2f}")
+            cells = (
+                name,
+                which,
+                str(len(measured[part])),
+                f"{correlation:.3f}",
+                f"{np.exp(np.median(log_ratio)):.2f}",
+                f"{np.exp(log_ratio.std()):.2f}",
+            )
             claimed = name == fit.recipe.score and which == "all"
             rows.append(Row(cells, holds=bool(correlation >= LOWEST_CORRELATION) if claimed else None))
     remarks = (

@@ -71,7 +71,9 @@ def test_config_is_a_value() -> None:
 
 def test_config_digest_is_the_same_in_another_process() -> None:
     code = "from anyfit.core.config import Config; print(Config.of_formats({'b': 'Q4_K', 'a': 'Q6_K'}).digest)"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
     assert other.stdout.strip() == Config.of_formats({"b": "Q4_K", "a": "Q6_K"}).digest
 
 

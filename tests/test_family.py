@@ -53,7 +53,14 @@ def copy(family: Family, tmp_path: Path) -> Path:
 
 def test_the_folder_is_whole(family: Family) -> None:
     assert not list(family.path.rglob("*.partial")) and not family.path.with_name("tiny.family.partial").exists()
-    assert {p.name for p in family.path.iterdir()} == {"family.json", "report.html", "variants", "source", "passthrough.safetensors", "text.safetensors"}
+    assert {p.name for p in family.path.iterdir()} == {
+        "family.json",
+        "report.html",
+        "variants",
+        "source",
+        "passthrough.safetensors",
+        "text.safetensors",
+    }
     assert str(family.path.parent) not in (family.path / "family.json").read_text()
 
 
@@ -70,7 +77,9 @@ def test_another_process_makes_the_same_family(family: Family, tiny: Path, text:
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_a_killed_run_continues_to_the_same_bytes(family: Family, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_to_the_same_bytes(
+    family: Family, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, encoded = tmp_path / "killed.family", []
     write = pipeline.Store.write
 
@@ -197,7 +206,7 @@ def test_a_broken_manifest_is_a_clear_error(tmp_path: Path, content: str) -> Non
 
 
 def test_fit_refuses_early(tiny: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="llama.cpp"):
+    with pytest.raises(UnknownNameError, match=r"llama\.cpp"):
         anyfit.fit(tiny, data=text, target="lama.cpp")
     with pytest.raises(UnknownNameError, match="Q4_K"):
         anyfit.fit(tiny, data=text, formats=["Q4_KM"])
@@ -213,5 +222,7 @@ def test_fit_refuses_early(tiny: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_the_original_is_not_touched(family: Family, tiny: Path) -> None:
-    assert sorted(p.name for p in tiny.iterdir()) == sorted(p.name for p in save_tiny(tiny.parent / "again", "llama", tie_word_embeddings=True).iterdir())
+    assert sorted(p.name for p in tiny.iterdir()) == sorted(
+        p.name for p in save_tiny(tiny.parent / "again", "llama", tie_word_embeddings=True).iterdir()
+    )
     assert sha256(tiny / "model.safetensors") == sha256(tiny.parent / "again" / "model.safetensors")

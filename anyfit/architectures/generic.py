@@ -43,7 +43,7 @@ def describe(model: PreTrainedModel) -> GenericArchitecture:
     start = next(index for index, path in enumerate(order) if path.startswith(f"{blocks}."))
     outside = [path for path in order if not path.startswith(f"{blocks}.")]
     before = {path: path for path in outside if path in order[:start]}
-    num_blocks = len(model.get_submodule(blocks))  # type: ignore[arg-type]
+    num_blocks = len(model.get_submodule(blocks))
     return GenericArchitecture(
         name=model.config.model_type,
         block=f"{blocks}.{{i}}",

@@ -11,7 +11,9 @@ from anyfit.core.errors import BudgetError
 BYTES, BITS = "bytes", "bits"
 _BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _BIT_UNITS = {"BIT", "BITS", "BPW"}
-_PART = re.compile(r"(?:(?P<cost>bytes|bits)\s*)?(?:<=|≤|=)?\s*(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(?P<unit>[A-Za-z%/]*)", re.IGNORECASE)
+_PART = re.compile(
+    r"(?:(?P<cost>bytes|bits)\s*)?(?:<=|≤|=)?\s*(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(?P<unit>[A-Za-z%/]*)", re.IGNORECASE
+)
 KNOWN_UNITS = "B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024), bits (per weight), % (of the original's bytes)"
 
 
@@ -59,7 +61,10 @@ def describe(cost: str, value: float) -> str:
 def _limit(part: str, whole: str, original_bytes: int | None) -> tuple[str, float]:
     match = _PART.fullmatch(part.replace(",", ""))
     if not match:
-        raise BudgetError(f"The budget {whole!r} can't be read at {part!r}.", remedy=f"Write a number and a unit, for example 1.5GB. Known units: {KNOWN_UNITS}.")
+        raise BudgetError(
+            f"The budget {whole!r} can't be read at {part!r}.",
+            remedy=f"Write a number and a unit, for example 1.5GB. Known units: {KNOWN_UNITS}.",
+        )
     number, unit = float(match["number"].replace("_", "")), match["unit"].upper()
     if number <= 0:
         raise BudgetError(f"The budget {part!r} is not above zero.", remedy="Write a positive number and a unit, for example 1.5GB.")

@@ -15,7 +15,7 @@ from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
 from anyfit.checkpoint import Source, read_config
-from anyfit.core.budget import Budget, describe
+from anyfit.core.budget import Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import OutputError
 from anyfit.core.files import refuse_existing, written_aside
@@ -180,9 +180,7 @@ class Family:
         config = budget if isinstance(budget, Config) else self.select(budget).config
         decoded = decoder(self._store, targets.get(self.target), self.source)
         weights = {
-            weight.name: decoded(weight, config[decision.key])
-            for decision in self.space.decisions
-            for weight in decision.unit.weights
+            weight.name: decoded(weight, config[decision.key]) for decision in self.space.decisions for weight in decision.unit.weights
         }
         return self.source.build(weights)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from anyfit.checkpoint import Source
 from anyfit.core.errors import FamilyError
 from anyfit.core.files import sha256, written_aside
 from anyfit.core.units import Weight
+from anyfit.elastic.model import Decoded
 from anyfit.formats import formats
 from anyfit.quantizers.base import Encoded
 from anyfit.targets.base import Target
@@ -41,7 +43,9 @@ class Store:
         """All variants of one matrix; their errors and notes travel in the file's metadata."""
         notes = {name: {"error": v.error, "notes": list(v.notes)} for name, v in variants.items()}
         with written_aside(self._variants(weight)) as aside:
-            save_file({name: v.data.contiguous() for name, v in variants.items()}, aside, metadata={"variants": json.dumps(notes, sort_keys=True)})
+            save_file(
+                {name: v.data.contiguous() for name, v in variants.items()}, aside, metadata={"variants": json.dumps(notes, sort_keys=True)}
+            )
 
     def errors(self, weight: str) -> dict[str, float]:
         """{format: expected squared output error} of one matrix."""
@@ -69,7 +73,7 @@ class Store:
     def _variants(self, weight: str) -> Path:
         return self.folder / VARIANTS / f"{weight}.safetensors"
 
-    def _metadata(self, weight: str) -> dict[str, dict]:
+    def _metadata(self, weight: str) -> dict[str, dict[str, Any]]:
         with self._open(self._variants(weight)) as file:
             return json.loads(file.metadata()["variants"])
 
@@ -88,11 +92,13 @@ class Store:
         if not path.is_file():
             raise FamilyError(f"{path} is missing.", remedy="Restore it, or fit the family again.")
         if sha256(path) != self._hashes.get(name):
-            raise FamilyError(f"{path} was altered: it doesn't match its hash in family.json.", remedy="Restore it, or fit the family again.")
+            raise FamilyError(
+                f"{path} was altered: it doesn't match its hash in family.json.", remedy="Restore it, or fit the family again."
+            )
         self._checked.add(name)
 
 
-def decoder(store: Store, target: Target, source: Source):
+def decoder(store: Store, target: Target, source: Source) -> Decoded:
     """A function from (weight, format name) to decoded values as the checkpoint holds them, float32."""
 
     def decoded(weight: Weight, format_: str) -> Tensor:

@@ -113,6 +113,7 @@ def fit_rows(fit: Callable[[Columns], tuple[Tensor, ...]], weight: Tensor, impor
 
 def _error_weights(importance: Tensor) -> Tensor:
     """Mean 1, so that nothing overflows, and never zero, so that columns whose input is dead keep sane codes."""
+    importance = importance.contiguous()  # a strided mean sums in another order
     mean = importance.mean()
     if mean == 0:
         return torch.ones_like(importance)

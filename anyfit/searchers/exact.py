@@ -147,7 +147,13 @@ def _polish(problem: _Problem, limits: list[tuple[np.ndarray, float]], keep: np.
     for size, left in limits:
         # In units of the limit, so that the solver's tolerance is far below one byte of any file.
         constraints.append(LinearConstraint(size[keep][None] / left, -np.inf, 1 - 1e-12))
-    result = milp(problem.score[keep] / scale, integrality=np.ones(num), bounds=(0, 1), constraints=constraints, options={"mip_rel_gap": GAP, "time_limit": 20})
+    result = milp(
+        problem.score[keep] / scale,
+        integrality=np.ones(num),
+        bounds=(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": GAP, "time_limit": 20},
+    )
     if result.x is None:
         return fallback
     chosen = keep[np.flatnonzero(result.x > 0.5)]

@@ -91,6 +91,12 @@ class Reference:
         )
 
 
+def kept_bytes(num_tokens: int, vocabulary: int) -> int:
+    """Memory that a reference over this much text takes: its distributions, or one batch of them."""
+    whole = 4 * num_tokens * vocabulary
+    return whole if whole <= KEPT_BYTES else _BATCH_BYTES
+
+
 def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> Quality:
     """Every figure for a model on the reference's text. The same model gives a divergence of exactly zero."""
     num_predictions = reference.tokens.shape[0] * (reference.tokens.shape[1] - 1)

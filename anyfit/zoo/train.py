@@ -15,6 +15,7 @@ import math
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def main() -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
-    record = fit(model, ids, args)
+    record: dict[str, Any] = fit(model, ids, args)
     model.to(torch.bfloat16).save_pretrained(args.out)
     model.float()
     record |= {f"{split}_perplexity": perplexity(model, ids[split], args.length, 64) for split in ("search", "report")}
@@ -119,8 +120,8 @@ def fit(model: LlamaForCausalLM, ids: dict[str, np.ndarray], args: argparse.Name
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        for group, saved in zip(groups, state["optimizers"], strict=True):
-            group.load_state_dict(saved)
+        for optimizer, saved in zip(groups, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         step, seconds = state["step"], state["seconds"]
     rng, last = np.random.default_rng(step), time.monotonic()
     model.train()
