@@ -11,7 +11,7 @@ DEMO := out/demo.family
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-formats bench-scores clean
+.PHONY: demo test check llamacpp picture bench-family bench-formats bench-scores clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -39,6 +39,9 @@ llamacpp: $(VENV)/.llamacpp  ## llama.cpp itself, compiled here: its checks are 
 
 picture: $(VENV)/.installed  ## docs/frontier.png out of the demo's family.
 	$(BIN)/python -c 'from pathlib import Path; from anyfit import Family; from anyfit.report.plots import frontier_png; frontier_png(Family.open("$(DEMO)"), Path("docs/frontier.png"))'
+
+bench-family: $(VENV)/.llamacpp  ## The main job twice, then many budgets: time, exact sizes, equal bytes.
+	$(BIN)/python benchmarks/family.py
 
 bench-formats: $(VENV)/.llamacpp  ## Uniform formats against llama.cpp's own quantiser. ASSETS=FOLDER adds models.
 	$(BIN)/python benchmarks/formats.py $(if $(ASSETS),--assets "$(ASSETS)")

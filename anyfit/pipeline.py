@@ -45,6 +45,8 @@ from anyfit.tasks.language import Quality, Reference, measure
 
 NUM_FINALISTS = 16
 """Budgets, evenly spaced in the logarithm of the size, whose best configs are measured."""
+NEGLIGIBLE = 3e-5
+"""Nats per token: a larger config than the first below this has nothing left to gain."""
 NUM_PROBE_SEGMENTS = 16
 """Search segments that sensitivities are measured on: each unit costs one pass over them."""
 
@@ -203,7 +205,9 @@ class Fit:
 
     def _candidates(self, table: Table) -> Iterator[tuple[Config, str | None]]:
         """Exact optima first: where a uniform setting is one of them, it is then named as such."""
-        smallest, largest = (self.space.bytes_(c) for c in (self.space.smallest(), hull(self.space, table)[-1]))
+        best = hull(self.space, table)
+        enough = next((config for config in best if table.predict(self.space, config) < NEGLIGIBLE), best[-1])
+        smallest, largest = self.space.bytes_(best[0]), self.space.bytes_(enough)
         for size in np.geomspace(smallest, largest, NUM_FINALISTS):
             yield solve(self.space, table, Budget((("bytes", float(np.ceil(size))),), f"{size:.0f} B")), None
         for name in self.space.formats():

@@ -134,7 +134,8 @@ def main() -> int:
     )
     remarks = (
         f"Mean KL to the original in nats per token on {NUM_REPORT} held-out segments of {LENGTH} tokens, ± standard error over segments; "
-        f"{NUM_CALIBRATION} calibration segments. A row holds where anyfit's KL is lower by {LOWEST_GAIN:.0%}; at Q6_K, where it is no higher.",
+        f"{NUM_CALIBRATION} calibration segments. A row holds where anyfit's KL is lower by {LOWEST_GAIN:.0%}; at Q6_K, where it is not "
+        "higher.",
     )
     return finish(
         "formats", "One type everywhere: anyfit against llama.cpp's quantiser", "make bench-formats ASSETS=FOLDER", header, rows, remarks

@@ -61,11 +61,26 @@ def test_gptq_without_correlations_is_rounding(name: str) -> None:
 def test_blocks_of_updates_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, statistics = matrix(16, 512), correlated(512)
     gptq = quantizers.get("gptq")
-    expected = gptq.encode(weight, gptq.prepare(statistics), grid("Q3_K"))
+    expected = gptq.encode(weight, gptq.prepare(statistics), grid("Q8_0"))
     monkeypatch.setattr(gptq_module, "CHUNK", chunk)
-    found = gptq.encode(weight, gptq.prepare(statistics), grid("Q3_K"))
+    found = gptq.encode(weight, gptq.prepare(statistics), grid("Q8_0"))
     assert found.error == pytest.approx(expected.error, rel=0.02)
     assert (found.data == expected.data).float().mean() > 0.9
+
+
+def test_further_passes_leave_no_row_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics, format_ = matrix(64, 512), correlated(512), grid("Q2_K")
+    gptq = quantizers.get("gptq")
+    prepared = gptq.prepare(statistics)
+
+    def row_errors() -> Tensor:
+        difference = weight - format_.decode(gptq.encode(weight, prepared, format_).data)
+        return ((difference @ statistics.hessian) * difference).sum(1)
+
+    several = row_errors()
+    monkeypatch.setattr(gptq_module, "COARSE_PASSES", 1)
+    once = row_errors()
+    assert (several <= once * 1.0001).all() and several.sum() < once.sum()
 
 
 def test_matches_the_textbook_column_loop() -> None:

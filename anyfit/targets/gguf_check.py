@@ -7,10 +7,13 @@ import io
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
+from gguf.gguf_reader import ReaderTensor
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
@@ -42,12 +45,13 @@ class _DifferenceError(Exception):
 def checks(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
     """Audit, the gguf package, transformers, llama.cpp. After a failed audit nothing else is worth trying."""
     matrices = gguf_layout.matrices(source, {name: _shape(model, name) for name in config.formats}, config)
-    audit = _look("audit", lambda: _audit(path, source, matrices, model))
+    tensors = cache(lambda: gguf.GGUFReader(path).tensors)
+    audit = _look("audit", lambda: _audit(path, source, matrices, model, tensors()))
     if not audit.passed:
         return (audit,)
     return (
         audit,
-        _look("gguf package", lambda: _read_back(path, source, matrices, model)),
+        _look("gguf package", lambda: _read_back(tensors(), source, matrices, model)),
         _look("transformers", lambda: _transformers(path, source, model)),
         *_llamacpp(path, source, config, model, tokens),
     )
@@ -73,14 +77,14 @@ def _oriented(model: PreTrainedModel, name: str) -> Tensor:
     return parameter.T if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else parameter
 
 
-def _audit(path: Path, source: Source, matrices: list[Matrix], model: PreTrainedModel) -> str:
+def _audit(path: Path, source: Source, matrices: list[Matrix], model: PreTrainedModel, tensors: list[ReaderTensor]) -> str:
     """Each tensor once, of the type and bytes that were predicted; header and size as predicted; nothing left out."""
     left_out = {name for name, _ in model.named_parameters()} - {m.source for m in matrices} - set(source.passthrough) - set(source.tied)
     if left_out:
         raise _DifferenceError(f"{min(left_out)} is in the model and not in the file")
     fixed = gguf_layout.fixed_tensors(source)
     expected = {m.name: (m.format, m.bytes_) for m in matrices} | {name: ("F32", 4 * value.numel()) for name, value in fixed.items()}
-    found = [(tensor.name, (tensor.tensor_type.name, int(tensor.n_bytes))) for tensor in gguf.GGUFReader(path).tensors]
+    found = [(tensor.name, (tensor.tensor_type.name, int(tensor.n_bytes))) for tensor in tensors]
     if repeated := [name for name, count in Counter(name for name, _ in found).items() if count > 1]:
         raise _DifferenceError(f"{repeated[0]} is there more than once")
     for name in sorted(expected.keys() ^ dict(found).keys()):
@@ -105,14 +109,14 @@ def _header(source: Source, matrices: list[Matrix], fixed: dict[str, Tensor]) ->
         return path.read_bytes()
 
 
-def _read_back(path: Path, source: Source, matrices: list[Matrix], model: PreTrainedModel) -> str:
+def _read_back(tensors: list[ReaderTensor], source: Source, matrices: list[Matrix], model: PreTrainedModel) -> str:
     """Every tensor, decoded by the gguf package, is bit for bit the model's."""
     decided = {matrix.name: matrix.source for matrix in matrices}
     fixed = gguf_layout.fixed_tensors(source)
     passed_on = {gguf_layout.file_name(source.config, name): name for name in source.passthrough}
-    tensors = gguf.GGUFReader(path).tensors
     for tensor in tensors:
-        value = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        # A plain view: each of the many slices that the package takes of a mapped array costs more than its numbers.
+        value = torch.tensor(gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type))
         if tensor.name in decided:
             name = decided[tensor.name]
             order = gguf_layout.row_order(source, name)
