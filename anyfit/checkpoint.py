@@ -122,7 +122,7 @@ class Checkpoint:
         files = _weight_files(folder)
         headers = {stored.name: stored for file in files for stored in _header(file)}
         tensors, tied, unused = _match(network.skeleton(config, trust_remote_code=trust_remote_code), headers, folder)
-        name = str(model) if not Path(model).expanduser().exists() else "default" if folder == MODEL else folder.resolve().name
+        name = str(model) if not Path(model).expanduser().exists() else "pystdlib-llama" if folder == MODEL else folder.resolve().name
         return cls(name, folder, config, files, tied, unused, trust_remote_code, tensors)
 
     @property

@@ -1,0 +1,71 @@
+"""Sensitivities: their contract, and whether what they predict is what happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from anyfit.api import prepare
+from anyfit.elastic.model import ElasticModel
+from anyfit.family.store import Store
+from anyfit.pipeline import Fit
+from anyfit.progress import Silent
+from anyfit.scores import sensitivities
+from anyfit.scores.base import probe
+from anyfit.scores.table import Table
+from anyfit.tasks.language import Reference, kl
+from anyfit.testing.models import save_tiny, tiny_text
+from anyfit.testing.scores import check_sensitivity
+
+Encoded = tuple[Fit, Store, Reference]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def encoded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+    folder = tmp_path_factory.mktemp("scores")
+    (folder / "notes.txt").write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)))
+    model = save_tiny(folder / "model", request.param, tie_word_embeddings=True)
+    fit = prepare(model, data=folder / "notes.txt", formats=("Q8_0", "Q4_K", "Q2_K"), length=32, segments=8)
+    store = Store(folder)
+    fit.encode(store)
+    return fit, store, Reference.of(fit.model, fit.segments.search)
+
+
+@pytest.mark.parametrize("name", sensitivities)
+def test_conformance(name: str, encoded: Encoded) -> None:
+    fit, store, reference = encoded
+    check_sensitivity(sensitivities.get(name), fit.elastic(store), reference, fit.errors(store))
+
+
+@pytest.mark.parametrize("name", sensitivities)
+def test_prediction_ranks_units_as_measured(name: str, encoded: Encoded) -> None:
+    """One unit at two bits, the rest as it was: predicted against measured."""
+    fit, store, reference = encoded
+    errors, elastic = fit.errors(store), fit.elastic(store)
+    table = Table(sensitivities.get(name).measure(elastic, reference, errors, Silent()), errors)
+    predicted, measured = [], []
+    for decision in fit.space.decisions:
+        predicted.append(table.score(decision.unit.name, "Q2_K"))
+        measured.append(_disturbed(elastic, fit, decision.unit.name, reference))
+    assert spearmanr(predicted, measured).statistic > 0.8
+    assert 0.2 < np.sum(predicted) / np.sum(measured) < 5
+
+
+def _disturbed(elastic: ElasticModel, fit: Fit, unit: str, reference: Reference) -> float:
+    decision = next(d for d in fit.space.decisions if d.unit.name == unit)
+    with elastic.disturbed(decision, "Q2_K") as model:
+        return kl(model, reference)
+
+
+def test_probe_is_the_median_choice_that_changes_anything() -> None:
+    assert probe({"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0}) == "c"
+    assert probe({"a": 0.0}) == "a"
+
+
+def test_table_survives_its_file(tmp_path: Path) -> None:
+    table = Table({"u": 0.1 + 0.2}, {"u": {"Q4_K": 1 / 3}})
+    table.save(tmp_path / "table.json")
+    assert Table.load(tmp_path / "table.json") == table
