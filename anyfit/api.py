@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -37,6 +37,19 @@ LONGEST_SEGMENT = 2048
 Data = str | Path | Sequence[str | Path] | None
 
 
+class Wishes(TypedDict, total=False):
+    """What decides a family; the same for `fit` and `plan`. See `prepare`."""
+
+    data: Data
+    target: str
+    formats: Iterable[str] | None
+    recipe: str
+    length: int | None
+    segments: int | None
+    seed: int
+    trust_remote_code: bool
+
+
 def fit(
     model: str | Path | None = None,
     *,
@@ -44,9 +57,9 @@ def fit(
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
-    **settings: Any,
+    **wishes: Unpack[Wishes],
 ) -> Family:
-    """Turn a network into a family, the folder `output`; `settings` are those of `prepare`.
+    """Turn a network into a family, the folder `output`; `wishes` are those of `prepare`.
 
     A run that was killed is continued by the same call; `restart` throws away what it had done. An existing
     `output` is only replaced with `force`. Raises `UserError`s, before any long work.
@@ -55,7 +68,7 @@ def fit(
     name = "default" if model is None else Path(model).name
     output = Path(output) if output is not None else Path(f"{name}.family")
     refuse_existing(output, force=force)
-    run = prepare(model, progress=progress, **settings)
+    run = prepare(model, progress=progress, **wishes)
     run.checkpoint.check_finite(progress)
     run.run(output, restart=restart)
     return Family.open(output)
@@ -134,14 +147,14 @@ def plan(
     *,
     budget: str | Iterable[str] | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **wishes: Unpack[Wishes],
 ) -> Plan:
-    """What `fit` with these settings would need and offer, from trying its largest matrix and a little text.
+    """What `fit` with these wishes would need and offer, from trying its largest matrix and a little text.
 
     Raises what `fit` would raise, and `BudgetError` for a `budget` that no config of the family could meet.
     """
     progress = progress or Silent()
-    run = prepare(model, progress=progress, **settings)
+    run = prepare(model, progress=progress, **wishes)
     run.checkpoint.check_finite(progress)
     space = run.space
     if budget is not None:

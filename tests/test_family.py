@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,20 @@ from anyfit.family.family import Family
 from anyfit.tasks.language import Reference, measure
 from anyfit.testing.models import save_tiny, tiny_text
 
-FORMATS = ("BF16", "Q8_0", "Q5_K", "Q4_K", "Q2_K", "IQ4_NL")
+FORMATS = ("BF16", "Q8_0", "Q4_K", "Q2_K")
 SMALL: dict[str, Any] = {"formats": FORMATS, "length": 32, "segments": 8}
+
+
+FEWER = "pipeline.NUM_FINALISTS, pipeline.NUM_PROBE_SEGMENTS = 5, 4"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_measurements() -> Iterator[None]:
+    """A fit that measures less; another process is told by `FEWER`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "NUM_FINALISTS", 5)
+        patch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 4)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def family(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
     state = torch.random.get_rng_state()
     made = anyfit.fit(tiny, data=text, output=tmp_path_factory.mktemp("family") / "tiny.family", **SMALL)
@@ -66,7 +79,7 @@ def test_the_folder_is_whole(family: Family) -> None:
 
 def test_another_process_makes_the_same_family(family: Family, tiny: Path, text: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, anyfit, torch; torch.set_num_threads(1);"
+        f"import sys, anyfit, torch; from anyfit import pipeline; torch.set_num_threads(1); {FEWER};"
         f"family = anyfit.fit(sys.argv[1], data=sys.argv[2], output=sys.argv[3], formats={FORMATS!r}, length=32, segments=8);"
         "family.export('60%', sys.argv[4], check=False)"
     )

@@ -71,7 +71,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Content hash of the whole family: of this manifest, which holds the hash of every other file."""
-        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+        return _digest(self._content())
 
     def to_json(self) -> dict[str, Any]:
         return {**self._content(), "digest": self.digest}
@@ -98,7 +98,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Raises `FamilyError` where `folder` is no family, was made by a newer version, or was altered."""
         data = _read(folder)
-        manifest = cls(
+        return cls(
             target=data["target"],
             recipe=data["recipe"],
             space=_space_from_json(data["space"]),
@@ -112,9 +112,10 @@ class Manifest:
             trust_remote_code=data["trust_remote_code"],
             files=data["files"],
         )
-        if manifest.digest != data.get("digest"):
-            raise FamilyError(f"{folder / NAME} was altered: its content doesn't match its own hash.", remedy="Fit the family again.")
-        return manifest
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -129,11 +130,14 @@ def _read(folder: Path) -> dict[str, Any]:
         raise FamilyError(f"{path} can't be read: {error}.", remedy="Fit the family again.") from error
     if not isinstance(data, dict) or data.get("anyfit") != "family":
         raise FamilyError(f"{path} doesn't describe a family.", remedy="Name the folder that anyfit fit wrote.")
-    if data["version"] > VERSION:
+    version = data.get("version")
+    if isinstance(version, int) and version > VERSION:
         raise FamilyError(
-            f"{folder} was made by a newer anyfit (family version {data['version']}; this one reads up to {VERSION}).",
+            f"{folder} was made by a newer anyfit (family version {version}; this one reads up to {VERSION}).",
             remedy="Update anyfit.",
         )
+    if _digest({name: value for name, value in data.items() if name != "digest"}) != data.get("digest"):
+        raise FamilyError(f"{path} was altered: its content doesn't match its own hash.", remedy="Restore it, or fit the family again.")
     return data
 
 
