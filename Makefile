@@ -11,7 +11,7 @@ DEMO := out/demo.family
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-family bench-formats bench-scores clean
+.PHONY: demo test check llamacpp picture bench-family bench-formats bench-scores bench-zoo clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -48,6 +48,9 @@ bench-formats: $(VENV)/.llamacpp  ## Uniform formats against llama.cpp's own qua
 
 bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
 	$(BIN)/python benchmarks/scores.py
+
+bench-zoo: $(VENV)/.installed  ## What plain rounding costs the embedded model.
+	$(BIN)/python benchmarks/zoo.py
 
 clean:  ## The environment, the caches and everything that was made.
 	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

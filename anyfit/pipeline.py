@@ -43,11 +43,11 @@ from anyfit.searchers.exact import hull, solve
 from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, measure
 
-NUM_FINALISTS = 16
+NUM_FINALISTS = 14
 """Budgets, evenly spaced in the logarithm of the size, whose best configs are measured."""
 NEGLIGIBLE = 3e-5
 """Nats per token: a larger config than the first below this has nothing left to gain."""
-NUM_PROBE_SEGMENTS = 16
+NUM_PROBE_SEGMENTS = 12
 """Search segments that sensitivities are measured on: each unit costs one pass over them."""
 
 
