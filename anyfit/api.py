@@ -16,12 +16,10 @@ from anyfit.calibration.data import held_out, load
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
-from anyfit.core.errors import DataError, UserError
+from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.core.files import refuse_existing
-from anyfit.core.space import coverage
-from anyfit.family.family import Family
+from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
-from anyfit.formats.base import GridFormat
 from anyfit.pipeline import NUM_FINALISTS, NUM_PROBE_SEGMENTS, Fit, Settings
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
@@ -67,10 +65,12 @@ def fit(
     progress = progress or Silent()
     name = "default" if model is None else Path(model).name
     output = Path(output) if output is not None else Path(f"{name}.family")
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, ours=is_family, inputs=_inputs(model, wishes.get("data")))
     run = prepare(model, progress=progress, **wishes)
     run.checkpoint.check_finite(progress)
-    run.run(output, restart=restart)
+    for note in run.notes():
+        progress.note(note)
+    run.run(output, restart=restart, force=force)
     return Family.open(output)
 
 
@@ -96,6 +96,8 @@ def prepare(
     """
     runtime = targets.get(target)
     wanted = runtime.default_formats if formats is None else tuple(dict.fromkeys(formats))
+    if not wanted:
+        raise UserError("No format was named.", remedy=f"{target} loads: {', '.join(runtime.formats)}.")
     for name in wanted:
         all_formats.get(name)
         if name not in runtime.formats:
@@ -117,6 +119,8 @@ def prepare(
     reason = runtime.supports(run.source)
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
+    if not any(weight.block is not None for weight in run.weights):
+        raise ModelError(f"{checkpoint.name} has no blocks.", remedy="Check num_hidden_layers in its config.json.")
     return run
 
 
@@ -154,11 +158,13 @@ def plan(
     Raises what `fit` would raise, and `BudgetError` for a `budget` that no config of the family could meet.
     """
     progress = progress or Silent()
+    if budget is not None:
+        Budget.parse(budget, original_bytes=1)
     run = prepare(model, progress=progress, **wishes)
-    run.checkpoint.check_finite(progress)
     space = run.space
     if budget is not None:
         require(space, Budget.parse(budget, original_bytes=run.checkpoint.bytes_))
+    run.checkpoint.check_finite(progress)
     return Plan(
         model=run.checkpoint.name,
         target=run.settings.target,
@@ -171,8 +177,8 @@ def plan(
         memory_bytes=_memory(run),
         disk_bytes=sum(c.stored_bytes for d in space.decisions for c in d.choices) + space.fixed_bytes,
         seconds=_seconds(run),
-        coverage=tuple(coverage(space)),
-        notes=run.segments.notes,
+        coverage=run.coverage(),
+        notes=run.notes(),
     )
 
 
@@ -257,7 +263,7 @@ class _Subject:
 
 def _open_subject(subject: str | Path | None, budget: str | Iterable[str] | None, trust_remote_code: bool) -> _Subject:
     path = Path(subject if subject is not None else MODEL)
-    if (path / "family.json").is_file():
+    if is_family(path):
         family = Family.open(path)
         if budget is None:
             raise UserError(f"{path} is a family: which of its models?", remedy="Say --budget.")
@@ -295,6 +301,12 @@ def _original(origin: str | Path, subject: _Subject, trust_remote_code: bool, te
     if theirs != own:
         raise UserError(f"{subject.name} has {own} tokens and {origin} has {theirs}.", remedy="Name the model that it was made of.")
     return Reference.of(checkpoint.load(), text)
+
+
+def _inputs(model: str | Path | None, data: Data) -> list[Path]:
+    """What must not be written over: the model and the text."""
+    texts = [] if data is None else [data] if isinstance(data, (str, Path)) else list(data)
+    return [Path(given).expanduser() for given in (*([] if model is None else [model]), *texts)]
 
 
 def _data(data: Data, *, embedded: bool) -> str | Path | Sequence[str | Path]:
@@ -338,7 +350,7 @@ def _seconds(run: Fit) -> float:
     probing = NUM_PROBE_SEGMENTS * run.settings.length * len(run.space.decisions)
     measuring = (sizes["search"] + sizes["report"]) * (NUM_FINALISTS + len(run.space.formats()))
     weight = max((w for w in run.weights if w.block is not None), key=lambda w: w.num_weights)
-    format_ = next(f for f in map(all_formats.get, run.space.formats()) if isinstance(f, GridFormat) and not f.refuses(weight.shape))
+    format_ = all_formats.get(next(d for d in run.space.decisions if weight in d.unit.weights).choices[-1].name)
     quantizer = quantizers.get(run.recipe.quantizer)
     began = time.perf_counter()
     prepared = quantizer.prepare(InputStatistics.unknown(weight.shape[1]))

@@ -145,9 +145,9 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the content of weights, config and tokenizer, wherever the folder lies."""
+        """Hash of the content of the weights and of every file that travels with them, wherever the folder lies."""
         content = hashlib.sha256()
-        for path in sorted({*self.files, self.folder / "config.json", *_existing(self.folder, _TOKENIZER_FILES)}):
+        for path in sorted({*self.files, *self.travelling_files()}):
             content.update(f"{path.name}\n{sha256(path)}\n".encode())
         return content.hexdigest()
 

@@ -11,7 +11,7 @@ import functools
 import json
 import sys
 import webbrowser
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,9 +32,11 @@ from anyfit.targets import targets as all_targets
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from anyfit.family import Family, Point
+    from anyfit.family import Family
 
 USER_ERROR, INTERRUPTED = 2, 130
+_KEPT = {"fit": "What is finished is kept: the same command goes on from there."}
+"""What an interrupted command leaves behind, where that is anything."""
 
 app = typer.Typer(
     help="Train once. Fit any budget: one run turns a network into a family, and any size is taken from it in seconds.",
@@ -66,6 +68,20 @@ class Answer:
     shown: tuple[RenderableType, ...]
 
 
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit. With `--json`, what is wrong with the options themselves is a document, too."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments, prog_name="anyfit")
+    except SystemExit as end:
+        wrong = end.__context__
+        # The base of BadParameter is click's UsageError, of whichever click this typer uses.
+        if "--json" in arguments and isinstance(wrong, typer.BadParameter.__bases__):
+            _print_error(wrong.format_message(), "See --help.")
+        raise
+    raise AssertionError("typer exits by itself")
+
+
 def _command(function: Callable[..., Answer]) -> Callable[..., None]:
     """Make `function` a command. Prints its answer, by its option `json_`, and turns errors into exit codes."""
 
@@ -81,7 +97,10 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
         except OSError as error:
             _fail(_user_error(error), as_json)
         except KeyboardInterrupt:
-            print("\nStopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+            kept = _KEPT.get(function.__name__, "Nothing was written.")
+            print(f"\nStopped. {kept}", file=sys.stderr)
+            if as_json:
+                _print_error("interrupted", kept)
             raise typer.Exit(INTERRUPTED) from None
         _print(answer, as_json)
 
@@ -93,8 +112,12 @@ def _fail(error: UserError, as_json: bool) -> NoReturn:
     if error.remedy:
         print(f"  {error.remedy}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": error.problem, "remedy": error.remedy}, ensure_ascii=False))
+        _print_error(error.problem, error.remedy)
     raise typer.Exit(USER_ERROR) from error
+
+
+def _print_error(problem: str, remedy: str) -> None:
+    print(json.dumps({"error": problem, "remedy": remedy}, ensure_ascii=False))
 
 
 def _user_error(error: OSError) -> UserError:
@@ -214,7 +237,7 @@ def fit(
         target=target,
         formats=wanted,
         recipe=recipe,
-        output=output,
+        output=output.expanduser() if output else None,
         length=length,
         segments=segments,
         seed=seed,
@@ -265,8 +288,9 @@ def export(
     from anyfit.report import summary, tables
 
     opened = Family.open(family)
-    suffix = all_targets.get(opened.target).suffix
-    path = output if output.name.endswith(suffix) else output.with_name(output.name + suffix)
+    suffix, path = all_targets.get(opened.target).suffix, output.expanduser()
+    if not path.name.lower().endswith(suffix.lower()):
+        path = path.with_name(path.name + suffix)
     made = opened.export(budget, path, force=force, check=not no_check, progress=to_stderr())
     headline = f"{made.path}: {made.bytes_:,} bytes within {made.budget}, in {duration(made.seconds)}"
     checks = tables.listing([("passed" if c.passed else "FAILED", c.name, c.detail) for c in made.checks], "", "check", "")
@@ -285,16 +309,13 @@ def extract(
 
     The budget is that of the family's own target; the folder itself holds floating-point numbers and is larger.
     """
-    from anyfit.core.files import refuse_existing
     from anyfit.family import Family
     from anyfit.report import summary
 
-    opened = Family.open(family)
-    refuse_existing(output, force=force)
-    point = opened.select(budget)
-    _save(opened, point, output)
-    document = {"path": str(output), "bytes_as_exported": point.bytes_, "bits": point.bits, "config": point.config.to_json()}
-    return Answer(document, (f"{output}: as exported for {opened.target}, {summary.described(opened, point)}",))
+    opened, path = Family.open(family), output.expanduser()
+    point = opened.save(budget, path, force=force)
+    document = {"path": str(path), "bytes_as_exported": point.bytes_, "bits": point.bits, "config": point.config.to_json()}
+    return Answer(document, (f"{path}: as exported for {opened.target}, {summary.described(opened, point)}",))
 
 
 @_command
@@ -312,13 +333,16 @@ def evaluate(
     """Measure a model on held-out text: perplexity, divergence, agreement, with standard errors."""
     from anyfit import api
     from anyfit.report import summary, tables
+    from anyfit.tasks.harness import check_tasks
 
+    if names := _names(tasks):
+        check_tasks(names)
     found = api.evaluate(
         subject,
         budget=budget,
         data=data,
         against=against,
-        tasks=_names(tasks),
+        tasks=names,
         length=length,
         segments=segments,
         trust_remote_code=trust_remote_code,
@@ -378,20 +402,3 @@ def _next(family: Family) -> tuple[str, ...]:
     middle = family.frontier[len(family.frontier) // 2]
     suffix = all_targets.get(family.target).suffix
     return (f"Next:     anyfit export {family.path} --budget {describe(BYTES, middle.bytes_).replace(' ', '')} -o {family.name}{suffix}",)
-
-
-def _save(family: Family, point: Point, path: Path) -> None:
-    """A transformers folder: decoded weights, and everything that travels with the model."""
-    import shutil
-
-    from anyfit.core.files import written_aside
-    from anyfit.network import quiet
-    from anyfit.report.card import model_card
-
-    with written_aside(path) as aside:
-        with quiet():
-            family.extract(point.config).save_pretrained(aside)
-        for file in sorted(family.source.folder.iterdir()):
-            if not (aside / file.name).exists():
-                shutil.copyfile(file, aside / file.name)
-        (aside / "README.md").write_text(model_card(family, point, path.name, target="transformers"), encoding="utf-8")

@@ -53,7 +53,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"{folder / 'config.json'} can't be used: {_first_line(error)}", remedy="Correct config.json.") from error
+        raise ModelError(f"{folder / 'config.json'} can't be used: {_reason(error)}", remedy="Correct config.json.") from error
     _require_causal(folder, config, raw)
     return config
 
@@ -111,7 +111,7 @@ def read_tokenizer(folder: Path, config: PretrainedConfig, *, trust_remote_code:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(
-            f"The tokenizer in {folder} can't be used: {_first_line(error)}", remedy="Save it again beside the weights."
+            f"The tokenizer in {folder} can't be used: {_reason(error)}", remedy="Save it again beside the weights."
         ) from error
     num_tokens, rows = _num_tokens(folder, tokenizer), config.get_text_config().vocab_size
     if num_tokens == 0:
@@ -160,7 +160,7 @@ def _raw_config(folder: Path) -> dict[str, object]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {_first_line(error)}.", remedy="Download or save it again.") from error
+        raise ModelError(f"{path} is not JSON: {_reason(error)}.", remedy="Download or save it again.") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise ModelError(f"{path} has no model_type.", remedy="Use a config.json that transformers wrote.")
     return raw
@@ -178,5 +178,8 @@ def _require_causal(folder: Path, config: PretrainedConfig, raw: Mapping[str, ob
         raise ModelError(f"{folder} is no causal language model ({named}).", remedy="Use a model that predicts the next token.")
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+def _reason(error: Exception) -> str:
+    """The first line of the message, with the next where it only announces it; of a `KeyError`, what it is besides."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {reason}" if isinstance(error, KeyError) else reason

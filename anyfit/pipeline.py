@@ -26,6 +26,7 @@ from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint, Source
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config
+from anyfit.core.errors import ModelError, UserError
 from anyfit.core.files import read_json, remove, sha256, write_json, written_aside
 from anyfit.core.space import Space, coverage
 from anyfit.core.units import Weight
@@ -36,6 +37,7 @@ from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, VARIANTS, Store, deco
 from anyfit.formats import formats
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
+from anyfit.quantizers.base import Encoded
 from anyfit.recipes import recipes
 from anyfit.scores import sensitivities
 from anyfit.scores.table import Table
@@ -83,6 +85,7 @@ class Fit:
             "anyfit": version("anyfit"),
             "model": self.checkpoint.digest,
             "data": self.segments.digest,
+            "versions": versions(),
             **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.settings).items()},
         }
 
@@ -115,9 +118,9 @@ class Fit:
         """A second copy of the network, which runs as any config; the first stays the original."""
         return ElasticModel(self._second, self.space, decoder(store, self.target, self.source))
 
-    def run(self, output: Path, *, restart: bool) -> None:
+    def run(self, output: Path, *, restart: bool, force: bool) -> None:
         """Make the family at `output`. Raises `UserError`s only; what is finished is kept for the next run."""
-        with Journal.open(output, self.key, restart=restart) as journal:
+        with Journal.open(output, self.key, restart=restart, force=force) as journal:
             store = Store(journal.folder)
             self.encode(store)
             table = self.score(store)
@@ -139,10 +142,17 @@ class Fit:
                 if prepared is None or weight.input is None or weight.input != prepared_for:
                     seen = statistics[weight.input] if weight.input else InputStatistics.unknown(weight.shape[1])
                     prepared_for, prepared = weight.input, quantizer.prepare(seen)
-                encode = partial(quantizer.encode, self._matrix(parameters[weight.name], weight), prepared)
+                encode = partial(self._encode, self._matrix(parameters[weight.name], weight), weight.name, prepared)
                 names = [choice.name for choice in decision.choices]
-                store.write(weight.name, dict(zip(names, pool.map(encode, map(formats.get, names)), strict=True)))
+                store.write(weight.name, dict(zip(names, pool.map(encode, names), strict=True)))
                 stage.advance(detail=weight.name)
+
+    def _encode(self, matrix: Tensor, name: str, prepared: Any, format_: str) -> Encoded:
+        try:
+            return quantizers.get(self.recipe.quantizer).encode(matrix, prepared, formats.get(format_))
+        except UserError as error:
+            rest = ",".join(other for other in self.settings.formats if other != format_)
+            raise ModelError(f"{name} can't be stored as {format_}: {error.problem}", remedy=f"Leave it out: --formats {rest}.") from error
 
     def _matrix(self, parameter: Tensor, weight: Weight) -> Tensor:
         """(outputs, inputs) float32, rows in the target's order."""
@@ -222,6 +232,16 @@ class Fit:
             write_json(path, found)
         return {name: Quality.from_json(row) for name, row in found.items()}
 
+    def coverage(self) -> tuple[tuple[str, str, str], ...]:
+        """(unit or tensor, format, reason) for everything that is not treated as asked."""
+        kept = [(name, "", reason) for name, reason in uncovered(self.checkpoint.skeleton(), self.weights).items()]
+        lost = [(name, "", "stored in the checkpoint, but the network has no place for it") for name in self.checkpoint.unused]
+        return (*coverage(self.space), *kept, *lost)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should hear before anything is computed."""
+        return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []))
+
     def keep_source(self, store: Store) -> None:
         """What exports need of the original, and the tokens that were measured on."""
         folder = store.folder / SOURCE
@@ -233,12 +253,9 @@ class Fit:
         store.write_tensors(TEXT, {name: getattr(self.segments, name).int() for name in ("search", "report")})
 
     def manifest(self, store: Store, table: Table, original: Original, points: list[Point]) -> Manifest:
-        notes = list(self.segments.notes)
-        if self.architecture.generic:
-            notes.append(self.architecture.note)
+        notes = list(self.notes())
         for decision in self.space.decisions:
             notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
-        left = [(name, "", reason) for name, reason in uncovered(self.checkpoint.skeleton(), self.weights).items()]
         return Manifest(
             target=self.settings.target,
             recipe=self.settings.recipe,
@@ -246,9 +263,9 @@ class Fit:
             table=table,
             points=tuple(points),
             original=original,
-            coverage=(*coverage(self.space), *left),
+            coverage=self.coverage(),
             notes=tuple(notes),
-            provenance={**self.key, "data": self.segments.description, "data_digest": self.segments.digest, "versions": versions()},
+            provenance={**self.key, "data": self.segments.description, "data_digest": self.segments.digest},
             tied=self.source.tied,
             trust_remote_code=self.source.trust_remote_code,
         )
@@ -280,4 +297,4 @@ def one_thread_each() -> ThreadPoolExecutor:
 
 def versions() -> dict[str, str]:
     """Of everything whose change could change a family's bytes."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "numpy", "scipy")}}
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "gguf")}}

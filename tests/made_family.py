@@ -63,8 +63,11 @@ def table(made: Space) -> Table:
     return Table(sensitivity, errors)
 
 
-def points(made: Space, scores: Table) -> tuple[Point, ...]:
-    """Optima at a dozen sizes and every uniform setting, measured to be a little off their prediction."""
+def points(made: Space, scores: Table, lossless_below: float) -> tuple[Point, ...]:
+    """Optima at a dozen sizes and every uniform setting, measured to be a little off their prediction.
+
+    A config that is predicted below `lossless_below` is measured to be the original itself.
+    """
     low, high = made.bytes_(made.smallest()), made.bytes_(made.largest())
     configs: dict[Config, str | None] = {
         solve(made, scores, Budget((("bytes", float(size)),), "")): None for size in np.geomspace(low, high, 12)
@@ -73,12 +76,13 @@ def points(made: Space, scores: Table) -> tuple[Point, ...]:
     found = []
     for index, (config, uniform) in enumerate(configs.items()):
         predicted = scores.predict(made, config)
-        measured = quality(predicted * (1.05 if index % 2 else 0.97))
+        off = 0.0 if predicted < lossless_below else 1.05 if index % 2 else 0.97
+        measured = quality(predicted * off)
         found.append(Point(config, made.bytes_(config), made.bits(config), predicted, uniform, measured, measured))
     return tuple(found)
 
 
-def made_family(path: Path, name: str = "org/tiny-llama") -> Family:
+def made_family(path: Path, name: str = "org/tiny-llama", *, lossless_below: float = 0.0) -> Family:
     """A family written to `path`: its manifest only, so there is nothing to export."""
     made = space()
     scores = table(made)
@@ -87,11 +91,11 @@ def made_family(path: Path, name: str = "org/tiny-llama") -> Family:
         recipe="gptq",
         space=made,
         table=scores,
-        points=points(made, scores),
+        points=points(made, scores, lossless_below),
         original=Original(name, 9_000_000, made.num_parameters, "bfloat16", "0" * 64, False, quality(0.0), quality(0.0)),
         coverage=tuple((d.unit.name, format_, reason) for d in made.decisions for format_, reason in d.refused.items()),
         notes=("model.layers.3.down_proj.weight: damping was raised to 0.1",),
-        provenance={"anyfit": "0.1.0", "seed": 0, "versions": {"torch": "2.13.0"}, "license": "apache-2.0"},
+        provenance={"anyfit": "0.1.0", "seed": 0, "versions": {"torch": "2.13.0"}},
         tied={},
         trust_remote_code=False,
     )

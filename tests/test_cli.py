@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from anyfit import api, cli
-from anyfit.core.errors import DataError
+from anyfit.core.errors import DataError, UserError
 from anyfit.family import Family
 from anyfit.formats import formats
 from anyfit.progress import Plain, Silent, duration
 from anyfit.recipes import recipes
 from anyfit.targets import targets
+from anyfit.tasks import harness
 from anyfit.testing.models import tiny_text
 
 
@@ -129,6 +130,15 @@ def test_export_adds_the_suffix_and_refuses_to_overwrite(family: Family, tmp_pat
     (tmp_path / "there.gguf").write_text("mine")
     assert "there.gguf exists" in refused(run("export", family.path, "--budget", "3MB", "-o", tmp_path / "there"))
     assert (tmp_path / "there.gguf").read_text() == "mine"
+    (tmp_path / "UP.GGUF").write_text("mine")
+    assert "UP.GGUF exists" in refused(run("export", family.path, "--budget", "3MB", "-o", tmp_path / "UP.GGUF"))
+
+
+def test_outputs_may_be_in_the_home_folder(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there.gguf").write_text("mine")
+    for command in ("export", "extract"):
+        assert f"{tmp_path / 'there.gguf'}" in refused(run(command, family.path, "--budget", "3MB", "--output=~/there.gguf"))
 
 
 def test_every_verb_on_a_real_family(tiny_llama_folder: Path, tmp_path: Path) -> None:
@@ -163,14 +173,56 @@ def test_full_disk_is_the_users_error(family: Family, tmp_path: Path, monkeypatc
     assert "disk is full" in refused(run("export", family.path, "--budget", "3MB", "-o", tmp_path / "x.gguf"))
 
 
-def test_interrupt_says_that_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
+
+def test_interrupt_says_what_is_kept(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "fit", interrupted)
-    result = run("fit")
-    assert result.exit_code == 130
-    assert "same command" in result.stderr
+    monkeypatch.setattr(Family, "export", interrupted)
+    stopped, other = run("fit", "--json"), run("export", family.path, "--budget", "3MB", "-o", "x")
+    assert stopped.exit_code == other.exit_code == 130
+    assert "same command" in stopped.stderr
+    assert json.loads(stopped.stdout)["error"] == "interrupted"
+    assert other.stderr.strip() == "Stopped. Nothing was written."
+
+
+def test_interrupt_of_the_first_import_is_one_line() -> None:
+    code = (
+        "import builtins, sys; real = builtins.__import__\n"
+        "def stop(name, *rest):\n"
+        "    if name == 'typer': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = stop; sys.argv = ['anyfit', 'targets', '--json']\n"
+        "from anyfit.__main__ import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert result.returncode == 130
+    assert result.stderr.strip() == "Stopped. Nothing was written."
+    assert json.loads(result.stdout)["error"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(["export", "x.family"], "--budget"), (["fit", "--oops"], "--oops"), (["fit", "--seed", "many"], "many"), (["fitt"], "fitt")],
+)
+def test_usage_errors_as_json_are_one_document(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.run([*arguments, "--json"])
+    captured = capsys.readouterr()
+    assert end.value.code == 2
+    found = json.loads(captured.out)
+    assert set(found) == {"error", "remedy"} and problem in found["error"]
+    assert "Usage" in captured.err and problem in captured.err
+
+
+def test_unknown_tasks_are_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(names: list[str]) -> None:
+        raise UserError(f"no task {names}")
+
+    monkeypatch.setattr(harness, "check_tasks", unknown)
+    monkeypatch.setattr(api, "evaluate", interrupted)
+    assert "no task ['foo', 'bar']" in refused(run("evaluate", "a/model", "--tasks", "foo,bar"))
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

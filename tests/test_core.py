@@ -102,20 +102,62 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert os.listdir(path) == ["new"] and os.listdir(tmp_path) == ["out"]
 
 
-def test_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError("34816 requested and 9696 written"),
+    ],
+)
+def test_full_disk_is_told_and_leaves_nothing(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(OutputError, match="disk is full"), written_aside(tmp_path / "out.bin") as aside:
         aside.write_text("half")
-        raise OSError(28, "No space left on device")
+        raise error
     assert not os.listdir(tmp_path)
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    with pytest.raises(OutputError, match="appeared"), written_aside(path, force=False) as aside:
+        aside.write_text("new")
+        path.write_text("precious")
+    assert path.read_text() == "precious" and os.listdir(tmp_path) == ["out.bin"]
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (tmp_path / f".out.bin.{killed.pid}.partial").touch()
+    (tmp_path / f".out.bin.{os.getppid()}.partial").touch()
+    (tmp_path / "out.bin.partial").write_text("a user's own")
+    with written_aside(tmp_path / "out.bin") as aside:
+        aside.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == [f".out.bin.{os.getppid()}.partial", "out.bin", "out.bin.partial"]
 
 
 def test_existing_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
     with pytest.raises(OutputError, match="exists"):
         refuse_existing(tmp_path / "out", force=False)
     refuse_existing(tmp_path / "out", force=True)
     with pytest.raises(OutputError, match="is a file"):
         refuse_existing(tmp_path / "out" / "below", force=False)
+    for unlike in ("folder", "link"):
+        with pytest.raises(OutputError, match="isn't something like"):
+            refuse_existing(tmp_path / unlike, force=True)
+
+
+def test_an_input_is_never_replaced(tmp_path: Path) -> None:
+    given = tmp_path / "data" / "notes.txt"
+    given.parent.mkdir()
+    given.touch()
+    for output in (given, given.parent, tmp_path / "data" / ".." / "data"):
+        with pytest.raises(OutputError, match="is, or holds"):
+            refuse_existing(output, force=True, ours=lambda path: True, inputs=[given])
 
 
 def test_core_needs_no_torch() -> None:

@@ -186,17 +186,21 @@ def test_blocks_of_large_jsonl(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
-def test_cuts_never_break_a_character(tmp_path: Path, step: int) -> None:
+def test_cuts_neither_break_nor_lose_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     text = "aé漢🙂" * 20
     path = tmp_path / "wide.txt"
     path.write_text(text)
     whole = Passage(path, 0, path.stat().st_size)
     pieces = [whole.read(at, at + step) for at in range(0, whole.size, step)]
-    assert set("".join(pieces)) <= set(text)
+    assert "".join(pieces) == text
+    for passage in (whole, Passage.of(text)):
+        assert "".join(part.read(0, part.size) for part in passage.cut((0.01 * step, 0.13, 0.87 - 0.01 * step))) == text
+    monkeypatch.setattr(text_module, "_PIECE", step)
+    assert ["".join(pieces) for pieces in Line([whole]).read(0, whole.size)] == [text]
     line = Line([Passage.of("abc"), Passage.of(""), Passage.of("défg")])
     assert line.size == 8
     assert ["".join(pieces) for pieces in line.read(1, 7)] == ["bc", "déf"]
-    assert ["".join(pieces) for pieces in line.read(3, 5)] == ["d"]
+    assert ["".join(pieces) for pieces in line.read(3, 5)] == ["dé"]
 
 
 def write(name: str, content: bytes | str) -> Callable[[Path], object]:
@@ -218,6 +222,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "latin-1": (write("latin.txt", "naïve ".encode("latin-1") * 500), r"latin\.txt is not UTF-8: byte 2 is 0xef"),
     "latin-1 later": (write("late.txt", b"a" * 200_000 + b"\xff" + b"a" * 9), r"late\.txt is not UTF-8: byte 200000 is 0xff"),
     "utf-16": (write("wide.txt", ("text " * 500).encode("utf-16")), "is not UTF-8: byte 0"),
+    "binary": (write("zeros.txt", b"text\0" * 5000), r"zeros\.txt is binary, not text: byte 4 is zero"),
     "row not JSON": (write("rows.jsonl", ROW + "{oops\n"), r"rows\.jsonl, line 2 is not JSON"),
     "row without text": (write("rows.jsonl", ROW + ROW + '{"body": 1}\n'), r"line 3 has neither"),
     "row not UTF-8": (write("rows.jsonl", ROW.encode() + b'{"text": "\xff"}'), "is not UTF-8: byte 27"),

@@ -20,6 +20,7 @@ from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import BudgetError, DataError, FamilyError, ModelError, OutputError, UnknownNameError, UserError
 from anyfit.core.files import sha256
 from anyfit.family.family import Family
+from anyfit.family.journal import Journal
 from anyfit.tasks.language import Reference, measure
 from anyfit.testing.models import save_tiny, tiny_text
 
@@ -239,3 +240,110 @@ def test_the_original_is_not_touched(family: Family, tiny: Path) -> None:
         p.name for p in save_tiny(tiny.parent / "again", "llama", tie_word_embeddings=True).iterdir()
     )
     assert sha256(tiny / "model.safetensors") == sha256(tiny.parent / "again" / "model.safetensors")
+
+
+def test_force_replaces_only_a_family(tiny: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").touch()
+    for output in (tiny, text, text.parent, tmp_path / "thesis"):
+        with pytest.raises(OutputError):
+            anyfit.fit(tiny, data=text, output=output, force=True, **SMALL)
+    assert (tmp_path / "thesis" / "thesis.txt").exists() and text.exists() and (tiny / "config.json").exists()
+
+
+def test_an_output_that_appears_during_the_run_is_kept(tiny: Path, text: Path, family: Family, tmp_path: Path) -> None:
+    output = tmp_path / "late.family"
+    write = pipeline.write_json
+
+    def appearing(path: Path, data: Any) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "thesis.txt").touch()
+        write(path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "write_json", appearing)
+        with pytest.raises(OutputError, match="appeared"):
+            anyfit.fit(tiny, data=text, output=output, **SMALL)
+    assert [p.name for p in output.iterdir()] == ["thesis.txt"]
+    shutil.rmtree(output)
+    assert anyfit.fit(tiny, data=text, output=output, **SMALL).digest == family.digest
+
+
+def test_a_folder_in_the_place_of_the_journal_is_left_alone(tiny: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.family.partial").mkdir()
+    (tmp_path / "x.family.partial" / "thesis.txt").touch()
+    with pytest.raises(FamilyError, match=r"holds thesis\.txt"):
+        anyfit.fit(tiny, data=text, output=tmp_path / "x.family", **SMALL)
+
+
+def test_restart_waits_for_nobody(tmp_path: Path) -> None:
+    final, key = tmp_path / "x.family", {"model": "a"}
+    with Journal.open(final, key, restart=False, force=False) as journal:
+        (journal.folder / "work").touch()
+        with pytest.raises(OutputError, match="Another process"), Journal.open(final, key, restart=True, force=False):
+            pass
+        assert (journal.folder / "work").exists()
+
+
+def test_a_broken_journal_is_told(tmp_path: Path) -> None:
+    final = tmp_path / "x.family"
+    with Journal.open(final, {"model": "a"}, restart=False, force=False) as journal:
+        (journal.folder / "journal.json").write_text("{")
+    with pytest.raises(FamilyError, match="--restart"), Journal.open(final, {"model": "a"}, restart=False, force=False):
+        pass
+    with Journal.open(final, {"model": "b"}, restart=True, force=False):
+        pass
+
+
+def test_a_card_of_the_user_is_not_overwritten(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "x.README.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"x\.README\.md exists"):
+        family.export("60%", tmp_path / "x.gguf")
+    assert os.listdir(tmp_path) == ["x.README.md"]
+
+
+def test_a_file_added_to_the_source_is_found(copy: Path, tmp_path: Path) -> None:
+    (copy / "source" / "evil.py").touch()
+    with pytest.raises(FamilyError, match=r"evil\.py was added"):
+        Family.open(copy).export("60%", tmp_path / "x.gguf")
+
+
+def test_saved_folder_is_the_extracted_model(family: Family, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    family.save("60%", tmp_path / "folder")
+    tokens = family.text()["search"][:2]
+    with torch.inference_mode():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+        assert torch.equal(loaded(tokens).logits, family.extract("60%")(tokens).logits)
+    family.save("60%", tmp_path / "folder", force=True)
+    with pytest.raises(OutputError):
+        family.save("60%", family.path, force=True)
+
+
+def test_what_the_checkpoint_holds_too_much_is_covered(tiny: Path, text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(tiny, tmp_path / "more"))
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, "model.layers.0.secret.weight": torch.ones(3)}, model / "model.safetensors", metadata={"format": "pt"})
+    found = anyfit.plan(model, data=text, **SMALL)
+    assert ("model.layers.0.secret.weight", "", "stored in the checkpoint, but the network has no place for it") in found.coverage
+    assert found.memory_bytes > 0 and found.seconds > 0 and found.smallest_bytes < found.largest_bytes
+
+
+def test_plan_with_floating_formats_only_and_with_none(tiny: Path, text: Path) -> None:
+    assert anyfit.plan(tiny, data=text, **{**SMALL, "formats": ["F16"]}).seconds > 0
+    with pytest.raises(UserError, match="No format"):
+        anyfit.plan(tiny, data=text, **{**SMALL, "formats": []})
+
+
+def test_a_weight_beyond_a_format_is_named(tiny: Path, text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(tiny, tmp_path / "huge"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e6
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight can't be stored as F16.*--formats Q8_0"):
+        anyfit.fit(model, data=text, output=tmp_path / "x.family", **{**SMALL, "formats": ["F16", "Q8_0"]})

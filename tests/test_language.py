@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from anyfit.core.errors import ModelError
 from anyfit.tasks import language
 from anyfit.tasks.language import Quality, Reference, kl, measure
 from anyfit.testing.models import tiny_model
@@ -133,6 +134,17 @@ def test_any_source_of_logits_will_do(original: PreTrainedModel, other: PreTrain
     reference = Reference.of(original, tokens)
     assert measure(logits, reference) == measure(other, reference)
     assert measure(original, Reference.of(logits, tokens)).kl_mean > 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_predictions_that_are_not_finite_are_refused(original: PreTrainedModel, tokens: Tensor, value: float) -> None:
+    def broken(batch: Tensor) -> Tensor:
+        return torch.full((*batch.shape, VOCABULARY), value)
+
+    reference = Reference.of(original, tokens)
+    for measured in (lambda: measure(broken, reference), lambda: kl(broken, reference), lambda: Reference.of(broken, tokens)):
+        with pytest.raises(ModelError, match="not finite"):
+            measured()
 
 
 def test_one_segment_has_no_standard_error(original: PreTrainedModel, tokens: Tensor) -> None:

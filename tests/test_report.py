@@ -111,7 +111,7 @@ def write_all(family: Family, folder: Path) -> None:
     folder.mkdir()
     page.write(family, folder / "report.html")
     plots.frontier_png(family, folder / "frontier.png")
-    (folder / "README.md").write_text(card.model_card(family, family.frontier[3], "m.gguf"), encoding="utf-8")
+    (folder / "README.md").write_text(card.model_card(family, family.frontier[-1], "m.gguf"), encoding="utf-8")
 
 
 def test_card_says_what_was_measured_and_what_was_not(family: Family) -> None:
@@ -120,7 +120,6 @@ def test_card_says_what_was_measured_and_what_was_not(family: Family) -> None:
     text = card.model_card(family, measured, "demo.gguf")
     assert text.startswith("---\n")
     assert 'base_model: "org/tiny-llama"' in text
-    assert 'license: "apache-2.0"' in text
     assert f"{measured.bytes_:,} bytes" in text
     assert summary.plus_minus(measured.report.kl_mean, measured.report.kl_stderr) in text
     assert "llama-cli -m demo.gguf" in text
@@ -156,6 +155,20 @@ def test_rival_is_what_a_budget_of_that_size_gives(family: Family) -> None:
         if row.point.uniform:
             best = min((p for p in family.points if p.bytes_ <= row.point.bytes_), key=lambda p: p.search.kl_mean if p.search else math.inf)
             assert summary.rival(rows, row).point == best
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_lossless_settings_are_shown_like_any_other(tmp_path: Path, family: Family, all_of_them: bool) -> None:
+    threshold = math.inf if all_of_them else family.frontier[-3].predicted
+    lossless = made_family(tmp_path / "lossless.family", lossless_below=threshold)
+    uniform = next(row for row in summary.rows(lossless) if row.point.uniform == "Q8_0")
+    best = summary.rival(summary.rows(lossless), uniform)
+    assert uniform.quality.kl_mean == 0
+    assert summary.saved(best, uniform) == "–"
+    write_all(lossless, tmp_path / "made")
+    assert not Tags((tmp_path / "made" / "report.html").read_text(encoding="utf-8")).open
+    assert tables.frontier(lossless).row_count > 0
 
 
 @pytest.mark.parametrize(

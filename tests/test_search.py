@@ -78,8 +78,11 @@ def test_larger_budget_is_never_worse() -> None:
 
 def test_impossible_budget_says_the_smallest_possible() -> None:
     space, table = random_problem(1)
-    with pytest.raises(BudgetError, match=f"smallest possible is {space.bytes_(space.smallest())} B "):
-        solve(space, table, Budget.parse("100 B"))
+    for impossible in ("100 B", "0.1 bits", "100 B and 0.1 bits"):
+        with pytest.raises(BudgetError) as caught:
+            solve(space, table, Budget.parse(impossible))
+        quoted = caught.value.problem.split("smallest possible is ")[1].removesuffix(".")
+        assert solve(space, table, Budget.parse(quoted)) == space.smallest()
 
 
 def test_solves_a_large_problem() -> None:

@@ -61,7 +61,7 @@ def load(
     """Segments of `length` tokens, without overlap, drawn by `seed`.
 
     `data` are UTF-8 text files, folders of them, JSONL with a `text` or the `messages` of a chat, or "stdlib",
-    the Python standard library. Users' text is divided 70/15/15 by size; the standard library by module. Where
+    the Python standard library, also as the only one of a list where no file is called so. Users' text is divided 70/15/15 by size; the standard library by module. Where
     there is too little text, there are fewer segments, and a note. Only as much is tokenised as is needed.
     Raises `DataError` for text that can't be read or doesn't make one segment for each purpose.
     """
@@ -89,7 +89,7 @@ def held_out(
 
     Returns them with a description. Raises `DataError` as `load` does.
     """
-    if data == DATA:
+    if _is_stdlib(data):
         passages, description = [Passage.of(text) for text in modules("report")], _stdlib()
     else:
         passages, description, _ = _documents(data, tokenizer)
@@ -163,7 +163,7 @@ def _parts(
 ) -> tuple[dict[str, list[Passage]], str, list[str]]:
     if data is None:
         raise DataError("There is no text to calibrate and measure with.", remedy=_NO_DATA)
-    if data == DATA:
+    if _is_stdlib(data):
         splits = dict(zip(PURPOSES, ("train", "search", "report"), strict=True))
         return {purpose: [Passage.of(text) for text in modules(split)] for purpose, split in splits.items()}, _stdlib(), []
     passages, description, notes = _documents(data, tokenizer)
@@ -192,6 +192,10 @@ def _divide(passages: list[Passage], seed: int) -> dict[str, list[Passage]]:
         parts[purpose].append(passages[index])
         lacking[purpose] -= passages[index].size
     return parts
+
+
+def _is_stdlib(data: str | Path | Sequence[str | Path]) -> bool:
+    return data == DATA or (not isinstance(data, str | Path) and list(data) == [DATA] and not Path(DATA).exists())
 
 
 def _stdlib() -> str:

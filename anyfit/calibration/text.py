@@ -19,6 +19,8 @@ from anyfit.core.errors import DataError
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 """What is taken from a folder. A file that is named by itself may be called anything."""
 _PIECE = 1 << 16
+_MOST_CONTINUATION = 3
+"""Bytes of a UTF-8 character after its first."""
 _LARGEST_JSONL = 64_000_000
 """Bytes of rows that are read from one file; of a longer one, evenly spaced blocks."""
 _BLOCK = 1 << 20
@@ -48,16 +50,20 @@ class Passage:
         return [Passage(self.path, a, b, self.content) for a, b in zip([self.start, *ends], ends, strict=False)]
 
     def read(self, start: int, stop: int) -> str:
-        """The characters that lie whole within these bytes, counted from the passage's own start.
+        """The characters that start within these bytes, counted from the passage's own start.
 
-        Raises `DataError` for bytes that are not UTF-8.
+        So parts that follow one another lose no character, and share none. Raises `DataError` for bytes that
+        are not UTF-8 text.
         """
         start, stop = self.start + start, min(self.start + stop, self.stop)
         if self.path is None:
-            return _decode(self.content[start:stop], start, Path("text"))
+            return _decode(self.content[start : stop + _MOST_CONTINUATION], start, stop, Path("text"))
         with self.path.open("rb") as file:
             file.seek(start)
-            return _decode(file.read(stop - start), start, self.path)
+            content = file.read(stop - start + _MOST_CONTINUATION)
+        if b"\0" in content:
+            raise DataError(f"{self.path} is binary, not text: byte {start + content.index(0)} is zero.", remedy="Name text in UTF-8.")
+        return _decode(content, start, stop, self.path)
 
 
 class Line:
@@ -123,21 +129,27 @@ def _in_folder(folder: Path, notes: list[str]) -> list[Path]:
     return files
 
 
-def _decode(content: bytes, offset: int, path: Path) -> str:
-    """Without the parts of a character that the ends cut off."""
-    first = 0
-    if offset:
-        first = next((i for i, byte in enumerate(content[:3]) if byte & 0xC0 != 0x80), min(3, len(content)))
+def _decode(content: bytes, offset: int, stop: int, path: Path) -> str:
+    """The characters that start before byte `stop`; `content` begins at byte `offset`, and a character begun before isn't read."""
+    first = _next_character(content, 0) if offset else 0
+    content = content[: _next_character(content, stop - offset)]
     try:
-        return content[first:].decode().removeprefix("\ufeff")
+        text = content[first:].decode()
+        return text if offset else text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         at = first + error.start
-        if error.reason == "unexpected end of data" and at >= len(content) - 3:
+        if error.reason == "unexpected end of data" and at >= len(content) - _MOST_CONTINUATION:
             return content[first:at].decode()
         raise DataError(
             f"{path} is not UTF-8: byte {offset + at} is 0x{content[at]:02x}.",
             remedy="Save it as UTF-8, for example: iconv -f LATIN1 -t UTF-8 OLD > NEW.",
         ) from error
+
+
+def _next_character(content: bytes, at: int) -> int:
+    """Where the next character starts, from byte `at` on."""
+    following = content[at : at + _MOST_CONTINUATION]
+    return at + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
 
 def _rows(path: Path, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Iterator[str]:
@@ -165,7 +177,7 @@ def _rows(path: Path, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> I
 
 def _row(line: bytes, where: str, path: Path, offset: int, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
-        row = json.loads(_decode(line, 0, path)) if not offset else json.loads(line.decode())
+        row = json.loads(_decode(line, 0, len(line), path)) if not offset else json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: byte {offset + error.start}.", remedy="Save it as UTF-8.") from error
     except ValueError as error:

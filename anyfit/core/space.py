@@ -64,22 +64,22 @@ class Space:
 
     def formats(self) -> list[str]:
         """Every format that is a choice somewhere, smallest first."""
-        bits = self._bits_by_format()
-        return sorted(bits, key=lambda name: (bits[name], name))
+        return list(self.format_bits())
 
-    def _bits_by_format(self) -> dict[str, float]:
-        """Stored bits per weight of each format, over the units that can take it."""
+    def format_bits(self) -> dict[str, float]:
+        """Stored bits per weight of each format, over the units that can take it, smallest first."""
         sizes: Counter[str] = Counter()
         weights: Counter[str] = Counter()
         for decision in self.decisions:
             for choice in decision.choices:
                 sizes[choice.name] += 8 * choice.stored_bytes
                 weights[choice.name] += decision.unit.num_weights
-        return {name: sizes[name] / weights[name] for name in sizes}
+        bits = {name: sizes[name] / weights[name] for name in sizes}
+        return dict(sorted(bits.items(), key=lambda item: (item[1], item[0])))
 
     def uniform(self, name: str) -> Config:
         """One format everywhere; a unit that can't take it gets its smallest that isn't smaller, or its largest."""
-        bits = self._bits_by_format()
+        bits = self.format_bits()
         chosen = {}
         for decision in self.decisions:
             own = {c.name: 8 * c.stored_bytes / decision.unit.num_weights for c in decision.choices}

@@ -17,15 +17,17 @@ from transformers import PreTrainedModel
 from anyfit.checkpoint import Source, read_config
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config
-from anyfit.core.errors import OutputError
+from anyfit.core.errors import FamilyError, OutputError
 from anyfit.core.files import refuse_existing, written_aside
 from anyfit.core.space import Space
-from anyfit.family.manifest import Manifest, Original, Point
+from anyfit.family.manifest import NAME, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Store, decoder
 from anyfit.progress import Progress, Silent
+from anyfit.report.card import model_card
 from anyfit.searchers.exact import solve
 from anyfit.targets import targets
 from anyfit.targets.base import Check, Target
+from anyfit.targets.transformers import write_dense
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,13 @@ class Family:
     @cached_property
     def source(self) -> Source:
         """What is needed of the original to write any model; every file checked against its hash."""
-        for name in self.manifest.files:
-            if name.startswith(f"{SOURCE}/"):
-                self._store.verify(name)
         folder = self.path / SOURCE
+        expected = {name for name in self.manifest.files if name.startswith(f"{SOURCE}/")}
+        for name in expected:
+            self._store.verify(name)
+        added = sorted({f"{SOURCE}/{path.name}" for path in folder.iterdir()} - expected)
+        if added:
+            raise FamilyError(f"{self.path / added[0]} was added to the family.", remedy="Move it away.")
         return Source(
             folder=folder,
             config=read_config(folder, trust_remote_code=self.manifest.trust_remote_code),
@@ -178,11 +183,12 @@ class Family:
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
         """An ordinary transformers model in float32, with the very values that an exported file holds."""
         config = budget if isinstance(budget, Config) else self.select(budget).config
+        return self.source.build(self._weights(config))
+
+    def _weights(self, config: Config) -> dict[str, torch.Tensor]:
+        """Every decided matrix, decoded, by name."""
         decoded = decoder(self._store, targets.get(self.target), self.source)
-        weights = {
-            weight.name: decoded(weight, config[decision.key]) for decision in self.space.decisions for weight in decision.unit.weights
-        }
-        return self.source.build(weights)
+        return {w.name: decoded(w, config[decision.key]) for decision in self.space.decisions for w in decision.unit.weights}
 
     def export(
         self,
@@ -199,19 +205,39 @@ class Family:
         or can't be written, or where the written file doesn't pass its checks; then nothing is left at `path`.
         """
         path, progress, began = Path(path), progress or Silent(), time.perf_counter()
-        refuse_existing(path, force=force)
+        target = targets.get(self.target)
+        card = path.with_suffix(".README.md") if target.suffix else None
+        self._refuse(path, force=force, folder=card is None)
+        if card is not None:
+            self._refuse(card, force=force, folder=False)
         budget = self.budget(budget)
         point = self.select(budget)
-        target = targets.get(self.target)
-        with written_aside(path) as aside:
+        with written_aside(path, force=force) as aside:
             with progress.stage("write", 1) as stage:
                 size = target.write(aside, self.source, self.space, point.config, self._store.variant)
                 stage.advance()
             assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
             assert budget.allows({"bytes": size, "bits": point.bits}), (size, budget)
             checks = self._check(target, aside, point, progress) if check else ()
-        self._write_card(path, point)
+            with written_aside(card or aside / "README.md", force=force) as page:
+                page.write_text(model_card(self, point, path.name), encoding="utf-8")
         return Export(path, size, point.bits, str(budget), point, checks, time.perf_counter() - began)
+
+    def save(self, budget: str | Iterable[str] | Budget, path: str | Path, *, force: bool = False) -> Point:
+        """Write the best model within `budget` as an ordinary transformers folder, its weights decoded to float32.
+
+        The budget is that of the family's target; the folder is larger. For looking, measuring and training on.
+        """
+        path = Path(path)
+        self._refuse(path, force=force, folder=True)
+        point = self.select(budget)
+        with written_aside(path, force=force) as aside:
+            write_dense(aside, self.source, self._weights(point.config))
+            (aside / "README.md").write_text(model_card(self, point, path.name, target="transformers"), encoding="utf-8")
+        return point
+
+    def _refuse(self, path: Path, *, force: bool, folder: bool) -> None:
+        refuse_existing(path, force=force, ours=_is_model_of_ours if folder else Path.is_file, inputs=[self.path])
 
     def _check(self, target: Target, path: Path, point: Point, progress: Progress) -> tuple[Check, ...]:
         with progress.stage("check", 1) as stage:
@@ -226,12 +252,16 @@ class Family:
             )
         return checks
 
-    def _write_card(self, path: Path, point: Point) -> None:
-        from anyfit.report.card import model_card
 
-        card = path / "README.md" if path.is_dir() else path.with_suffix(".README.md")
-        with written_aside(card) as aside:
-            aside.write_text(model_card(self, point, path.name), encoding="utf-8")
+def is_family(path: Path) -> bool:
+    """Whether a folder is a family, as far as its manifest's presence tells."""
+    return (path / NAME).is_file()
+
+
+def _is_model_of_ours(path: Path) -> bool:
+    """Whether a folder is a model that was written here: its card says so."""
+    card = path / "README.md"
+    return (path / "config.json").is_file() and card.is_file() and "anyfit" in card.read_text(encoding="utf-8", errors="ignore")
 
 
 def _measured(point: Point) -> float:

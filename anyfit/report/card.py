@@ -55,8 +55,6 @@ def _front_matter(family: Family, target: str) -> str:
         fields["library_name"] = _LIBRARIES[target]
     if _HUB_ID.fullmatch(family.original.name):
         fields |= {"base_model": family.original.name, "base_model_relation": "quantized"}
-    if family.provenance.get("license"):
-        fields["license"] = family.provenance["license"]
     fields["tags"] = ["anyfit", "quantized", "mixed-precision"]
     return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
 

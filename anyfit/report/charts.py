@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator
@@ -47,6 +47,12 @@ class Axis:
         else:
             locator = MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10])
         return [float(v) for v in locator.tick_values(self.low, self.high) if self.low <= v <= self.high]
+
+
+def floored(values: Iterable[float]) -> Callable[[float], float]:
+    """Lifts values onto a logarithmic axis: those that are not above zero go where the least of the others is."""
+    floor = min((v for v in values if v > 0), default=1e-6)
+    return lambda value: value if value > 0 else floor
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.files import written_aside
 from anyfit.report import summary
-from anyfit.report.charts import Axis, Box, Label, place
+from anyfit.report.charts import Axis, Box, Label, floored, place
 from anyfit.report.summary import Row
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def render(family: Family) -> str:
             rows=rows,
             split=summary.split(family),
             uniform=uniform,
-            bits=summary.format_bits(family.space),
+            bits=family.space.format_bits(),
             frontier_chart=_frontier_chart(rows),
             prediction_chart=_prediction_chart(family),
             grid=_grid(family),
@@ -62,6 +61,7 @@ def environment() -> Environment:
     made.filters["thousands"] = lambda value: f"{value:,}"
     made.globals["plus_minus"] = summary.plus_minus
     made.globals["percent"] = summary.plus_minus_percent
+    made.globals["saved"] = summary.saved
     return made
 
 
@@ -74,15 +74,9 @@ def _title(row: Row) -> str:
     )
 
 
-def _floored(values: list[float]) -> Callable[[float], float]:
-    """Values for a logarithmic axis: those that are not above zero lie at its lower end."""
-    floor = min((v for v in values if v > 0), default=1e-6)
-    return lambda value: value if value > 0 else floor
-
-
 def _frontier_chart(rows: list[Row]) -> dict[str, Any]:
     """KL to the original against size, with one standard error each way."""
-    lift = _floored([row.quality.kl_mean for row in rows])
+    lift = floored([row.quality.kl_mean for row in rows])
     unit, per = ("GB", 1e9) if rows[-1].point.bytes_ >= 2e9 else ("MB", 1e6)
     x = Axis.around([row.point.bytes_ / per for row in rows], _LEFT, _RIGHT)
     y = Axis.around([lift(row.quality.kl_mean) for row in rows], _BOTTOM, _TOP, log=True)
@@ -147,7 +141,7 @@ def _grid(family: Family) -> dict[str, Any]:
 
 def _data(family: Family, rows: list[Row]) -> dict[str, Any]:
     """What the page's script needs: for each row of the table the format of every unit, as indices."""
-    bits = summary.format_bits(family.space)
+    bits = family.space.format_bits()
     names = list(bits)
     keys = [decision.key for decision in family.space.decisions]
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anyfit.report import summary
+from anyfit.report.charts import floored
 
 if TYPE_CHECKING:
     from anyfit.family import Family
@@ -18,15 +19,16 @@ def frontier_png(family: Family, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = summary.rows(family)
+    lift = floored(row.quality.kl_mean for row in rows)
     figure = Figure(figsize=(9, 4.6), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     best, uniform = [r for r in rows if r.frontier], [r for r in rows if r.point.uniform]
     for chosen, style, color, label in ((best, "o-", ACCENT, "anyfit's frontier"), (uniform, "D", AMBER, "one format everywhere")):
-        size, kl = [r.point.bytes_ / 1e6 for r in chosen], [r.quality.kl_mean for r in chosen]
+        size, kl = [r.point.bytes_ / 1e6 for r in chosen], [lift(r.quality.kl_mean) for r in chosen]
         error = [r.quality.kl_stderr for r in chosen]
         axes.errorbar(size, kl, error, fmt=style, color=color, ms=4.5, lw=1.6, elinewidth=1, capsize=2, label=label)
     for row in uniform:
-        at = (row.point.bytes_ / 1e6, row.quality.kl_mean)
+        at = (row.point.bytes_ / 1e6, lift(row.quality.kl_mean))
         axes.annotate(str(row.point.uniform), at, xytext=(6, 4), textcoords="offset points", color=AMBER, fontsize=8)
     axes.set(yscale="log", xlabel="size of the file, MB", ylabel="mean KL to the original, nats")
     axes.set_title(f"{family.original.name}: {len(best)} sizes from one run, for {family.target}", loc="left", color=INK, fontsize=11)

@@ -43,13 +43,10 @@ def rival(all_rows: list[Row], uniform: Row) -> Row:
     return [row for row in all_rows if row.frontier and row.point.bytes_ <= uniform.point.bytes_][-1]
 
 
-def format_bits(space: Space) -> dict[str, float]:
-    """Stored bits per weight of every format of the space, cheapest first."""
-    found = {}
-    for name in space.formats():
-        offers = [(d.choice(name), d.unit) for d in space.decisions if any(c.name == name for c in d.choices)]
-        found[name] = 8 * sum(choice.stored_bytes for choice, _ in offers) / sum(unit.num_weights for _, unit in offers)
-    return found
+def saved(best: Row, uniform: Row) -> str:
+    """The share of a uniform setting's divergence that the frontier saves; a lossless one leaves nothing to save."""
+    divergence = uniform.quality.kl_mean
+    return f"{100 - 100 * best.quality.kl_mean / divergence:.0f} %" if divergence > 0 else "–"
 
 
 def shares(space: Space, config: Config) -> dict[str, float]:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from anyfit.core.budget import BITS, BYTES, Budget, describe
+from anyfit.core.budget import BITS, BYTES, Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Space
@@ -24,6 +24,8 @@ from anyfit.scores.table import Table
 
 GAP = 1e-9
 """Relative: two scores closer than this are the same to the solver."""
+_MOST_NODES = 20_000
+"""Of the search tree; a count, not a time, so that the same problem has the same answer on any machine."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _polish(problem: _Problem, limits: list[tuple[np.ndarray, float]], keep: np.
         integrality=np.ones(num),
         bounds=(0, 1),
         constraints=constraints,
-        options={"mip_rel_gap": GAP, "time_limit": 20},
+        options={"mip_rel_gap": GAP, "node_limit": _MOST_NODES},
     )
     if result.x is None:
         return fallback
@@ -170,10 +172,10 @@ def require(space: Space, budget: Budget) -> None:
     least = " and ".join(_exactly(cost, costs[cost]) for cost, _ in budget.limits)
     raise BudgetError(
         f"The budget {budget.text!r} can't be met: the smallest possible is {least}.",
-        remedy=f"Give more, or fit with formats smaller than {space.formats()[0]}, the smallest of this family.",
+        remedy=f"Give more, or fit with smaller formats than those of this family (its smallest is {space.formats()[0]}).",
     )
 
 
 def _exactly(cost: str, value: float) -> str:
     """A cost that, typed as a budget, is met."""
-    return f"{math.ceil(value * 1000) / 1000:.3f} bits" if cost == BITS else f"{value:.0f} B ({describe(cost, value)})"
+    return f"{math.ceil(value * 1000) / 1000:.3f} bits" if cost == BITS else f"{value:.0f} B"

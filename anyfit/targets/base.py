@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,21 +28,10 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True)
-class Written:
-    """What came out: the path, its exact bytes (as the budget counts them) and the checks made."""
-
-    path: Path
-    bytes_: int
-    checks: tuple[Check, ...] = field(default=())
-
-
 class Target(ABC):
     """Stateless; everything about the network comes from the family's `Source`, never from the original."""
 
     name: str
-    title: str
-    """One line for `anyfit targets`."""
     suffix: str
     """What an exported path ends in (`.gguf`); empty where it is a folder."""
     formats: tuple[str, ...]
@@ -81,7 +69,3 @@ class Target(ABC):
         `tokens`: (segments, length) int64, text to compare outputs on. Each tensor once, each bit-equal to the
         model's weights; a runtime that isn't installed is a passed check whose detail says that it was skipped.
         """
-
-    def metadata(self) -> dict[str, Any]:
-        """Versions of the packages that write and check, for the provenance."""
-        return {}

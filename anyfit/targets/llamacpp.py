@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -33,13 +31,12 @@ class LlamaCpp(Target):
     """Every matrix is decided by itself: llama.cpp takes any mixture of types, tensor by tensor."""
 
     name = "llama.cpp"
-    title = "GGUF, one file for llama.cpp and all that is built on it"
     suffix = ".gguf"
     formats = (
         *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q5_K", "Q4_1"),
         *("Q4_0", "Q4_K", "IQ4_NL", "MXFP4", "Q3_K", "Q2_K", "TQ2_0"),
     )
-    default_formats = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_NL", "Q3_K", "Q2_K")
+    default_formats = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_NL", "Q3_K", "Q2_K")
 
     def supports(self, source: Source) -> str | None:
         kind = gguf_kinds.KINDS.get(source.config.model_type)
@@ -90,15 +87,6 @@ class LlamaCpp(Target):
 
     def check(self, path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
         return gguf_check.checks(path, source, config, model, tokens)
-
-    def metadata(self) -> dict[str, Any]:
-        versions: dict[str, str | None] = {}
-        for package in ("gguf", "llama-cpp-python"):
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:
-                versions[package] = None
-        return versions
 
     def _decision(self, source: Source, weight: Weight, wanted: list[str]) -> Decision:
         legal, refused = set(), {}

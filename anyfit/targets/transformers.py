@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ _DEAREST_FIRST = sorted(INTEGER_BITS, reverse=True)
 
 class Transformers(Target):
     name = "transformers"
-    title = "a Hugging Face folder for transformers, integers by way of compressed-tensors"
     suffix = ""
     formats = ("F32", "F16", "BF16", *(f"int{bits}_{kind}" for bits in _DEAREST_FIRST for kind in ("asym", "sym")))
     default_formats = ("F16", "BF16", *(f"int{bits}_sym" for bits in _DEAREST_FIRST))
@@ -82,15 +80,6 @@ class Transformers(Target):
 
     def check(self, path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.checks(path, source, config, model, tokens)
-
-    def metadata(self) -> dict[str, Any]:
-        versions: dict[str, str | None] = {}
-        for package in ("safetensors", "compressed-tensors"):
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:
-                versions[package] = None
-        return versions
 
     def _decision(self, held: Place, wanted: Sequence[str], source: Source) -> Decision:
         legal, refused = set(), {}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from anyfit.core.errors import ModelError
+
 Logits = Callable[[Tensor], Tensor]
 """Tokens (segments, length) int64 to the logits of each next token, (segments, length, vocabulary)."""
 
@@ -98,7 +100,10 @@ def kept_bytes(num_tokens: int, vocabulary: int) -> int:
 
 
 def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> Quality:
-    """Every figure for a model on the reference's text. The same model gives a divergence of exactly zero."""
+    """Every figure for a model on the reference's text. The same model gives a divergence of exactly zero.
+
+    Raises `ModelError` for predictions that are not finite.
+    """
     num_predictions = reference.tokens.shape[0] * (reference.tokens.shape[1] - 1)
     losses, divergences, agreements = (torch.empty(num_predictions, dtype=torch.float64) for _ in range(3))
     with torch.inference_mode():
@@ -110,12 +115,14 @@ def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size
 
 
 def kl(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> float:
-    """Mean KL(original || model) per token in nats: `measure(...).kl_mean` without the rest."""
+    """Mean KL(original || model) per token in nats: `measure(...).kl_mean` without the rest. Raises as `measure` does."""
     total, count = 0.0, 0
     with torch.inference_mode():
         for _, expected, log_probs in _pairs(model, reference, batch_size):
             total += float(_divergences(expected, log_probs).sum())
             count += len(expected)
+    if not math.isfinite(total):
+        raise _not_finite()
     return total / count
 
 
@@ -165,7 +172,8 @@ def _divergences(expected: Tensor, log_probs: Tensor) -> Tensor:
 
 def _quality(losses: Tensor, divergences: Tensor, agreements: Tensor, num_segments: int) -> Quality:
     """Figures from one number per prediction. Segments are equally long, so their means average to the mean."""
-    assert losses.isfinite().all() and divergences.isfinite().all(), "the model's logits are not finite"
+    if not (losses.isfinite().all() and divergences.isfinite().all()):
+        raise _not_finite()
     perplexity = math.exp(losses.mean())
     median, p99 = np.quantile(divergences.numpy(), [0.5, 0.99]).tolist()
     return Quality(
@@ -179,6 +187,13 @@ def _quality(losses: Tensor, divergences: Tensor, agreements: Tensor, num_segmen
         top1_stderr=_stderr(agreements, num_segments),
         num_tokens=len(losses),
         num_segments=num_segments,
+    )
+
+
+def _not_finite() -> ModelError:
+    return ModelError(
+        "The model's predictions are not finite: its weights overflow in float32, or the text has tokens that it gives no chance.",
+        remedy="Check the original: download it again, or measure it by itself.",
     )
 
 
