@@ -348,7 +348,7 @@ def _seconds(run: Fit) -> float:
     per_token = (time.perf_counter() - began) / text.numel()
     sizes = {name: getattr(run.segments, name).numel() for name in ("calibration", "search", "report")}
     probing = NUM_PROBE_SEGMENTS * run.settings.length * len(run.space.decisions)
-    measuring = (sizes["search"] + sizes["report"]) * (NUM_FINALISTS + len(run.space.formats()))
+    measuring = (sizes["search"] + sizes["report"]) * (NUM_FINALISTS + 2 * len(run.space.formats()))
     weight = max((w for w in run.weights if w.block is not None), key=lambda w: w.num_weights)
     format_ = all_formats.get(next(d for d in run.space.decisions if weight in d.unit.weights).choices[-1].name)
     quantizer = quantizers.get(run.recipe.quantizer)

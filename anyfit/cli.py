@@ -74,10 +74,10 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(arguments, prog_name="anyfit")
     except SystemExit as end:
-        wrong = end.__context__
-        # The base of BadParameter is click's UsageError, of whichever click this typer uses.
-        if "--json" in arguments and isinstance(wrong, typer.BadParameter.__bases__):
-            _print_error(wrong.format_message(), "See --help.")
+        # Only click's usage errors have this; typer brings a click of its own, so their class can't be imported.
+        message = getattr(end.__context__, "format_message", None)
+        if message and "--json" in arguments:
+            _print_error(message(), "See --help.")
         raise
     raise AssertionError("typer exits by itself")
 

@@ -45,8 +45,9 @@ from anyfit.searchers.exact import hull, solve
 from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, measure
 
-NUM_FINALISTS = 14
-"""Budgets, evenly spaced in the logarithm of the size, whose best configs are measured."""
+NUM_FINALISTS = 8
+"""Budgets, evenly spaced in the logarithm of the size, whose best configs are measured; besides, one for the size
+of each uniform setting."""
 NEGLIGIBLE = 3e-5
 """Nats per token: a larger config than the first below this has nothing left to gain."""
 NUM_PROBE_SEGMENTS = 12
@@ -218,10 +219,13 @@ class Fit:
         best = hull(self.space, table)
         enough = next((config for config in best if table.predict(self.space, config) < NEGLIGIBLE), best[-1])
         smallest, largest = self.space.bytes_(best[0]), self.space.bytes_(enough)
-        for size in np.geomspace(smallest, largest, NUM_FINALISTS):
-            yield solve(self.space, table, Budget((("bytes", float(np.ceil(size))),), f"{size:.0f} B")), None
-        for name in self.space.formats():
-            yield self.space.uniform(name), name
+        uniform = {name: self.space.uniform(name) for name in self.space.formats()}
+        sizes = {int(np.ceil(size)) for size in np.geomspace(smallest, largest, NUM_FINALISTS)}
+        sizes |= {size for size in map(self.space.bytes_, uniform.values()) if smallest <= size <= largest}
+        for size in sorted(sizes):
+            yield solve(self.space, table, Budget((("bytes", float(size)),), f"{size} B")), None
+        for name, config in uniform.items():
+            yield config, name
 
     def _measured(self, store: Store, elastic: ElasticModel, config: Config, references: dict[str, Reference]) -> dict[str, Quality]:
         path = store.folder / "points" / f"{config.digest}.json"

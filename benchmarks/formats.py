@@ -119,6 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--assets", type=Path, default=None, help="a folder with further models")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # both sides are timed in CPU seconds of one thread
     rows = [row for subject in subjects(args.assets) for row in compare(subject)]
     header = (
         "model",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +167,22 @@ def test_every_verb_on_a_real_family(tiny_llama_folder: Path, tmp_path: Path) ->
     assert "exists" in refused(run("extract", family, "--budget", budget, "-o", tmp_path / "folder"))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("tokenizer.json", None, "KeyError: 'added_tokens'"),
+        ("config.json", {"num_hidden_layers": "many"}, "num_hidden_layers.*expected int"),
+    ],
+)
+def test_files_that_transformers_refuses_are_reported_with_its_reason(
+    tiny_llama_folder: Path, tmp_path: Path, name: str, change: dict[str, Any] | None, reason: str
+) -> None:
+    folder = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+    changed = json.loads((folder / name).read_text()) | change if change else {}
+    (folder / name).write_text(json.dumps(changed))
+    assert re.search(reason, refused(run("plan", folder, "--data", __file__)))
+
+
 def test_full_disk_is_the_users_error(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x.gguf"))
@@ -204,7 +222,7 @@ def test_interrupt_of_the_first_import_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [(["export", "x.family"], "--budget"), (["fit", "--oops"], "--oops"), (["fit", "--seed", "many"], "many"), (["fitt"], "fitt")],
+    [(["export", "x.family"], "--budget"), (["fit", "--oops"], "--oops"), (["fit", "--seed", "many"], "--seed"), (["fitt"], "fitt")],
 )
 def test_usage_errors_as_json_are_one_document(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

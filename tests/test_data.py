@@ -147,6 +147,16 @@ def test_standard_library(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytes
     assert segments.description.startswith("the standard library of Python 3.")
 
 
+def test_standard_library_by_name_unless_a_file_has_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "modules", lambda split: [f"{split} " * 500])
+    monkeypatch.chdir(tmp_path)
+    assert draw(["stdlib"], tokenizer).digest == draw("stdlib", tokenizer).digest
+    (tmp_path / "stdlib").write_text(tiny_text(6000))
+    assert draw(["stdlib"], tokenizer).description == "stdlib"
+
+
 def test_held_out_takes_all_of_the_text(numbered: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokens, description = held_out(numbered, tokenizer, length=LENGTH, num_segments=10_000)
     assert len(tokens) == len(tokenizer(numbered.read_text())["input_ids"]) // LENGTH

@@ -61,8 +61,9 @@ def load(
     """Segments of `length` tokens, without overlap, drawn by `seed`.
 
     `data` are UTF-8 text files, folders of them, JSONL with a `text` or the `messages` of a chat, or "stdlib",
-    the Python standard library, also as the only one of a list where no file is called so. Users' text is divided 70/15/15 by size; the standard library by module. Where
-    there is too little text, there are fewer segments, and a note. Only as much is tokenised as is needed.
+    the Python standard library, also as the only one of a list where no file is called so. Users' text is
+    divided 70/15/15 by size; the standard library by module. Where there is too little text, there are fewer
+    segments, and a note. Only as much is tokenised as is needed.
     Raises `DataError` for text that can't be read or doesn't make one segment for each purpose.
     """
     wanted = dict(zip(PURPOSES, (num_calibration, num_search, num_report), strict=True))

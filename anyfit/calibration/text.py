@@ -61,9 +61,10 @@ class Passage:
         with self.path.open("rb") as file:
             file.seek(start)
             content = file.read(stop - start + _MOST_CONTINUATION)
-        if b"\0" in content:
+        text = _decode(content, start, stop, self.path)
+        if "\0" in text:
             raise DataError(f"{self.path} is binary, not text: byte {start + content.index(0)} is zero.", remedy="Name text in UTF-8.")
-        return _decode(content, start, stop, self.path)
+        return text
 
 
 class Line:
