@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from anyfit.cli import run
 
-        run()
+        run(sys.argv[1:])
     except KeyboardInterrupt:
         print("\nStopped. Nothing was written.", file=sys.stderr)
         if "--json" in sys.argv:

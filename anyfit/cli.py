@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from anyfit.family import Family
 
 USER_ERROR, INTERRUPTED = 2, 130
-_KEPT = {"fit": "What is finished is kept: the same command goes on from there."}
-"""What an interrupted command leaves behind, where that is anything."""
+_KEPT_BY = {"fit": "What is finished is kept: the same command goes on from there."}
 
 app = typer.Typer(
     help="Train once. Fit any budget: one run turns a network into a family, and any size is taken from it in seconds.",
@@ -68,9 +67,8 @@ class Answer:
     shown: tuple[RenderableType, ...]
 
 
-def run(arguments: Sequence[str] | None = None) -> NoReturn:
+def run(arguments: Sequence[str]) -> None:
     """Run the command line and exit. With `--json`, what is wrong with the options themselves is a document, too."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(arguments, prog_name="anyfit")
     except SystemExit as end:
@@ -79,7 +77,6 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
         if message and "--json" in arguments:
             _print_error(message(), "See --help.")
         raise
-    raise AssertionError("typer exits by itself")
 
 
 def _command(function: Callable[..., Answer]) -> Callable[..., None]:
@@ -97,7 +94,7 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
         except OSError as error:
             _fail(_user_error(error), as_json)
         except KeyboardInterrupt:
-            kept = _KEPT.get(function.__name__, "Nothing was written.")
+            kept = _KEPT_BY.get(function.__name__, "Nothing was written.")
             print(f"\nStopped. {kept}", file=sys.stderr)
             if as_json:
                 _print_error("interrupted", kept)
@@ -108,9 +105,7 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
 
 
 def _fail(error: UserError, as_json: bool) -> NoReturn:
-    print(f"error: {error.problem}", file=sys.stderr)
-    if error.remedy:
-        print(f"  {error.remedy}", file=sys.stderr)
+    print("\n  ".join(filter(None, (f"error: {error.problem}", error.remedy))), file=sys.stderr)
     if as_json:
         _print_error(error.problem, error.remedy)
     raise typer.Exit(USER_ERROR) from error
