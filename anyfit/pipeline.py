@@ -138,7 +138,7 @@ class Fit:
         quantizer = quantizers.get(self.recipe.quantizer)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         prepared_for, prepared = None, None
-        with one_thread_each() as pool, self.progress.stage("encode", len(todo)) as stage:
+        with one_thread() as pool, self.progress.stage("encode", len(todo)) as stage:
             for decision, weight in todo:
                 if prepared is None or weight.input is None or weight.input != prepared_for:
                     seen = statistics[weight.input] if weight.input else InputStatistics.unknown(weight.shape[1])
@@ -290,13 +290,14 @@ class Fit:
         journal.finish()
 
 
-def one_thread_each() -> ThreadPoolExecutor:
-    """As many workers as torch has threads, each computing with one.
+def one_thread() -> ThreadPoolExecutor:
+    """A worker that computes with one thread, whatever torch uses elsewhere.
 
-    Fitting scales and rounding columns are long chains of small operations, which lose more by splitting each
-    of them than they gain. And so the bytes don't depend on the number of threads.
+    Fitting scales and rounding columns are long chains of small operations, which lose more by being split
+    than they gain (and two such workers lose more to Python's lock). And so the bytes of the variants don't
+    depend on the number of threads.
     """
-    return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def versions() -> dict[str, str]:

@@ -154,7 +154,7 @@ def _polish(problem: _Problem, limits: list[tuple[np.ndarray, float]], keep: np.
         integrality=np.ones(num),
         bounds=(0, 1),
         constraints=constraints,
-        options={"mip_rel_gap": GAP, "node_limit": _MOST_NODES},
+        options={"mip_rel_gap": GAP, "node_limit": _MOST_NODES, "presolve": False},
     )
     if result.x is None:
         return fallback

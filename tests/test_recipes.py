@@ -1,0 +1,35 @@
+"""Every recipe: made of known parts, and a family comes out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import anyfit
+from anyfit import pipeline
+from anyfit.quantizers import quantizers
+from anyfit.recipes import recipes
+from anyfit.scores import sensitivities
+from anyfit.testing.models import save_tiny, tiny_text
+
+
+@pytest.mark.parametrize("name", recipes)
+def test_a_recipe_is_made_of_known_parts_and_says_what_it_is(name: str) -> None:
+    recipe = recipes.get(name)
+    assert recipe.name == name and recipe.title and recipe.paper and len(recipe.about) > 80
+    assert recipe.quantizer in quantizers and recipe.score in sensitivities
+
+
+@pytest.mark.parametrize("name", recipes)
+def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "NUM_FINALISTS", 3)
+    monkeypatch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 2)
+    (tmp_path / "notes.txt").write_text("\n\n".join(tiny_text(300, seed=seed) for seed in range(20)))
+    model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
+    family = anyfit.fit(
+        model, data=tmp_path / "notes.txt", output=tmp_path / "x.family", recipe=name, formats=("Q8_0", "Q2_K"), length=32, segments=8
+    )
+    assert family.manifest.recipe == name and len(family.frontier) >= 2
+    export = family.export("60%", tmp_path / "x.gguf")
+    assert all(check.passed for check in export.checks)
