@@ -45,12 +45,12 @@ from anyfit.searchers.exact import hull, solve
 from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, measure
 
-NUM_FINALISTS = 8
+NUM_FINALISTS = 7
 """Budgets, evenly spaced in the logarithm of the size, whose best configs are measured; besides, one for the size
 of each uniform setting."""
 NEGLIGIBLE = 3e-5
 """Nats per token: a larger config than the first below this has nothing left to gain."""
-NUM_PROBE_SEGMENTS = 12
+NUM_PROBE_SEGMENTS = 8
 """Search segments that sensitivities are measured on: each unit costs one pass over them."""
 
 
