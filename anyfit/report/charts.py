@@ -50,8 +50,8 @@ class Axis:
 
 
 def floored(values: Iterable[float]) -> Callable[[float], float]:
-    """Lifts values onto a logarithmic axis: those that are not above zero go where the least of the others is."""
-    floor = min((v for v in values if v > 0), default=1e-6)
+    """Lifts values onto a logarithmic axis: those that are not above zero go well below the least of the others."""
+    floor = min((v for v in values if v > 0), default=1e-6) / 5
     return lambda value: value if value > 0 else floor
 
 

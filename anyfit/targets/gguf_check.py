@@ -7,6 +7,7 @@ import io
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -43,18 +44,18 @@ class _DifferenceError(Exception):
 
 
 def checks(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
-    """Audit, the gguf package, transformers, llama.cpp. After a failed audit nothing else is worth trying."""
+    """Audit, the gguf package, transformers, llama.cpp. After a failed audit nothing else is worth telling."""
     matrices = gguf_layout.matrices(source, {name: _shape(model, name) for name in config.formats}, config)
     tensors = cache(lambda: gguf.GGUFReader(path).tensors)
-    audit = _look("audit", lambda: _audit(path, source, matrices, model, tensors()))
-    if not audit.passed:
-        return (audit,)
-    return (
-        audit,
-        _look("gguf package", lambda: _read_back(tensors(), source, matrices, model)),
-        _look("transformers", lambda: _transformers(path, source, model)),
-        *_llamacpp(path, source, config, model, tokens),
-    )
+    with ThreadPoolExecutor(1) as pool:
+        # llama.cpp runs in a process of its own meanwhile.
+        runtime = pool.submit(_llamacpp, path, source, config, model, tokens)
+        audit = _look("audit", lambda: _audit(path, source, matrices, model, tensors()))
+        if not audit.passed:
+            return (audit,)
+        read = _look("gguf package", lambda: _read_back(tensors(), source, matrices, model))
+        loaded = _look("transformers", lambda: _transformers(path, source, model))
+        return audit, read, loaded, *runtime.result()
 
 
 def _look(name: str, compare: Callable[[], str]) -> Check:
