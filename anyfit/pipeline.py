@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +132,37 @@ class Fit:
 
     def encode(self, store: Store) -> None:
         """Every variant of every matrix. One factorisation per distinct input, shared by all its matrices."""
-        todo = [(d, w) for d in self.space.decisions for w in d.unit.weights if not store.has(w.name)]
+        todo = [group for group in self._groups() if not all(store.has(weight.name) for weight in group)]
         if not todo:
             return
-        statistics = collect(self.model, self.architecture, [w for _, w in todo], self.segments.calibration, progress=self.progress)
-        quantizer = quantizers.get(self.recipe.quantizer)
+        weights = [weight for group in todo for weight in group]
+        statistics = collect(self.model, self.architecture, weights, self.segments.calibration, progress=self.progress)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        prepared_for, prepared = None, None
-        with one_thread() as pool, self.progress.stage("encode", len(todo)) as stage:
-            for decision, weight in todo:
-                if prepared is None or weight.input is None or weight.input != prepared_for:
-                    seen = statistics[weight.input] if weight.input else InputStatistics.unknown(weight.shape[1])
-                    prepared_for, prepared = weight.input, quantizer.prepare(seen)
-                encode = partial(self._encode, self._matrix(parameters[weight.name], weight), weight.name, prepared)
-                names = [choice.name for choice in decision.choices]
-                store.write(weight.name, dict(zip(names, pool.map(encode, names), strict=True)))
-                stage.advance(detail=weight.name)
+        with one_thread() as pool, self.progress.stage("encode", len(weights)) as stage:
+            for group in todo:
+                columns, input_ = group[0].shape[1], group[0].input
+                seen = statistics[input_] if input_ else InputStatistics.unknown(columns)
+                prepared = quantizers.get(self.recipe.quantizer).prepare(seen)
+                matrices = [self._matrix(parameters[weight.name], weight) for weight in group]
+                encode = partial(self._encode, torch.cat(matrices), ", ".join(weight.name for weight in group), prepared)
+                names = self._choices(group[0])
+                variants = dict(zip(names, pool.map(encode, names), strict=True))
+                first = 0
+                for weight, matrix in zip(group, matrices, strict=True):
+                    rows = slice(first, first + len(matrix))
+                    store.write(weight.name, {name: variant.rows(rows) for name, variant in variants.items()})
+                    first = rows.stop
+                    stage.advance(detail=weight.name)
+
+    def _groups(self) -> list[list[Weight]]:
+        """Neighbours that read the same input and have the same choices: encoded as one matrix, being rows of one."""
+        weights = [weight for decision in self.space.decisions for weight in decision.unit.weights]
+        groups = groupby(weights, key=lambda weight: (weight.input or weight.name, self._choices(weight)))
+        return [list(group) for _, group in groups]
+
+    def _choices(self, weight: Weight) -> tuple[str, ...]:
+        decision = next(d for d in self.space.decisions if weight in d.unit.weights)
+        return tuple(choice.name for choice in decision.choices)
 
     def _encode(self, matrix: Tensor, name: str, prepared: Any, format_: str) -> Encoded:
         try:

@@ -17,13 +17,22 @@ from anyfit.formats.base import Format
 class Encoded:
     """One variant: the file's bytes, and what they cost.
 
-    `error` is the expected squared error of the outputs, tr(D H Dᵀ) with D the weights' error and H the mean
-    of x xᵀ over the calibration inputs; `notes` says aloud what was out of the ordinary.
+    `errors` (rows,): the expected squared error of each output, the diagonal of D H Dᵀ with D the weights' error and H the
+    mean of x xᵀ over the calibration inputs. `notes` says aloud what was out of the ordinary.
     """
 
     data: Tensor
-    error: float
+    errors: Tensor
     notes: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """Expected squared error of all outputs, tr(D H Dᵀ)."""
+        return float(self.errors.sum())
+
+    def rows(self, which: slice) -> Encoded:
+        """The variant of these rows alone."""
+        return Encoded(self.data[which], self.errors[which], self.notes)
 
 
 class Quantizer(ABC):
@@ -40,6 +49,6 @@ class Quantizer(ABC):
         """(rows, columns) float32 to the format's bytes. The weight isn't changed. Deterministic."""
 
 
-def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """tr(D H Dᵀ): the expected squared error of the outputs when the weights are off by D (rows, columns)."""
-    return float(((difference @ hessian) * difference).sum(dtype=torch.float64).clamp_min(0))
+def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """The diagonal of D H Dᵀ, (rows,) float64: expected squared errors when the weights are off by D (rows, columns)."""
+    return ((difference @ hessian) * difference).sum(1, dtype=torch.float64).clamp_min(0)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join, nearest
-from anyfit.quantizers.base import Encoded, Quantizer, output_error
+from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 
 DAMPING = 0.05
 COARSE_LEVELS, COARSE_PASSES = 8, 3
@@ -78,8 +78,8 @@ class GPTQ(Quantizer):
             assert isinstance(format_, GridFormat)
             codes, scales = solve(format_, weight, prepared)
             data = format_.pack(codes, scales)
-        error = output_error(weight - format_.decode(data), prepared.statistics.hessian)
-        return Encoded(data, error, prepared.notes)
+        errors = output_errors(weight - format_.decode(data), prepared.statistics.hessian)
+        return Encoded(data, errors, prepared.notes)
 
 
 def column_order(diagonal: Tensor) -> Tensor:
@@ -116,11 +116,6 @@ class Solution:
     values: Tensor
     rounded: Tensor
 
-    def row_errors(self, weight: Tensor, hessian: Tensor) -> Tensor:
-        """Expected squared error of each output, (rows,)."""
-        difference = weight - self.values
-        return ((difference @ hessian) * difference).sum(1)
-
     def with_rows(self, better: Tensor, other: Solution) -> Solution:
         """This solution, with the rows `better` (rows,) bool of `other`."""
 
@@ -141,10 +136,10 @@ def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Te
     hessian = prepared.statistics.hessian
     best = latest = _pass(format_, weight, prepared, None)
     if len(format_.levels) <= COARSE_LEVELS:
-        error = best.row_errors(weight, hessian)
+        error = output_errors(weight - best.values, hessian)
         for _ in range(COARSE_PASSES - 1):
             latest = _pass(format_, weight, prepared, latest.rounded)
-            new_error = latest.row_errors(weight, hessian)
+            new_error = output_errors(weight - latest.values, hessian)
             best = best.with_rows(new_error < error, latest)
             error = torch.minimum(error, new_error)
     return best.codes, best.scales

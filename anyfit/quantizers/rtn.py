@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, join, quantize
-from anyfit.quantizers.base import Encoded, Quantizer, output_error
+from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 
 
 class RoundToNearest(Quantizer):
@@ -26,7 +26,7 @@ class RoundToNearest(Quantizer):
         else:
             assert isinstance(format_, GridFormat)
             data = encode_nearest(format_, weight, prepared.diagonal)
-        return Encoded(data, output_error(weight - format_.decode(data), prepared.hessian))
+        return Encoded(data, output_errors(weight - format_.decode(data), prepared.hessian))
 
 
 def encode_nearest(format_: GridFormat, weight: Tensor, importance: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats.base import Format
-from anyfit.quantizers.base import Quantizer, output_error
+from anyfit.quantizers.base import Quantizer, output_errors
 
 
 def check_quantizer(quantizer: Quantizer, formats: Sequence[Format]) -> None:
@@ -27,7 +27,7 @@ def check_quantizer(quantizer: Quantizer, formats: Sequence[Format]) -> None:
             assert encoded.data.shape == (12, format_.row_bytes(512)), "as many bytes as the format says"
             values = format_.decode(encoded.data)
             assert values.isfinite().all(), "finite weights stay finite"
-            error = output_error(weight - values, statistics.hessian)
+            error = float(output_errors(weight - values, statistics.hessian).sum())
             assert abs(error - encoded.error) <= 1e-5 * error + 1e-12, "the error is that of the stored bytes"
             again = quantizer.encode(weight, quantizer.prepare(statistics), format_)
             assert torch.equal(again.data, encoded.data), "the same in, the same out"
