@@ -29,7 +29,7 @@ from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, kept_bytes, measure
 from anyfit.zoo import DATA, MODEL
 
-NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 24, 40
+NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 16, 32
 LONGEST_SEGMENT = 2048
 
 Data = str | Path | Sequence[str | Path] | None
