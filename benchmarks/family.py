@@ -76,9 +76,9 @@ def main() -> int:
         rows += [row for row, _ in exports]
         rows += [_median_row("fit", (seconds, again), SLOWEST_FIT), _median_row("export", [s for _, s in exports], SLOWEST_EXPORT)]
     remarks = (
-        f"The embedded default, start of Python included in a fit. A fit holds with at least {FEWEST_FORMATS} formats. An export holds "
-        "where the file is within the budget, exactly as large as predicted, equal in both processes, and passes every check. The medians hold "
-        f"below {SLOWEST_FIT:.0f} s for a fit and {SLOWEST_EXPORT:.0f} s for an export with its checks.",
+        f"The embedded default; a fit's time includes the start of Python. A fit holds with at least {FEWEST_FORMATS} formats.",
+        "An export holds where the file is within the budget, exactly as large as predicted, equal in both processes, and passes every check.",
+        f"The medians hold below {SLOWEST_FIT:.0f} s for a fit and {SLOWEST_EXPORT:.0f} s for an export with its checks.",
     )
     header = ("what", "result", "size as predicted", "second process", "s, no checks", "s", "checks")
     return finish("family", "The main job: one fit, any budget", "make bench-family", header, rows, remarks)
