@@ -77,7 +77,7 @@ def main() -> int:
         rows += [_median_row("fit", (seconds, again), SLOWEST_FIT), _median_row("export", [s for _, s in exports], SLOWEST_EXPORT)]
     remarks = (
         f"The embedded default; a fit's time includes the start of Python. A fit holds with at least {FEWEST_FORMATS} formats.",
-        "An export holds where the file is within the budget, exactly as large as predicted, equal in both processes, and passes every check.",
+        "An export holds where the file is within the budget, as large as predicted, equal in both processes, and passes every check.",
         f"The medians hold below {SLOWEST_FIT:.0f} s for a fit and {SLOWEST_EXPORT:.0f} s for an export with its checks.",
     )
     header = ("what", "result", "size as predicted", "second process", "s, no checks", "s", "checks")
