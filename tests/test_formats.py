@@ -119,16 +119,16 @@ def test_fits_come_near_an_exhaustive_search(name: str) -> None:
 def test_integers_unpack_to_what_they_say(name: str) -> None:
     format_ = grid(name)
     assert isinstance(format_, IntegerFormat)
-    data = encode_nearest(format_, sample("normal", 6, 96), importance(96))
+    data = encode_nearest(format_, sample("normal", 6, 384), importance(384))
     codes, scale, zero = format_.unpack(data)
     assert codes.dtype == torch.uint8 and scale.dtype == torch.float16 and (zero is None) == format_.symmetric
     origin = torch.tensor(2.0 ** (format_.num_bits - 1)) if zero is None else zero.float().unsqueeze(-1)
-    values = scale.float().unsqueeze(-1) * (codes.float().unflatten(1, (-1, 32)) - origin)
+    values = scale.float().unsqueeze(-1) * (codes.float().unflatten(1, (-1, format_.group)) - origin)
     assert torch.equal(format_.decode(data), values.flatten(1))
     head = 2 if zero is None else 3
-    stream = np.unpackbits(data.unflatten(1, (3, -1))[..., head:].contiguous().numpy(), axis=-1, bitorder="little")
+    stream = np.unpackbits(data.unflatten(1, (384 // format_.group, -1))[..., head:].contiguous().numpy(), axis=-1, bitorder="little")
     places = 2 ** np.arange(format_.num_bits)
-    assert np.array_equal((stream.reshape(6, 96, -1) * places).sum(-1), codes.numpy())
+    assert np.array_equal((stream.reshape(6, 384, -1) * places).sum(-1), codes.numpy())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

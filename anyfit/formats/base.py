@@ -86,11 +86,30 @@ class GridFormat(Format):
     """Columns that share a scale. Divides `block` or is a multiple of it; divides `SPAN` or equals it."""
     levels: Tensor
     """float32 (K,): what code k stands for before scale and offset, in any order."""
+    vector: int = 1
+    """Consecutive columns that are coded together, as one entry of a codebook. Divides `group`. Beyond 1, not every
+    combination of codes can be stored; `codes` and whatever else chooses them keeps to those that can."""
+    scale_half: str | None = None
+    """Which of `Scales.stored` are the halves that all scales are proportional to, (rows, k); None where there are none."""
+    offset_half: str | None = None
+    """The same for the offsets; the same name where one half is in both."""
 
     @cached_property
     def uniform(self) -> bool:
         """Whether the levels are consecutive whole numbers, so that rounding finds the nearest."""
         return bool((self.levels.diff() == 1).all())
+
+    def codes(self, target: Tensor, metric: Tensor) -> Tensor:
+        """Codes of the storable levels nearest to `target`, uint8 (vector, ...).
+
+        `target` (vector, ...): weights as levels, (weight + offset) / scale. `metric` (vector, vector), positive
+        definite: the error of a difference e is e @ metric @ e.
+        """
+        return nearest(self.levels, self.uniform, target)
+
+    @abstractmethod
+    def assemble(self, stored: dict[str, Tensor]) -> Scales:
+        """Scales from what is stored of them, for whole rows: for those who change the halves."""
 
     @abstractmethod
     def fit(self, weight: Tensor, importance: Tensor) -> Scales:

@@ -16,6 +16,8 @@ from anyfit.formats.gguf_blocks import BlockFormat, Layout, Parts, counting
 class HalfScaled(BlockFormat):
     """Value = d * level."""
 
+    scale_half = "d"
+
     def __init__(self, name: str, levels: Tensor, layout: Layout, search: ScaleSearch) -> None:
         super().__init__(name, levels, layout.block, layout)
         self.search = search
@@ -35,6 +37,8 @@ class HalfScaled(BlockFormat):
 
 class HalfLine(BlockFormat):
     """Value = d * level + m."""
+
+    scale_half, offset_half = "d", "m"
 
     def __init__(self, name: str, layout: Layout, search: LineSearch) -> None:
         super().__init__(name, counting(0, search.top), layout.block, layout)

@@ -77,6 +77,12 @@ class BlockFormat(GridFormat):
         stored = {key: part.unflatten(1, (num_blocks, -1)) for key, part in scales.stored.items()}
         return self.layout.join(self.layout.pack_codes(codes) | self.pack_scales(stored))
 
+    def assemble(self, stored: dict[str, Tensor]) -> Scales:
+        num_blocks = min(part.shape[1] for part in stored.values())  # each kind of block has a part with one entry
+        parts = self.pack_scales({key: part.unflatten(1, (num_blocks, -1)) for key, part in stored.items()})
+        scale, offset = self.read_scales(parts)
+        return Scales(scale.flatten(1), offset.flatten(1), stored)
+
     def read(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = self.layout.split(data)
         scale, offset = self.read_scales(parts)

@@ -17,6 +17,8 @@ from anyfit.formats.gguf_blocks import BlockFormat, Layout, Parts, counting
 class TwoLevelScaled(BlockFormat):
     """Value = d * number * level, with signed numbers."""
 
+    scale_half = "d"
+
     def __init__(self, name: str, levels: Tensor, layout: Layout, search: ScaleSearch, second: TwoLevel) -> None:
         super().__init__(name, levels, 16, layout)
         self.search, self.second = search, second
@@ -60,6 +62,8 @@ class SixBitScaled(TwoLevelScaled):
 
 class TwoLevelLine(BlockFormat):
     """Value = d * number * level - dmin * other number, neither number negative."""
+
+    scale_half, offset_half = "d", "dmin"
 
     def __init__(self, name: str, group: int, layout: Layout, search: LineSearch, second: TwoLevel) -> None:
         super().__init__(name, counting(0, search.top), group, layout)

@@ -1,11 +1,11 @@
-"""Plain integers of 2 to 8 bits, in groups of 32 columns with a half-precision scale each.
+"""Plain integers of 2 to 8 bits, in groups of 32 (64, 128) columns with a half-precision scale each.
 
 Symmetric: value = scale * q, with q in the full range -2^(b-1) to 2^(b-1) - 1. The scale may be negative, so
 that the largest weight can take the longer side. Asymmetric: value = scale * (q - zero), with q and the whole
 zero point from 0 to 2^b - 1.
 
-A row in bytes: for each group its scale (2), its zero point where there is one (1), then its 32 codes as a
-dense stream of bits (4 * b), lowest bits first: b 32-bit words, which is what runtimes call a packed group.
+A row in bytes: for each group its scale (2), its zero point where there is one (1), then its codes as a dense
+stream of bits, lowest bits first: b 32-bit words for each 32 codes, which is what runtimes call a packed group.
 Codes are stored unsigned, symmetric ones as q + 2^(b-1).
 """
 
@@ -24,11 +24,13 @@ from anyfit.formats.fitting_scale import ScaleSearch
 class IntegerFormat(GridFormat):
     """`num_bits` integers, `symmetric` or with a zero point for each group."""
 
-    block = group = 32
+    scale_half = "scale"
 
-    def __init__(self, num_bits: int, *, symmetric: bool) -> None:
-        self.name = f"int{num_bits}_{'sym' if symmetric else 'asym'}"
+    def __init__(self, num_bits: int, *, symmetric: bool, group: int = 32) -> None:
+        self.name = f"int{num_bits}_{'sym' if symmetric else 'asym'}" + (f"_g{group}" if group != 32 else "")
         self.num_bits, self.symmetric = num_bits, symmetric
+        self.block = self.group = group
+        self.offset_half = None if symmetric else "scale"
         lowest = -(2 ** (num_bits - 1)) if symmetric else 0
         self.levels = torch.arange(lowest, lowest + 2**num_bits, dtype=torch.float32)
 
@@ -43,7 +45,11 @@ class IntegerFormat(GridFormat):
             (scale,) = fit_rows(ScaleSearch(whole(-reach, reach - 1), reach).half, weight, importance, self.group)
             return Scales(scale, torch.zeros_like(scale), {"scale": scale.half()})
         scale, zero = fit_rows(_line_search(self.num_bits).zero_point, weight, importance, self.group)
-        return Scales(scale, scale * zero, {"scale": scale.half(), "zero": zero.to(torch.uint8)})
+        return self.assemble({"scale": scale.half(), "zero": zero.to(torch.uint8)})
+
+    def assemble(self, stored: dict[str, Tensor]) -> Scales:
+        scale = stored["scale"].float()
+        return Scales(scale, torch.zeros_like(scale) if self.symmetric else scale * stored["zero"].float(), stored)
 
     def pack(self, codes: Tensor, scales: Scales) -> Tensor:
         parts = [half_bytes(scales.stored["scale"])]
@@ -55,7 +61,7 @@ class IntegerFormat(GridFormat):
     def unpack(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes uint8 (rows, columns), scales float16 and zero points uint8 (rows, groups); None if symmetric."""
         head = 2 if self.symmetric else 3
-        groups = data.unflatten(1, (-1, head + 4 * self.num_bits))
+        groups = data.unflatten(1, (-1, head + self.group // 8 * self.num_bits))
         codes = unpack_dense(groups[..., head:], self.num_bits).flatten(1)
         zero = None if self.symmetric else groups[..., 2]
         return codes, read_halves(groups[..., :2]), zero
@@ -74,5 +80,10 @@ def _line_search(num_bits: int) -> LineSearch:
     return LineSearch(2**num_bits - 1, clips, (0.5, -0.5, 0.25, -0.25), positive=True)
 
 
-int2_sym, int3_sym, int4_sym, int5_sym, int6_sym, int7_sym, int8_sym = (IntegerFormat(bits, symmetric=True) for bits in range(2, 9))
-int2_asym, int3_asym, int4_asym, int5_asym, int6_asym, int7_asym, int8_asym = (IntegerFormat(bits, symmetric=False) for bits in range(2, 9))
+BY_NAME = {
+    format_.name: format_
+    for group in (32, 64, 128)
+    for symmetric in (True, False)
+    for format_ in (IntegerFormat(bits, symmetric=symmetric, group=group) for bits in range(2, 9))
+}
+globals().update(BY_NAME)
