@@ -9,9 +9,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 DEMO := out/demo.family
 
+# The quantisers of bench-frontier pin versions of each other's packages, so that each needs an environment of its own.
+PEER_VENVS := build/peers
+PEER_autoround := auto-round==0.16.1
+PEER_gptqmodel := gptqmodel==7.6.0
+PEER_llmcompressor := llmcompressor==0.14.0.1
+PEER_hqq := hqq==0.2.8.post1
+
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-family bench-formats bench-scores bench-zoo clean
+.PHONY: demo test check llamacpp picture bench-allocation bench-family bench-formats bench-frontier bench-scores bench-zoo peers clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -40,17 +47,25 @@ llamacpp: $(VENV)/.llamacpp  ## llama.cpp itself, compiled here: its checks are 
 picture: $(VENV)/.installed  ## docs/frontier.png out of the demo's family.
 	$(BIN)/python -c 'from pathlib import Path; from anyfit import Family; from anyfit.report.plots import frontier_png; frontier_png(Family.open("$(DEMO)"), Path("docs/frontier.png"))'
 
+bench-allocation: $(VENV)/.installed  ## Who gets the bits: uniform, exact, evolution; the time of a whole frontier.
+	$(BIN)/python benchmarks/allocation.py
+
 bench-family: $(VENV)/.llamacpp  ## The main job twice, then many budgets: time, exact sizes, equal bytes.
 	$(BIN)/python benchmarks/family.py
 
 bench-formats: $(VENV)/.llamacpp  ## Uniform formats against llama.cpp's own quantiser. ASSETS=FOLDER adds models.
 	$(BIN)/python benchmarks/formats.py $(if $(ASSETS),--assets "$(ASSETS)")
 
+bench-frontier: $(VENV)/.llamacpp $(if $(PEERS),,peers)  ## Every size against the peers. ASSETS=FOLDER adds models, PEERS=FOLDER has their environments.
+	$(BIN)/python benchmarks/frontier.py --environments $(or $(PEERS),$(PEER_VENVS)) $(if $(ASSETS),--assets "$(ASSETS)")
+
 bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
 	$(BIN)/python benchmarks/scores.py
 
 bench-zoo: $(VENV)/.installed  ## What plain rounding costs the embedded model.
 	$(BIN)/python benchmarks/zoo.py
+
+peers: $(foreach peer,autoround gptqmodel llmcompressor hqq,$(PEER_VENVS)/$(peer)/.installed)  ## The environments of bench-frontier's peers.
 
 clean:  ## The environment, the caches and everything that was made.
 	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -70,4 +85,14 @@ $(VENV)/.dev: $(VENV)/.installed
 $(VENV)/.llamacpp: $(VENV)/.installed
 	@echo "Compiling llama.cpp, once. It takes some ten minutes."
 	@CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=2 $(PIP) install --editable '.[llamacpp]'
+	@touch $@
+
+# The constraint keeps a peer from replacing torch by a newer one. transformers and the rest come before it, as it may need them to install.
+$(PEER_VENVS)/%/.installed:
+	@echo "Installing $(PEER_$*), once."
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "$(TORCH)" > $(@D)/constraints.txt
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install "$(TORCH)"
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install -c $(@D)/constraints.txt transformers accelerate safetensors datasets
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install -c $(@D)/constraints.txt $(PEER_$*)
 	@touch $@

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from anyfit.calibration.data import held_out, load
-from anyfit.calibration.statistics import InputStatistics
+from anyfit import estimates
+from anyfit.calibration import generated
+from anyfit.calibration.data import PURPOSES, Segments, held_out, is_named, load
+from anyfit.calibration.generated import SELF
+from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.core.files import refuse_existing
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
-from anyfit.pipeline import NUM_FINALISTS, NUM_PROBE_SEGMENTS, Fit, Settings
+from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.searchers.exact import require
 from anyfit.targets import targets
-from anyfit.tasks.language import Quality, Reference, kept_bytes, measure
+from anyfit.tasks.language import Quality, Reference, measure
 from anyfit.zoo import DATA, MODEL
 
 NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 16, 32
@@ -89,10 +90,12 @@ def prepare(
 ) -> Fit:
     """A run that is ready to go: everything that can be wrong with what was asked has been looked at.
 
-    `model`: a folder in Hugging Face form or a hub id; None takes the embedded default. `data`: text files, a
-    folder of them, or JSONL; it is divided into text to calibrate with, to search with and to report on.
-    `formats`: those to choose from (default: the target's menu). `length`: tokens a segment (default: the
-    model's context, at most 2048). `segments`: how many calibrate (default 128).
+    `model`: a folder in Hugging Face form or a hub id; None takes the embedded default. `data`: text files, JSONL,
+    parquet, folders of them, data sets of the hub as "hf:NAME[:CONFIG][@SPLIT]", in any mix; it is divided into text
+    to calibrate with, to search with and to report on. "self", the default for other models than the embedded one, is
+    text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
+    `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
+    `segments`: how many calibrate (default 128).
     """
     runtime = targets.get(target)
     wanted = runtime.default_formats if formats is None else tuple(dict.fromkeys(formats))
@@ -104,18 +107,13 @@ def prepare(
             raise UserError(f"{target} doesn't load the format {name}.", remedy=f"It loads: {', '.join(runtime.formats)}.")
     quantizers.get(recipes.get(recipe).quantizer)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
-    length = _segment_length(length, checkpoint.config)
+    data = _data(data, embedded=model is None)
+    longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
+    length = _segment_length(length, checkpoint.config, longest)
     settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed)
-    text = load(
-        _data(data, embedded=model is None),
-        checkpoint.tokenizer(),
-        length=length,
-        num_calibration=settings.num_calibration,
-        num_search=settings.num_search,
-        num_report=settings.num_report,
-        seed=seed,
-    )
-    run = Fit(checkpoint, text, settings, progress or Silent())
+    progress = progress or Silent()
+    # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
+    run = Fit(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress)
     reason = runtime.supports(run.source)
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
@@ -124,9 +122,34 @@ def prepare(
     return run
 
 
+def _segments(
+    data: str | Path | Sequence[str | Path],
+    checkpoint: Checkpoint,
+    settings: Settings,
+    model: Callable[[], PreTrainedModel],
+    progress: Progress,
+) -> Segments:
+    tokenizer, length, seed = checkpoint.tokenizer(), settings.length, settings.seed
+    if is_named(data, SELF):
+        counts = dict(zip(PURPOSES, (settings.num_calibration, settings.num_search, settings.num_report), strict=True))
+        return generated.generated(model, tokenizer, counts, length=length, seed=seed, progress=progress)
+    return load(
+        data,
+        tokenizer,
+        length=length,
+        num_calibration=settings.num_calibration,
+        num_search=settings.num_search,
+        num_report=settings.num_report,
+        seed=seed,
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a fit would take and what could come of it. Bytes, seconds; `coverage` as a family's."""
+    """What a fit would take and what could come of it. Bytes, seconds; `coverage` as a family's.
+
+    `saturation`: whether more text would help, where that was asked and there is text enough to say.
+    """
 
     model: str
     target: str
@@ -141,20 +164,23 @@ class Plan:
     seconds: float
     coverage: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
+    saturation: Saturation | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"saturation": self.saturation and self.saturation.to_json()}
 
 
 def plan(
     model: str | Path | None = None,
     *,
     budget: str | Iterable[str] | None = None,
+    saturation: bool = False,
     progress: Progress | None = None,
     **wishes: Unpack[Wishes],
 ) -> Plan:
     """What `fit` with these wishes would need and offer, from trying its largest matrix and a little text.
 
+    With `saturation` also whether more calibration text would help: that takes the calibration pass of a fit.
     Raises what `fit` would raise, and `BudgetError` for a `budget` that no config of the family could meet.
     """
     progress = progress or Silent()
@@ -174,11 +200,12 @@ def plan(
         original_bytes=run.checkpoint.bytes_,
         smallest_bytes=space.bytes_(space.smallest()),
         largest_bytes=space.bytes_(space.largest()),
-        memory_bytes=_memory(run),
+        memory_bytes=estimates.memory(run),
         disk_bytes=sum(c.stored_bytes for d in space.decisions for c in d.choices) + space.fixed_bytes,
-        seconds=_seconds(run),
+        seconds=estimates.seconds(run),
         coverage=run.coverage(),
         notes=run.notes(),
+        saturation=estimates.saturation(run) if saturation else None,
     )
 
 
@@ -287,10 +314,16 @@ def _held_out(subject: _Subject, data: Data, length: int | None, segments: int |
     """Tokens to measure on, (segments, length), and what they are."""
     if data is None and subject.kept is not None and length is None:
         return subject.kept[:segments], "the family's report split"
+    data = _data(data, embedded=subject.embedded)
+    if is_named(data, SELF):
+        raise DataError(
+            "There is no text to measure on, and what a model writes itself says nothing about it.",
+            remedy="Name some with --data: text files, a folder of them, JSONL, or hf:NAME.",
+        )
     return held_out(
-        _data(data, embedded=subject.embedded),
+        data,
         subject.tokenizer,
-        length=_segment_length(length, subject.model.config),
+        length=_segment_length(length, subject.model.config, LONGEST_SEGMENT),
         num_segments=segments or NUM_REPORT,
     )
 
@@ -312,49 +345,15 @@ def _inputs(model: str | Path | None, data: Data) -> list[Path]:
 def _data(data: Data, *, embedded: bool) -> str | Path | Sequence[str | Path]:
     if data is not None:
         return data
-    if embedded:
-        return DATA
-    raise DataError("There is no text to work with.", remedy="Name some with --data: text files, a folder of them, or JSONL.")
+    return DATA if embedded else SELF
 
 
-def _segment_length(length: int | None, config: PretrainedConfig) -> int:
-    context = int(getattr(config, "max_position_embeddings", LONGEST_SEGMENT))
+def _segment_length(length: int | None, config: PretrainedConfig, longest: int) -> int:
+    context = int(getattr(config, "max_position_embeddings", longest))
     if length is None:
-        return min(LONGEST_SEGMENT, context)
+        return min(longest, context)
     if not 2 <= length <= context:
         raise UserError(
             f"Segments of {length} tokens don't work with a context of {context}.", remedy=f"Give a length from 2 to {context}."
         )
     return length
-
-
-def _memory(run: Fit) -> int:
-    """Peak bytes beyond the interpreter's own: the larger of calibrating and measuring."""
-    model = 4 * run.space.num_parameters
-    widths = {w.input: w.shape[1] for w in run.weights if w.input is not None}
-    moments = sum(8 * width**2 for width in widths.values())
-    solving = max(24 * w.shape[1] ** 2 + 16 * w.num_weights for w in run.weights)
-    vocabulary = run.checkpoint.config.vocab_size
-    references = sum(kept_bytes(getattr(run.segments, name).numel(), vocabulary) for name in ("search", "report"))
-    return max(model + moments + solving, 2 * model + references)
-
-
-@torch.inference_mode()
-def _seconds(run: Fit) -> float:
-    """From one matrix in one format and two segments of text, scaled to all of them."""
-    text = run.segments.calibration[:2]
-    began = time.perf_counter()
-    run.model(input_ids=text, use_cache=False)
-    per_token = (time.perf_counter() - began) / text.numel()
-    sizes = {name: getattr(run.segments, name).numel() for name in ("calibration", "search", "report")}
-    probing = NUM_PROBE_SEGMENTS * run.settings.length * len(run.space.decisions)
-    measuring = (sizes["search"] + sizes["report"]) * (NUM_FINALISTS + 2 * len(run.space.formats()))
-    weight = max((w for w in run.weights if w.block is not None), key=lambda w: w.num_weights)
-    format_ = all_formats.get(next(d for d in run.space.decisions if weight in d.unit.weights).choices[-1].name)
-    quantizer = quantizers.get(run.recipe.quantizer)
-    began = time.perf_counter()
-    prepared = quantizer.prepare(InputStatistics.unknown(weight.shape[1]))
-    quantizer.encode(torch.zeros(weight.shape), prepared, format_)
-    per_weight = (time.perf_counter() - began) / weight.num_weights
-    encoding = sum(len(d.choices) * d.unit.num_weights for d in run.space.decisions)
-    return per_token * (sizes["calibration"] + probing + measuring) + per_weight * encoding

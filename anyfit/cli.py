@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from anyfit import options
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.errors import OutputError, UnknownNameError, UserError
 from anyfit.core.files import output_error
@@ -32,6 +33,7 @@ from anyfit.targets import targets as all_targets
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from anyfit.calibration.saturation import Saturation
     from anyfit.family import Family
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -43,20 +45,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str | None, typer.Argument(help="A model folder or hub id. Default: the small embedded model.")]
-FamilyPath = Annotated[Path, typer.Argument(metavar="FAMILY", help="The folder that `anyfit fit` wrote.")]
-Data = Annotated[list[str] | None, typer.Option(help="Text: a file, a folder of files, or JSONL. May be repeated.")]
-TargetName = Annotated[str, typer.Option("--target", help="The runtime to write for: see `anyfit targets`.")]
-Formats = Annotated[list[str] | None, typer.Option("--formats", "--format", help="Formats to offer, `Q4_K,Q6_K`. Default: the target's.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="The method: see `anyfit recipes`.")]
-Budgets = Annotated[list[str], typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated; all hold.")]
-MaybeBudgets = Annotated[list[str] | None, typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated.")]
-Length = Annotated[int | None, typer.Option(min=1, help="Tokens in a segment of text. Default: the model's context, at most 2048.")]
-Segments = Annotated[int | None, typer.Option(min=1, help="How many segments of text to use.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
 @dataclass(frozen=True)
@@ -84,11 +72,11 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
 
     @app.command()
     @functools.wraps(function)
-    def guarded(**options: Any) -> None:
-        as_json = options["json_"]
+    def guarded(**given: Any) -> None:
+        as_json = given["json_"]
         try:
             with redirect_stdout(sys.stderr):
-                answer = function(**options)
+                answer = function(**given)
         except UserError as error:
             _fail(error, as_json)
         except OSError as error:
@@ -162,16 +150,17 @@ def main(show_version: Annotated[bool, typer.Option("--version", is_eager=True, 
 
 @_command
 def plan(
-    model: Model = None,
-    data: Data = None,
-    target: TargetName = "llama.cpp",
-    formats: Formats = None,
-    recipe: RecipeName = "gptq",
-    budget: MaybeBudgets = None,
-    length: Length = None,
-    segments: Segments = None,
-    trust_remote_code: RemoteCode = False,
-    json_: Json = False,
+    model: options.Model = None,
+    data: options.Data = None,
+    target: options.TargetName = "llama.cpp",
+    formats: options.Formats = None,
+    recipe: options.RecipeName = "gptq",
+    budget: options.MaybeBudgets = None,
+    length: options.Length = None,
+    segments: options.Segments = None,
+    saturation: Annotated[bool, typer.Option("--saturation", help="Also measure whether more text would help.")] = False,
+    trust_remote_code: options.RemoteCode = False,
+    json_: options.Json = False,
 ) -> Answer:
     """What a fit would need and offer: memory, disk, time, sizes, coverage. Writes nothing."""
     wanted = _names(formats)
@@ -186,6 +175,7 @@ def plan(
         formats=wanted,
         recipe=recipe,
         budget=budget,
+        saturation=saturation,
         length=length,
         segments=segments,
         trust_remote_code=trust_remote_code,
@@ -201,24 +191,34 @@ def plan(
     ]
     shown: list[RenderableType] = [tables.listing(rows, "", "")]
     shown += [tables.refusals(found.coverage)] if found.coverage else []
+    shown += ["", *_saturation(found.saturation)] if saturation else []
     return Answer(found.to_json(), (*shown, *found.notes))
+
+
+def _saturation(found: Saturation | None) -> list[RenderableType]:
+    from anyfit.report import tables
+
+    if found is None:
+        return ["There is too little text to say whether more would help."]
+    rows = [(f"{row.segments}", f"{row.tokens:,}", f"{row.error:.4g}") for row in found.rows]
+    return [tables.listing(rows, "segments", "tokens", "error on held-out text"), found.verdict]
 
 
 @_command
 def fit(
-    model: Model = None,
-    data: Data = None,
-    target: TargetName = "llama.cpp",
-    formats: Formats = None,
-    recipe: RecipeName = "gptq",
+    model: options.Model = None,
+    data: options.Data = None,
+    target: options.TargetName = "llama.cpp",
+    formats: options.Formats = None,
+    recipe: options.RecipeName = "gptq",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The family's folder. Default: MODEL.family.")] = None,
-    length: Length = None,
-    segments: Segments = None,
+    length: options.Length = None,
+    segments: options.Segments = None,
     seed: Annotated[int, typer.Option(min=0, help="Which segments of the text are drawn.")] = 0,
-    trust_remote_code: RemoteCode = False,
-    force: Force = False,
+    trust_remote_code: options.RemoteCode = False,
+    force: options.Force = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again, instead of going on with a stopped run.")] = False,
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> Answer:
     """Turn a network into a family: one run, then any size in seconds."""
     wanted = _names(formats)
@@ -246,10 +246,10 @@ def fit(
 
 @_command
 def show(
-    family: FamilyPath,
-    budget: MaybeBudgets = None,
+    family: options.FamilyPath,
+    budget: options.MaybeBudgets = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> Answer:
     """The frontier of a family and, at a budget, what each layer got."""
     from anyfit.family import Family
@@ -271,12 +271,12 @@ def show(
 
 @_command
 def export(
-    family: FamilyPath,
-    budget: Budgets,
+    family: options.FamilyPath,
+    budget: options.Budgets,
     output: Annotated[Path, typer.Option("--output", "-o", help="What to write. The target's suffix is added if it is missing.")],
-    force: Force = False,
+    force: options.Force = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Don't load the written model back.")] = False,
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> Answer:
     """Write the best model within a budget for the family's target, and load it back."""
     from anyfit.family import Family
@@ -293,12 +293,31 @@ def export(
 
 
 @_command
+def refine(
+    family: options.FamilyPath,
+    budget: options.Budgets,
+    model: Annotated[str | None, typer.Option(help="The original, where it isn't where it was.")] = None,
+    json_: options.Json = False,
+) -> Answer:
+    """Solve the matrices of one size again for each other: closer to the original at the same bytes, in a minute or so."""
+    from anyfit.family import Family
+    from anyfit.refinement import refine as refined
+    from anyfit.report import summary
+
+    opened = Family.open(family)
+    made = refined(opened, budget, model=model, progress=to_stderr())
+    document = {"kept": made.kept, "before": made.before.to_json(), "after": made.after.to_json(), "config": made.point.config.to_json()}
+    change = f"KL on the search text {made.before.kl_mean:.3g} before, {made.after.kl_mean:.3g} after"
+    return Answer(document, (change + ("" if made.kept else ": left as it was"), summary.described(opened, made.point)))
+
+
+@_command
 def extract(
-    family: FamilyPath,
-    budget: Budgets,
+    family: options.FamilyPath,
+    budget: options.Budgets,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    force: Force = False,
-    json_: Json = False,
+    force: options.Force = False,
+    json_: options.Json = False,
 ) -> Answer:
     """Write the best model within a budget as an ordinary transformers folder, with decoded weights.
 
@@ -316,14 +335,14 @@ def extract(
 @_command
 def evaluate(
     subject: Annotated[str, typer.Argument(help="A family (with --budget), a model folder or hub id, or a GGUF file.")],
-    budget: MaybeBudgets = None,
-    data: Data = None,
+    budget: options.MaybeBudgets = None,
+    data: options.MeasuringData = None,
     against: Annotated[str | None, typer.Option(help="The original, which divergence and agreement are taken to.")] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="Names of lm-eval tasks, `arc_easy,piqa`.")] = None,
-    length: Length = None,
-    segments: Segments = None,
-    trust_remote_code: RemoteCode = False,
-    json_: Json = False,
+    length: options.Length = None,
+    segments: options.Segments = None,
+    trust_remote_code: options.RemoteCode = False,
+    json_: options.Json = False,
 ) -> Answer:
     """Measure a model on held-out text: perplexity, divergence, agreement, with standard errors."""
     from anyfit import api
@@ -349,7 +368,7 @@ def evaluate(
 
 
 @_command
-def targets(json_: Json = False) -> Answer:
+def targets(json_: options.Json = False) -> Answer:
     """The runtimes that models are written for."""
     from anyfit.report import tables
 
@@ -358,7 +377,7 @@ def targets(json_: Json = False) -> Answer:
 
 
 @_command
-def recipes(json_: Json = False) -> Answer:
+def recipes(json_: options.Json = False) -> Answer:
     """The methods that make a family."""
     found = [all_recipes.get(name) for name in all_recipes]
     document = [{"name": r.name, "title": r.title, "paper": r.paper, "about": r.about} for r in found]
@@ -366,7 +385,7 @@ def recipes(json_: Json = False) -> Answer:
 
 
 @_command
-def formats(json_: Json = False) -> Answer:
+def formats(json_: options.Json = False) -> Answer:
     """The ways in which weights are stored, with what they cost and who loads them."""
     from anyfit.report import tables
 

@@ -22,7 +22,7 @@ from anyfit.architectures import architecture_of
 from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import uncovered
 from anyfit.calibration.collect import collect
-from anyfit.calibration.data import Segments
+from anyfit.calibration.data import PURPOSES, Segments
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint, Source
 from anyfit.core.budget import Budget
@@ -118,7 +118,7 @@ class Fit:
 
     def elastic(self, store: Store) -> ElasticModel:
         """A second copy of the network, which runs as any config; the first stays the original."""
-        return ElasticModel(self._second, self.space, decoder(store, self.target, self.source))
+        return ElasticModel(self._second, self.space, decoder(store.variant, self.target, self.source))
 
     def run(self, output: Path, *, restart: bool, force: bool) -> None:
         """Make the family at `output`. Raises `UserError`s only; what is finished is kept for the next run."""
@@ -214,7 +214,8 @@ class Fit:
                         bits=self.space.bits(config),
                         predicted=table.predict(self.space, config),
                         uniform=uniform,
-                        **quality,
+                        search=quality["search"],
+                        report=quality["report"],
                     )
                 )
                 stage.advance()
@@ -263,14 +264,14 @@ class Fit:
         return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []))
 
     def keep_source(self, store: Store) -> None:
-        """What exports need of the original, and the tokens that were measured on."""
+        """What exports need of the original, and the tokens of all three splits."""
         folder = store.folder / SOURCE
         folder.mkdir(exist_ok=True)
         for file in self.checkpoint.travelling_files():
             with written_aside(folder / file.name) as aside:
                 shutil.copyfile(file, aside)
         store.write_tensors(PASSTHROUGH, self.source.passthrough)
-        store.write_tensors(TEXT, {name: getattr(self.segments, name).int() for name in ("search", "report")})
+        store.write_tensors(TEXT, {name: getattr(self.segments, name).int() for name in PURPOSES})
 
     def manifest(self, store: Store, table: Table, original: Original, points: list[Point]) -> Manifest:
         notes = list(self.notes())

@@ -39,7 +39,7 @@ def random_configs(space: Space, rng: np.random.Generator) -> list[Config]:
         chosen = {}
         for decision in space.decisions:
             bits = np.array([8 * c.stored_bytes / decision.unit.num_weights for c in decision.choices])
-            weights = np.exp(tilt * (bits - bits.mean()) / bits.std())
+            weights = np.exp(tilt * (bits - bits.mean()) / (bits.std() or 1))
             chosen[decision.key] = decision.choices[rng.choice(len(bits), p=weights / weights.sum())].name
         configs.append(Config(chosen))
     return configs

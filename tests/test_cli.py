@@ -167,6 +167,16 @@ def test_every_verb_on_a_real_family(tiny_llama_folder: Path, tmp_path: Path) ->
     assert "exists" in refused(run("extract", family, "--budget", budget, "-o", tmp_path / "folder"))
 
 
+def test_plan_can_say_whether_text_is_enough(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text(tiny_text(6000))
+    given = ("plan", tiny_llama_folder, "--data", text, "--formats", "Q4_0", "--recipe", "rtn", "--length", 32, "--saturation")
+    shown = run(*given, "--segments", 4).stdout
+    assert "going from 2 to 4 segments" in shown
+    assert re.search(r"4 +128 +0\.0", shown)
+    assert "too little text" in run(*given, "--segments", 1).stdout
+
+
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [

@@ -188,7 +188,7 @@ def test_blocks_of_large_jsonl(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
     path.write_text("\n".join(json.dumps({"text": f"w{number:06d} " * 5}) for number in range(5000)))
     monkeypatch.setattr(text_module, "_LARGEST_JSONL", 40_000)
     monkeypatch.setattr(text_module, "_BLOCK", 4_000)
-    passages, notes = text_module.documents([path], tokenizer)
+    passages, notes = text_module.documents([path], tokenizer, enough=1000, seed=0)
     numbers = [int(passage.read(0, 7)[1:]) for passage in passages]
     assert numbers == sorted(set(numbers)) and 500 < len(numbers) < 1000
     assert numbers[0] == 0 and numbers[-1] == 4999
@@ -224,9 +224,10 @@ def write(name: str, content: bytes | str) -> Callable[[Path], object]:
 
 ROW = '{"text": "fine"}\n'
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "none": (lambda folder: None, "--data"),
     "nothing named": (lambda folder: [], "No text was named"),
     "missing": (lambda folder: folder / "missing.txt", r"There is no file or folder .*missing\.txt"),
+    "no name of the hub": (lambda folder: "hf:a/b/c", "hf:a/b/c is no name of a data set"),
+    "name of something here": (lambda folder: "hf:tests", "there is a file or folder tests here"),
     "empty": (write("empty.txt", b""), r"empty\.txt is empty"),
     "folder without text": (lambda folder: folder, "has no text files"),
     "latin-1": (write("latin.txt", "naïve ".encode("latin-1") * 500), r"latin\.txt is not UTF-8: byte 2 is 0xef"),

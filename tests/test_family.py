@@ -17,7 +17,7 @@ import torch
 import anyfit
 from anyfit import pipeline
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.errors import BudgetError, DataError, FamilyError, ModelError, OutputError, UnknownNameError, UserError
+from anyfit.core.errors import BudgetError, FamilyError, ModelError, OutputError, UnknownNameError, UserError
 from anyfit.core.files import sha256
 from anyfit.family.family import Family
 from anyfit.family.journal import Journal
@@ -227,8 +227,6 @@ def test_fit_refuses_early(tiny: Path, text: Path, tmp_path: Path) -> None:
         anyfit.fit(tiny, data=text, formats=["Q4_KM"])
     with pytest.raises(UserError, match="doesn't load"):
         anyfit.fit(tiny, data=text, formats=["int4_sym"])
-    with pytest.raises(DataError, match="--data"):
-        anyfit.fit(tiny)
     with pytest.raises(ModelError):
         anyfit.fit(tmp_path / "nowhere", data=text)
     with pytest.raises(UserError, match="context"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_every_reader_agrees_on_mixed_formats(trial: Callable[[str], Trial], kin
     made = trial(kind)
     # each kind starts at another format, so that between them every kind of matrix meets most formats
     shift = KINDS.index(kind)
-    config = Config({d.key: TARGET.formats[(index + shift) % len(TARGET.formats)] for index, d in enumerate(made.space.decisions)})
+    config = Config({d.key: d.choices[(index + shift) % len(d.choices)].name for index, d in enumerate(made.space.decisions)})
     path = tmp_path / "model.gguf"
     assert made.write(path, config) == made.space.bytes_(config) == path.stat().st_size
     checks = {check.name: check for check in made.check(path, config)}
@@ -164,6 +165,28 @@ def test_short_rows_get_the_nearest_format(tmp_path: Path) -> None:
     config = made.config(0)
     made.write(tmp_path / "model.gguf", config)
     assert all(check.passed for check in made.check(tmp_path / "model.gguf", config))
+
+
+def test_of_two_16_bit_types_the_nearer_is_kept(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", num_hidden_layers=1)
+    for dtype, own, other in (("float32", "F16", "BF16"), ("bfloat16", "BF16", "F16")):
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"dtype": dtype}))
+        made = Trial.of(TARGET, folder, ("F16", "BF16"))
+        assert all([c.name for c in d.choices] == [own] and "nearer" in d.refused[other] for d in made.space.decisions)
+        assert Trial.of(TARGET, folder, (other,)).space.uniform(other) is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", [name for name in TARGET.formats if name.startswith("IQ")])
+def test_codebooks_everywhere_embeddings_too(name: str, tied: bool, tmp_path: Path) -> None:
+    made = Trial.of(TARGET, save_tiny(tmp_path / "model", num_hidden_layers=1, tie_word_embeddings=tied), (name,))
+    config = _everywhere(made, name)
+    path = tmp_path / "model.gguf"
+    assert made.write(path, config) == made.space.bytes_(config)
+    checks = {check.name: check for check in made.check(path, config)}
+    assert all(check.passed for check in checks.values()), checks
+    assert gguf.GGUFReader(path).get_field("general.file_type").contents() == gguf.LlamaFileType[f"MOSTLY_{name}"]
 
 
 def test_file_says_what_llamacpp_asks_for(trial: Callable[[str], Trial], tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from anyfit.core.errors import BudgetError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.scores.table import Table
-from anyfit.searchers.exact import hull, solve
+from anyfit.searchers.exact import Solver, hull, solve
 
 
 def random_problem(seed: int, num_units: int = 5, num_choices: int = 4) -> tuple[Space, Table]:
@@ -85,10 +87,52 @@ def test_impossible_budget_says_the_smallest_possible() -> None:
         solve(space, table, Budget.parse(quoted))
 
 
-def test_solves_a_large_problem() -> None:
-    space, table = random_problem(9, num_units=300, num_choices=13)
-    budget = Budget((("bytes", space.bytes_(space.smallest()) * 1.7),), "")
-    found = solve(space, table, budget)
-    relaxed = [c for c in hull(space, table) if budget.allows(space.costs(c))]
-    assert budget.allows(space.costs(found))
-    assert table.predict(space, found) <= table.predict(space, relaxed[-1]) + 1e-12
+def with_other_stored_sizes(space: Space, rng: np.random.Generator) -> Space:
+    """Stored sizes that grow with the bytes of the file, but not in step: no limit implies the other."""
+    decisions = []
+    for decision in space.decisions:
+        sizes = np.sort(rng.integers(10, 1000, len(decision.choices))).tolist()
+        choices = tuple(replace(choice, stored_bytes=size) for choice, size in zip(decision.choices, sizes, strict=True))
+        decisions.append(replace(decision, choices=choices))
+    return replace(space, decisions=tuple(decisions))
+
+
+def test_two_limits_that_both_bind() -> None:
+    both = 0
+    for seed in range(6):
+        space, table = random_problem(seed)
+        space = with_other_stored_sizes(space, np.random.default_rng(seed))
+        costs = np.array([(space.bytes_(c), space.bits(c), table.predict(space, c)) for c in every_config(space)])
+        for share in (0.1, 0.2, 0.3, 0.4, 0.5):
+            bytes_, bits = costs[:, :2].min(0) + share * np.ptp(costs[:, :2], axis=0)
+            small, rough = costs[:, 0] <= bytes_, costs[:, 1] <= bits
+            best = costs[small & rough, 2].min()
+            found = solve(space, table, Budget((("bits", float(bits)), ("bytes", float(bytes_))), "two"))
+            assert table.predict(space, found) == pytest.approx(best, rel=1e-9)
+            both += best > max(costs[small, 2].min(), costs[rough, 2].min())
+    assert both >= 5, "too few cases in which either limit alone would allow better"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_budget_that_is_just_met_is_met(seed: int) -> None:
+    """However 8 * stored / parameters is rounded, a config is found at its own bits per weight."""
+    space, table = random_problem(seed)
+    solver = Solver(space, table)
+    for config in every_config(space)[::31]:
+        bits = space.bits(config)
+        assert table.predict(space, solver.solve(Budget((("bits", bits),), ""))) <= table.predict(space, config) * (1 + 1e-9)
+
+
+def test_a_whole_frontier_of_a_large_problem_takes_a_second() -> None:
+    space, table = random_problem(9, num_units=200, num_choices=14)
+    sizes = np.geomspace(space.bytes_(space.smallest()), space.bytes_(space.largest()), 64)
+    began = time.process_time()
+    solver = Solver(space, table)
+    found = [solver.solve(Budget((("bytes", float(size)),), "")) for size in sizes]
+    assert time.process_time() - began < 3, "it takes 0.7 s; a slow machine is given time"
+    points = np.array([(space.bytes_(c), table.predict(space, c)) for c in hull(space, table)])
+    for size, config in zip(sizes, found, strict=True):
+        relaxed = np.interp(size, *points.T)
+        score = table.predict(space, config)
+        assert space.bytes_(config) <= size
+        assert relaxed * (1 - 1e-9) <= score <= points[points[:, 0] <= size, 1].min() * (1 + 1e-9)

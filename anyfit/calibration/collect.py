@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ class _Moments:
         return InputStatistics((self.total / self.count).float(), self.count)
 
 
-@torch.inference_mode()
 def collect(
     model: PreTrainedModel,
     architecture: Architecture,
@@ -53,6 +53,25 @@ def collect(
     Matrices that read the same input share one entry; it is observed once. Memory: one float64 square of
     each distinct input's width.
     """
+    (found,) = collect_growing(model, architecture, weights, tokens, [len(tokens)], batch_size=batch_size, progress=progress)
+    return found
+
+
+@torch.inference_mode()
+def collect_growing(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    weights: Iterable[Weight],
+    tokens: Tensor,
+    sizes: Sequence[int],
+    *,
+    batch_size: int = 8,
+    progress: Progress,
+) -> Iterator[dict[str, InputStatistics]]:
+    """What `collect` would return for the first so many segments, for each of the rising `sizes`, from one pass.
+
+    The model must not be run while this is being iterated.
+    """
     moments: dict[str, _Moments] = {}
     handles = []
     for weight in weights:
@@ -62,14 +81,15 @@ def collect(
         module = model.get_submodule(architecture.hook_path(weight))
         handles.append(module.register_forward_pre_hook(_observer(moments[weight.input])))
     try:
-        with progress.stage("calibrate", len(tokens)) as stage:
-            for batch in tokens.split(batch_size):
-                model(input_ids=batch, use_cache=False)
-                stage.advance(len(batch))
+        with progress.stage("calibrate", sizes[-1]) as stage:
+            for start, stop in pairwise([0, *sizes]):
+                for batch in tokens[start:stop].split(batch_size):
+                    model(input_ids=batch, use_cache=False)
+                    stage.advance(len(batch))
+                yield {name: entry.statistics(name) for name, entry in moments.items()}
     finally:
         for handle in handles:
             handle.remove()
-    return {name: entry.statistics(name) for name, entry in moments.items()}
 
 
 def _observer(moments: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +28,41 @@ _BYTES_PER_TOKEN = 16
 """More than any text takes: segments are drawn this far apart, so that each is full."""
 _LIKELY_BYTES_PER_TOKEN = 6
 """Read at first; the rest only where that didn't fill the segment."""
-_NO_DATA = "Name some with --data: text files, a folder of them, or JSONL."
 
 
 @dataclass(frozen=True)
+class Pending:
+    """Tokens of a known `shape` that are made when they are first asked for."""
+
+    shape: tuple[int, int]
+    make: Callable[[], Tensor]
+
+
 class Segments:
     """Tokens by purpose, each (segments, length) int64. `description` says what the text was, `notes` what to know."""
 
-    calibration: Tensor
-    search: Tensor
-    report: Tensor
-    description: str
-    notes: tuple[str, ...] = ()
+    def __init__(
+        self,
+        calibration: Tensor | Pending,
+        search: Tensor | Pending,
+        report: Tensor | Pending,
+        description: str,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self._given = dict(zip(PURPOSES, (calibration, search, report), strict=True))
+        self.description, self.notes = description, notes
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        return self._made("calibration")
+
+    @cached_property
+    def search(self) -> Tensor:
+        return self._made("search")
+
+    @cached_property
+    def report(self) -> Tensor:
+        return self._made("report")
 
     @property
     def digest(self) -> str:
@@ -47,9 +72,23 @@ class Segments:
             content.update(f"{tuple(tokens.shape)}".encode() + tokens.numpy().astype("<i8").tobytes())
         return content.hexdigest()
 
+    def num_tokens(self, purpose: str) -> int:
+        """How many there are, without making any."""
+        return math.prod(self._given[purpose].shape)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are still to be made."""
+        pending = (given for purpose, given in self._given.items() if isinstance(given, Pending) and purpose not in self.__dict__)
+        return sum(math.prod(given.shape) for given in pending)
+
+    def _made(self, purpose: str) -> Tensor:
+        given = self._given[purpose]
+        return given.make() if isinstance(given, Pending) else given
+
 
 def load(
-    data: str | Path | Sequence[str | Path] | None,
+    data: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
@@ -60,14 +99,16 @@ def load(
 ) -> Segments:
     """Segments of `length` tokens, without overlap, drawn by `seed`.
 
-    `data` are UTF-8 text files, folders of them, JSONL with a `text` or the `messages` of a chat, or "stdlib",
-    the Python standard library, also as the only one of a list where no file is called so. Users' text is
-    divided 70/15/15 by size; the standard library by module. Where there is too little text, there are fewer
-    segments, and a note. Only as much is tokenised as is needed.
+    `data` are UTF-8 text files, JSONL with a `text` or the `messages` of a chat, parquet or arrow files with such
+    columns, folders of all these or saved by the `datasets` library, names of the Hugging Face hub as
+    `hf:NAME[:CONFIG][@SPLIT]`, in any mix; or "stdlib", the Python standard library, also as the only one of a list
+    where no file is called so. Users' text is divided 70/15/15 by size; the standard library by module. Where there
+    is too little text, there are fewer segments, and a note. Only as much is tokenised as is needed.
     Raises `DataError` for text that can't be read or doesn't make one segment for each purpose.
     """
     wanted = dict(zip(PURPOSES, (num_calibration, num_search, num_report), strict=True))
-    parts, description, notes = _parts(data, tokenizer, seed)
+    most = max(wanted[purpose] / share for purpose, share in zip(PURPOSES, _SHARES, strict=True))
+    parts, description, notes = _parts(data, tokenizer, enough=_enough(length, most), seed=seed)
     reader = _Reader(tokenizer, length)
     drawn = {purpose: reader.draw(parts[purpose], wanted[purpose], seed) for purpose in PURPOSES}
     if not all(len(tokens) for tokens in drawn.values()):
@@ -90,10 +131,10 @@ def held_out(
 
     Returns them with a description. Raises `DataError` as `load` does.
     """
-    if _is_stdlib(data):
+    if is_named(data, DATA):
         passages, description = [Passage.of(text) for text in modules("report")], _stdlib()
     else:
-        passages, description, _ = _documents(data, tokenizer)
+        passages, description, _ = _documents(data, tokenizer, enough=_enough(length, num_segments), seed=seed)
     reader = _Reader(tokenizer, length)
     tokens = reader.draw(passages, num_segments, seed)
     if not len(tokens):
@@ -159,22 +200,27 @@ class _Reader:
         return ids
 
 
+def _enough(length: int, num_segments: float) -> int:
+    """Bytes of text that surely hold so many segments."""
+    return math.ceil(num_segments * length * _BYTES_PER_TOKEN)
+
+
 def _parts(
-    data: str | Path | Sequence[str | Path] | None, tokenizer: PreTrainedTokenizerBase, seed: int
+    data: str | Path | Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, *, enough: int, seed: int
 ) -> tuple[dict[str, list[Passage]], str, list[str]]:
-    if data is None:
-        raise DataError("There is no text to calibrate and measure with.", remedy=_NO_DATA)
-    if _is_stdlib(data):
+    if is_named(data, DATA):
         splits = dict(zip(PURPOSES, ("train", "search", "report"), strict=True))
         return {purpose: [Passage.of(text) for text in modules(split)] for purpose, split in splits.items()}, _stdlib(), []
-    passages, description, notes = _documents(data, tokenizer)
+    passages, description, notes = _documents(data, tokenizer, enough=enough, seed=seed)
     return _divide(passages, seed), description, notes
 
 
-def _documents(data: str | Path | Sequence[str | Path], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Passage], str, list[str]]:
-    files, notes = find(data)
-    passages, more = documents(files, tokenizer)
-    named = ", ".join(path.name for path in files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
+def _documents(
+    data: str | Path | Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, *, enough: int, seed: int
+) -> tuple[list[Passage], str, list[str]]:
+    sources, notes = find(data)
+    passages, more = documents(sources, tokenizer, enough=enough, seed=seed)
+    named = ", ".join(source.name for source in sources[:3]) + (f" and {len(sources) - 3} more files" if len(sources) > 3 else "")
     return passages, named, notes + more
 
 
@@ -195,8 +241,9 @@ def _divide(passages: list[Passage], seed: int) -> dict[str, list[Passage]]:
     return parts
 
 
-def _is_stdlib(data: str | Path | Sequence[str | Path]) -> bool:
-    return data == DATA or (not isinstance(data, str | Path) and list(data) == [DATA] and not Path(DATA).exists())
+def is_named(data: str | Path | Sequence[str | Path] | None, name: str) -> bool:
+    """Whether a text that goes by a name of its own is asked for, in a list only where no file is called so."""
+    return data == name or (isinstance(data, Sequence) and not isinstance(data, str) and list(data) == [name] and not Path(name).exists())
 
 
 def _stdlib() -> str:

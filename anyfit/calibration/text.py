@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from anyfit.calibration import tables
+from anyfit.calibration.rows import text_of
+from anyfit.calibration.tables import Hub
 from anyfit.core.errors import DataError
 
-SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl", *tables.SUFFIXES)
 """What is taken from a folder. A file that is named by itself may be called anything."""
 _PIECE = 1 << 16
 _MOST_CONTINUATION = 3
@@ -88,38 +89,55 @@ class Line:
             yield [passage.read(at, min(at + _PIECE, last)) for at in range(first, last, _PIECE)]
 
 
-def find(data: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:
-    """The files that the user named, folders looked through, with notes of what was left out. Raises `DataError`."""
-    named = [Path(data)] if isinstance(data, str | Path) else [Path(item) for item in data]
+def find(data: str | Path | Sequence[str | Path]) -> tuple[list[Path | Hub], list[str]]:
+    """What the user named, folders looked through, with notes of what was left out. Raises `DataError`.
+
+    A folder that the `datasets` library saved is one thing, like a file.
+    """
+    named = [data] if isinstance(data, str | Path) else list(data)
     if not named:
         raise DataError("No text was named.", remedy="Name text files, a folder of them, or JSONL.")
-    files: list[Path] = []
+    found: list[Path | Hub] = []
     notes: list[str] = []
-    for path in (path.expanduser() for path in named):
+    for item in named:
+        if isinstance(item, str) and item.startswith(tables.PREFIX):
+            found.append(Hub.parse(item))
+            continue
+        path = Path(item).expanduser()
         if not path.exists():
-            raise DataError(f"There is no file or folder {path}.", remedy="Check the path that was given as data.")
+            raise DataError(
+                f"There is no file or folder {path}.",
+                remedy=f"Check the path that was given as data; a data set of the Hugging Face hub is named as {tables.PREFIX}{item}.",
+            )
         if not os.access(path, os.R_OK):
             raise DataError(f"{path} can't be read.", remedy="Allow reading it.")
         if path.is_file() and not path.stat().st_size:
             raise DataError(f"{path} is empty.", remedy="Name a file with text in it.")
-        files += _in_folder(path, notes) if path.is_dir() else [path]
-    return list(dict.fromkeys(files)), notes
+        found += _in_folder(path, notes) if path.is_dir() and not tables.is_saved(path) else [path]
+    return list(dict.fromkeys(found)), notes
 
 
-def documents(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Passage], list[str]]:
-    """One passage for each text file and for each row of JSONL, with notes. Raises `DataError`."""
+def documents(
+    sources: Sequence[Path | Hub], tokenizer: PreTrainedTokenizerBase, *, enough: int, seed: int
+) -> tuple[list[Passage], list[str]]:
+    """One passage for each text file and for each row of JSONL and of data sets, with notes. Raises `DataError`.
+
+    Data sets are read until they have `enough` bytes, at places that are drawn by `seed`.
+    """
     passages: list[Passage] = []
     notes: list[str] = []
-    for path in files:
-        if path.suffix == ".jsonl":
-            passages += [Passage.of(text) for text in _rows(path, tokenizer, notes)]
+    for source in sources:
+        if isinstance(source, Hub) or source.is_dir() or source.suffix in tables.SUFFIXES:
+            passages += [Passage.of(text) for text in tables.texts(source, tokenizer, enough=enough, seed=seed)]
+        elif source.suffix == ".jsonl":
+            passages += [Passage.of(text) for text in _rows(source, tokenizer, notes)]
         else:
-            passages.append(Passage(path, 0, path.stat().st_size))
+            passages.append(Passage(source, 0, source.stat().st_size))
     return passages, notes
 
 
 def _in_folder(folder: Path, notes: list[str]) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file() and not tables.is_cache(path))
     files = [path for path in found if path.stat().st_size]
     if not files:
         raise DataError(
@@ -183,21 +201,4 @@ def _row(line: bytes, where: str, path: Path, offset: int, tokenizer: PreTrained
         raise DataError(f"{path} is not UTF-8: byte {offset + error.start}.", remedy="Save it as UTF-8.") from error
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}).", remedy="Write one JSON object a line.") from error
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        return _conversation(row["messages"], where, tokenizer)
-    raise DataError(f'{where} has neither "text" nor "messages".', remedy='Write rows such as {"text": "..."}.')
-
-
-def _conversation(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(f'{where} has "messages", but the tokenizer has no chat template.', remedy='Give rows with "text".')
-    render: Callable[..., Any] = tokenizer.apply_chat_template
-    try:
-        return str(render(messages, tokenize=False))
-    except (jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{where}: the chat template refuses its messages ({error}).",
-            remedy='Each message needs a "role" and a "content" that the template knows.',
-        ) from error
+    return text_of(row if isinstance(row, dict) else {}, where, tokenizer)

@@ -26,7 +26,7 @@ from anyfit.progress import Progress, Silent
 from anyfit.report.card import model_card
 from anyfit.searchers.exact import solve
 from anyfit.targets import targets
-from anyfit.targets.base import Check, Target
+from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.transformers import write_dense
 
 
@@ -153,7 +153,7 @@ class Family:
 
     def expected(self, predicted: float) -> float:
         """The divergence that configs with this predicted one were measured to have, interpolated."""
-        rows = sorted((max(p.predicted, 1e-12), max(_measured(p), 1e-12)) for p in self.points)
+        rows = sorted((max(p.predicted, 1e-12), max(_measured(p), 1e-12)) for p in self.points if not p.refined)
         x, y = np.log(np.array(rows)).T
         return float(np.exp(np.interp(np.log(max(predicted, 1e-12)), x, isotonic_regression(y).x)))
 
@@ -177,7 +177,7 @@ class Family:
         )
 
     def text(self) -> dict[str, torch.Tensor]:
-        """The tokens that configs were measured on: `search` and `report`, int64 (segments, length)."""
+        """The tokens that were calibrated with and measured on: `calibration`, `search`, `report`, int64 (segments, length)."""
         return {name: tokens.long() for name, tokens in self._store.tensors(TEXT).items()}
 
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
@@ -185,9 +185,13 @@ class Family:
         config = budget if isinstance(budget, Config) else self.select(budget).config
         return self.source.build(self._weights(config))
 
+    def variants(self, config: Config) -> Variants:
+        """The bytes of each matrix under a config: its own ones where it was refined."""
+        return self._store.refined(config) if self.point(config).refined else self._store.variant
+
     def _weights(self, config: Config) -> dict[str, torch.Tensor]:
         """Every decided matrix, decoded, by name."""
-        decoded = decoder(self._store, targets.get(self.target), self.source)
+        decoded = decoder(self.variants(config), targets.get(self.target), self.source)
         return {w.name: decoded(w, config[decision.key]) for decision in self.space.decisions for w in decision.unit.weights}
 
     def export(
@@ -214,7 +218,7 @@ class Family:
         point = self.select(budget)
         with written_aside(path, force=force) as aside:
             with progress.stage("write", 1) as stage:
-                size = target.write(aside, self.source, self.space, point.config, self._store.variant)
+                size = target.write(aside, self.source, self.space, point.config, self.variants(point.config))
                 stage.advance()
             assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
             assert budget.allows({"bytes": size, "bits": point.bits}), (size, budget)
@@ -270,5 +274,5 @@ def _measured(point: Point) -> float:
 
 
 def with_points(manifest: Manifest, points: Iterable[Point], files: Mapping[str, str]) -> Manifest:
-    """The manifest of a finished run."""
+    """The manifest with these points and files in place of its own."""
     return replace(manifest, points=tuple(points), files=dict(files))

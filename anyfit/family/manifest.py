@@ -25,7 +25,8 @@ class Point:
     """One config with its exact costs, its predicted divergence, and what was measured of it.
 
     `uniform` is the setting's name where every unit has the same format. `search` is the quality on the split
-    that configs are chosen by, `report` on the split that nothing was chosen by; None where not measured.
+    that configs are chosen by, `report` on the split that nothing was chosen by; None where not measured. `refined`:
+    the config has matrices of its own, solved again for each other.
     """
 
     config: Config
@@ -35,6 +36,7 @@ class Point:
     uniform: str | None = None
     search: Quality | None = None
     report: Quality | None = None
+    refined: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def _point_to_json(point: Point) -> dict[str, Any]:
         "uniform": point.uniform,
         "search": point.search and point.search.to_json(),
         "report": point.report and point.report.to_json(),
+        "refined": point.refined,
     }
 
 
@@ -193,4 +196,5 @@ def _point_from_json(data: Mapping[str, Any]) -> Point:
         uniform=data["uniform"],
         search=data["search"] and Quality.from_json(data["search"]),
         report=data["report"] and Quality.from_json(data["report"]),
+        refined=data["refined"],
     )

@@ -17,15 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyfit.checkpoint import Source
+from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError
 from anyfit.core.files import sha256, written_aside
 from anyfit.core.units import Weight
 from anyfit.elastic.model import Decoded
 from anyfit.formats import formats
 from anyfit.quantizers.base import Encoded
-from anyfit.targets.base import Target
+from anyfit.targets.base import Target, Variants
 
 VARIANTS, SOURCE, PASSTHROUGH, TEXT = "variants", "source", "passthrough.safetensors", "text.safetensors"
+REFINED = "refined"
 
 
 class Store:
@@ -60,6 +62,20 @@ class Store:
         path = self._variants(weight)
         with self._open(path) as file:
             return file.get_tensor(format_)
+
+    def refined(self, config: Config) -> Variants:
+        """Like `variant`, with the config's own matrices where it has them."""
+        path = self.folder / refined_file(config)
+        with self._open(path) as file:
+            own = frozenset(file.keys())
+
+        def variant(weight: str, format_: str) -> Tensor:
+            if weight not in own:
+                return self.variant(weight, format_)
+            with self._open(path) as file:
+                return file.get_tensor(weight)
+
+        return variant
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Every tensor of one of the family's other files."""
@@ -98,11 +114,16 @@ class Store:
         self._checked.add(name)
 
 
-def decoder(store: Store, target: Target, source: Source) -> Decoded:
+def refined_file(config: Config) -> str:
+    """Where a family keeps the matrices that were solved again for one config."""
+    return f"{REFINED}/{config.digest}.safetensors"
+
+
+def decoder(variants: Variants, target: Target, source: Source) -> Decoded:
     """A function from (weight, format name) to decoded values as the checkpoint holds them, float32."""
 
     def decoded(weight: Weight, format_: str) -> Tensor:
-        values = formats.get(format_).decode(store.variant(weight.name, format_))
+        values = formats.get(format_).decode(variants(weight.name, format_))
         order = target.row_order(source, weight)
         if order is not None:
             original = torch.empty_like(values)

@@ -9,7 +9,12 @@ from anyfit.core.registry import Registry
 if TYPE_CHECKING:
     from anyfit.formats.base import Format
 
-GGUF_GRIDS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q4_0", "Q5_1", "Q4_1", "IQ4_NL", "MXFP4", "TQ2_0")
+_GGUF_MODULES = {
+    "gguf": ("Q8_0", "Q5_0", "Q4_0", "Q5_1", "Q4_1", "IQ4_NL", "MXFP4", "TQ2_0"),
+    "gguf_k": ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"),
+    "gguf_iq": ("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
+}
+GGUF_GRIDS = tuple(name for names in _GGUF_MODULES.values() for name in names)
 INTEGER_BITS = range(2, 9)
 INTEGER_GROUPS = {32: "", 64: "_g64", 128: "_g128"}
 """What a group's size adds to the name of an integer format."""
@@ -17,7 +22,7 @@ INTEGER_GROUPS = {32: "", 64: "_g64", 128: "_g128"}
 formats: Registry[Format] = Registry(
     "format",
     {
-        **{name: f"anyfit.formats.gguf{'_k' if name.endswith('_K') else ''}:{name}" for name in GGUF_GRIDS},
+        **{name: f"anyfit.formats.{module}:{name}" for module, names in _GGUF_MODULES.items() for name in names},
         "F16": "anyfit.formats.floating:F16",
         "BF16": "anyfit.formats.floating:BF16",
         "F32": "anyfit.formats.floating:F32",

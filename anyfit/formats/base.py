@@ -145,14 +145,27 @@ def nearest(levels: Tensor, uniform: bool, target: Tensor) -> Tensor:
     return order[torch.bucketize(target.contiguous(), middles)].to(torch.uint8)
 
 
-def quantize(format_: GridFormat, weight: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and values nearest to `weight`; `scale` and `offset` are of its shape.
+def quantize(format_: GridFormat, weight: Tensor, scale: Tensor, offset: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and values nearest to `weight` (rows, columns); `scale` and `offset` are of its shape.
 
-    A group whose scale is zero stands for `-offset` whatever the code.
+    `importance` (columns,): the weight of each column's squared error, where columns are coded together; all alike
+    without it. A group whose scale is zero stands for `-offset` whatever the code.
     """
-    inverse = torch.where(scale == 0, 0, 1 / scale)
-    codes = nearest(format_.levels, format_.uniform, (weight + offset) * inverse)
-    return codes, format_.levels[codes.long()] * scale - offset
+    target = (weight + offset) * torch.where(scale == 0, 0, 1 / scale)
+    if format_.vector == 1:
+        codes = format_.codes(target.unsqueeze(0), torch.ones(1, 1))[0]
+    else:
+        codes = _vector_codes(format_, target, torch.ones(target.shape[1]) if importance is None else importance)
+    return codes, format_.levels[codes.int()] * scale - offset
+
+
+def _vector_codes(format_: GridFormat, target: Tensor, importance: Tensor) -> Tensor:
+    """(rows, columns) as levels to the codes of least weighted error, vector by vector."""
+    codes = torch.empty(target.shape, dtype=torch.uint8)
+    floor = importance.amax() * 1e-6 + torch.finfo(torch.float32).tiny
+    for part in torch.arange(target.shape[1]).split(format_.vector):
+        codes[:, part] = format_.codes(target[:, part].T, importance[part].clamp_min(floor).diag()).T
+    return codes
 
 
 def join(parts: list[Scales]) -> Scales:

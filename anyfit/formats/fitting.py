@@ -6,109 +6,86 @@ sub-scales to their integers before a code is chosen. The error jumps wherever a
 so there is no formula for the best scale. Candidates are tried: a few that clip the extremes more or less,
 each improved by the weighted least-squares scale of the codes that it gives, then neighbours of the best one.
 
-Inside, tensors are (group, groups, rows): columns of one group come first. Sums over a group are then sums of
-whole rows of memory, added pairwise in a fixed order, so that a row's result is the same to the bit whatever
-other rows it is fitted with.
+A search is a few numbers in a frozen dataclass; its loops are compiled, see `fitting_lanes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anyfit.core.errors import UserError
+from anyfit.formats.fitting_lanes import LANES, Floats, to_tiles
 
 HALF_MAX = 65504.0
-HALF_TINY = 2.0**-24
-FLOAT_TINY = 2.0**-126
 CHUNK = 2**17
-"""Weights fitted at a time: a temporary of this size stays in the processor's cache."""
-
-Snap = Callable[[Tensor], Tensor]
-"""Numbers, which may be changed in place, to the nearest levels."""
+"""Weights fitted at a time: a copy of this size stays in the processor's cache."""
 
 
-@dataclass(frozen=True)
-class Columns:
-    """One span: `values` (group, groups, rows) and `weights` of their squared errors (group, groups, 1)."""
+@dataclass(frozen=True, eq=False)
+class Snap:
+    """Rounding to levels from `low` to `high`: whole numbers, or where there is a `table`, its entry for each half step."""
 
-    values: Tensor
-    weights: Tensor
+    low: float
+    high: float
+    table: Floats
 
-    def error(self, snap: Snap, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """Weighted squared error of rounding on the grid `scale * level - offset`, (groups, rows)."""
-        rounded = self.levels(snap, scale, offset).mul_(scale)
-        if offset is not None:
-            rounded -= offset
-        return fold(rounded.sub_(self.values).square_().mul_(self.weights))
-
-    def levels(self, snap: Snap, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """The levels that the values round to, (group, groups, rows)."""
-        target = self.values * inverse(scale) if offset is None else (self.values + offset).mul_(inverse(scale))
-        return snap(target)
-
-
-class Best:
-    """For each group, or each row, the candidate of least error so far, and what it was made of."""
-
-    def __init__(self, error: Tensor, *parts: Tensor) -> None:
-        self.error, self.parts = error, parts
-
-    def offer(self, error: Tensor, *parts: Tensor) -> None:
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.parts = tuple(torch.where(better, new, old) for new, old in zip(parts, self.parts, strict=True))
-
-
-def fold(summands: Tensor) -> Tensor:
-    """Sum over dimension 0, whose length is a power of two, by halves."""
-    while len(summands) > 1:
-        middle = len(summands) // 2
-        summands = summands[:middle] + summands[middle:]
-    return summands[0]
-
-
-def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where that would not be finite."""
-    return torch.where(scale.abs() < FLOAT_TINY, 0, 1 / scale)
-
-
-def to_half(number: Tensor) -> Tensor:
-    """The nearest finite half as float32; what isn't zero stays so, in order that tiny weights keep a scale."""
-    half = number.clamp(-HALF_MAX, HALF_MAX).half().float()
-    return torch.where((half == 0) & (number != 0), number.sign() * HALF_TINY, half)
+    @property
+    def compiled(self) -> tuple[np.float32, np.float32, Floats]:
+        """What compiled functions take."""
+        return np.float32(self.low), np.float32(self.high), self.table
 
 
 def whole(low: int, high: int) -> Snap:
     """Rounding to the whole numbers `low` to `high`."""
-    return lambda target: target.round_().clamp_(low, high)
+    return Snap(low, high, np.empty(0, np.float32))
 
 
 def listed(levels: Tensor) -> Snap:
     """Rounding to any list of whole numbers."""
     ordered = levels.unique()
     # The borders between them are multiples of a half, so within a cell of that width all numbers round alike.
-    cells = torch.arange(2 * int(ordered[0]), 2 * int(ordered[-1])) / 2 + 0.25
+    cells = torch.arange(2 * int(ordered[0]), 2 * int(ordered[-1]) + 1) / 2 + 0.25
     table = ordered[torch.bucketize(cells, (ordered[1:] + ordered[:-1]) / 2)]
-
-    def snap(target: Tensor) -> Tensor:
-        cell = target.sub_(ordered[0]).mul_(2).clamp_(0, len(table) - 1).int()
-        return table.index_select(0, cell.flatten()).view_as(cell)
-
-    return snap
+    return Snap(float(ordered[0]), float(ordered[-1]), table.numpy())
 
 
-def fit_rows(fit: Callable[[Columns], tuple[Tensor, ...]], weight: Tensor, importance: Tensor, group: int) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class Columns:
+    """Some rows of one span: `values` (tiles, groups, group, LANES), rows of zeros last to fill a tile, and the
+    `weights` of their squared errors (groups, group)."""
+
+    values: Floats
+    weights: Floats
+
+    @classmethod
+    def of(cls, weight: Tensor, weights: Tensor, group: int) -> Columns:
+        """From `weight` (rows, columns) and `weights` (columns,)."""
+        rows, columns = weight.shape
+        values = np.empty((-(-rows // LANES), columns, LANES), np.float32)
+        to_tiles(weight.contiguous().numpy(), values)
+        return cls(values.reshape(-1, columns // group, group, LANES), weights.view(-1, group).numpy())
+
+
+def fit_rows(fit: Callable[[Columns], tuple[NDArray[Any], ...]], weight: Tensor, importance: Tensor, group: int) -> tuple[Tensor, ...]:
     """Apply `fit` to a few rows of a span at a time and join its answers, (groups or 1, rows), as (rows, groups or 1)."""
-    weights = _error_weights(importance).reshape(-1, group).T.unsqueeze(-1).contiguous()
+    weights = _error_weights(importance)
     answers = []
-    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
-        values = rows.T.reshape(-1, group, len(rows)).transpose(0, 1).contiguous()
-        answers.append(fit(Columns(values, weights)))
+    for rows in weight.detach().split(max(1, CHUNK // weight.shape[1])):
+        parts = fit(Columns.of(rows, weights, group))
+        answers.append([torch.from_numpy(part)[:, : len(rows)] for part in parts])
     return tuple(torch.cat(parts, 1).T.contiguous() for parts in zip(*answers, strict=True))
+
+
+def numbers(some: tuple[float, ...]) -> Floats:
+    """A setting of a search as compiled functions take it."""
+    return np.array(some, np.float32)
 
 
 def _error_weights(importance: Tensor) -> Tensor:
@@ -120,20 +97,10 @@ def _error_weights(importance: Tensor) -> Tensor:
     return (importance / mean).clamp_min(1e-6)
 
 
-def best_multiple(columns: Columns, level: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted least-squares scale of these levels, (groups, rows), after its error.
-
-    The error is counted from that of all zeros, so it is never positive.
-    """
-    weighted = level * columns.weights
-    along = fold(weighted * columns.values)
-    scale = along * inverse(fold(weighted.mul_(level)))
-    return -along * scale, scale
-
-
 def refuse_beyond(name: str, largest: float, weight: Tensor) -> None:
     """Raise `UserError` where a weight is larger than the format's largest scale can reach."""
-    peak = weight.abs().max().item() if weight.numel() else 0.0
+    lowest, highest = weight.aminmax() if weight.numel() else (torch.zeros(()), torch.zeros(()))
+    peak = max(-lowest.item(), highest.item())
     if not peak <= largest:
         raise UserError(
             f"A weight of magnitude {peak:.4g} is beyond {largest:.4g}, the largest that {name} can hold.",

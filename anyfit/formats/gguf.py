@@ -89,27 +89,25 @@ _NON_LINEAR = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25,
 # The four-bit floats of the OCP Microscaling specification, doubled: ggml halves the scale instead.
 _TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.float32)
 
-Q8_0 = HalfScaled(
-    "Q8_0", counting(-128, 127), Layout(32, {"d": 2, "qs": 32}, {"qs": (8, 1)}, signed=True), ScaleSearch(whole(-128, 127), 128)
-)
-Q5_0 = HalfScaled("Q5_0", counting(-16, 15), Layout(32, {"d": 2, "qh": 4, "qs": 16}, _FIVE_BITS), ScaleSearch(whole(-16, 15), 16))
-Q4_0 = HalfScaled("Q4_0", counting(-8, 7), Layout(32, {"d": 2, "qs": 16}, _NIBBLES), ScaleSearch(whole(-8, 7), 8))
+Q8_0 = HalfScaled("Q8_0", counting(-128, 127), Layout(32, {"d": 2, "qs": 32}, {"qs": (8, 1)}, signed=True), ScaleSearch.integers(8))
+Q5_0 = HalfScaled("Q5_0", counting(-16, 15), Layout(32, {"d": 2, "qh": 4, "qs": 16}, _FIVE_BITS), ScaleSearch.integers(5))
+Q4_0 = HalfScaled("Q4_0", counting(-8, 7), Layout(32, {"d": 2, "qs": 16}, _NIBBLES), ScaleSearch.integers(4))
 Q5_1 = HalfLine(
     "Q5_1",
     Layout(32, {"d": 2, "m": 2, "qh": 4, "qs": 16}, _FIVE_BITS),
-    LineSearch(31, (1.02, 0.97, 0.92, 0.8), (1, -1, 0.5, -0.5, 0.25, -0.25), positive=False),
+    LineSearch.integers(5, positive=False),
 )
 Q4_1 = HalfLine(
     "Q4_1",
     Layout(32, {"d": 2, "m": 2, "qs": 16}, _NIBBLES),
-    LineSearch(15, (1.02, 0.95, 0.85, 0.65), (1, -1, 0.5, -0.5, 0.25, -0.25), positive=False),
+    LineSearch.integers(4, positive=False),
 )
 # Neighbouring levels are about twelve apart.
 IQ4_NL = HalfScaled(
     "IQ4_NL",
     _NON_LINEAR,
     Layout(32, {"d": 2, "qs": 16}, _NIBBLES),
-    ScaleSearch(listed(_NON_LINEAR), 127, (-12, 0, 11, 24, 42, 68, 104), (4, -4)),
+    ScaleSearch(listed(_NON_LINEAR), 127, (-30, -20, -12, 0, 14, 35), (4, -4)),
 )
 MXFP4 = PowerScaled("MXFP4", _TWICE_E2M1, 32, Layout(32, {"e": 1, "qs": 16}, _NIBBLES))
 # With three levels the scale to try is a threshold: half of it separates zero from one.

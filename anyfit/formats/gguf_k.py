@@ -8,6 +8,7 @@ from torch import Tensor
 from anyfit.formats.base import SPAN, Scales
 from anyfit.formats.fields import half_bytes, pack_fields, read_halves, unpack_fields
 from anyfit.formats.fitting import HALF_MAX, Columns, fit_rows, refuse_beyond, whole
+from anyfit.formats.fitting_lanes import Floats
 from anyfit.formats.fitting_line import LineSearch
 from anyfit.formats.fitting_scale import ScaleSearch
 from anyfit.formats.fitting_two_level import TwoLevel
@@ -29,7 +30,7 @@ class TwoLevelScaled(BlockFormat):
         scale = half * number
         return Scales(scale, torch.zeros_like(scale), {"d": half.half(), "scales": number.to(torch.int8)})
 
-    def _fit(self, columns: Columns) -> tuple[Tensor, ...]:
+    def _fit(self, columns: Columns) -> tuple[Floats, ...]:
         return self.second.fit(columns, self.search.ideal(columns))
 
     def pack_scales(self, stored: Parts) -> Parts:
@@ -75,7 +76,7 @@ class TwoLevelLine(BlockFormat):
         stored = {"d": half.half(), "dmin": offset_half.half(), "numbers": number.to(torch.uint8), "others": offset_number.to(torch.uint8)}
         return Scales(half * number, offset_half * offset_number, stored)
 
-    def _fit(self, columns: Columns) -> tuple[Tensor, ...]:
+    def _fit(self, columns: Columns) -> tuple[Floats, ...]:
         return self.second.fit(columns, *self.search.ideal(columns))
 
     def pack_scales(self, stored: Parts) -> Parts:
@@ -113,43 +114,42 @@ class NibbleLine(TwoLevelLine):
         return data & 15, data >> 4
 
 
-_OUT_AND_IN = (1, -1, 0.5, -0.5, 0.25, -0.25)
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1))
 _FAR_AND_NEAR = (*((2 * move, 2 * other) for move, other in _AROUND), *_AROUND)
-_ALONG = tuple((sign * step, 0) for step in (6, 4, 3, 2, 1) for sign in (1, -1))
+_ALONG = tuple((sign * step, 0) for step in (4, 2, 1) for sign in (1, -1))
 
 Q6_K = TwoLevelScaled(
     "Q6_K",
     counting(-32, 31),
     Layout(SPAN, {"ql": 128, "qh": 64, "scales": 16, "d": 2}, {"ql": (4, 64), "qh": (2, 32)}),
-    ScaleSearch(whole(-32, 31), 32),
+    ScaleSearch.integers(6),
     TwoLevel(whole(-32, 31), -128, 127, (-128, -125, 127, 124), _ALONG, with_offset=False),
 )
 Q5_K = TwoLevelLine(
     "Q5_K",
     32,
     Layout(SPAN, {"d": 2, "dmin": 2, "scales": 12, "qh": 32, "qs": 128}, {"qs": (4, 32), "qh": (1, 32)}),
-    LineSearch(31, (1.02, 0.97, 0.92, 0.8), _OUT_AND_IN, positive=True),
-    TwoLevel(whole(0, 31), 0, 63, (63, 62, 61, 60, 64, 65), _FAR_AND_NEAR, with_offset=True),
+    LineSearch.integers(5, positive=True),
+    TwoLevel(whole(0, 31), 0, 63, tuple(range(63, 55, -1)), _FAR_AND_NEAR, with_offset=True),
 )
 Q4_K = TwoLevelLine(
     "Q4_K",
     32,
     Layout(SPAN, {"d": 2, "dmin": 2, "scales": 12, "qs": 128}, {"qs": (4, 32)}),
-    LineSearch(15, (1.02, 0.95, 0.85, 0.65), _OUT_AND_IN, positive=True),
-    TwoLevel(whole(0, 15), 0, 63, (63, 62, 61, 60, 64, 65), _FAR_AND_NEAR, with_offset=True),
+    LineSearch.integers(4, positive=True),
+    TwoLevel(whole(0, 15), 0, 63, tuple(range(63, 55, -1)), _FAR_AND_NEAR, with_offset=True),
 )
 Q3_K = SixBitScaled(
     "Q3_K",
     counting(-4, 3),
     Layout(SPAN, {"hmask": 32, "qs": 64, "scales": 12, "d": 2}, {"qs": (2, 32), "hmask": (1, 32)}),
-    ScaleSearch(whole(-4, 3), 4),
-    TwoLevel(whole(-4, 3), -32, 31, (-32, -31, -30, -33, 31, 30, 32), _ALONG, with_offset=False),
+    ScaleSearch.integers(3),
+    TwoLevel(whole(-4, 3), -32, 31, (-32, -30, -28, 31, 29), _ALONG, with_offset=False),
 )
 Q2_K = NibbleLine(
     "Q2_K",
     16,
     Layout(SPAN, {"scales": 16, "qs": 64, "d": 2, "dmin": 2}, {"qs": (2, 32)}),
-    LineSearch(3, (1.0, 0.85, 0.7, 0.5), (0.5, -0.5, 0.25, -0.25), positive=True),
+    LineSearch.integers(2, positive=True),
     TwoLevel(whole(0, 3), 0, 15, (15, 14, 13, 12, 16, 18, 21, 27), _AROUND, with_offset=True),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anyfit.formats.base import GridFormat, Scales
 from anyfit.formats.fields import half_bytes, pack_dense, read_halves, unpack_dense
-from anyfit.formats.fitting import HALF_MAX, fit_rows, refuse_beyond, whole
+from anyfit.formats.fitting import HALF_MAX, fit_rows, refuse_beyond
 from anyfit.formats.fitting_line import LineSearch
 from anyfit.formats.fitting_scale import ScaleSearch
 
@@ -39,12 +39,11 @@ class IntegerFormat(GridFormat):
         return self.num_bits + (16 if self.symmetric else 24) / self.group
 
     def fit(self, weight: Tensor, importance: Tensor) -> Scales:
-        reach = 2 ** (self.num_bits - 1)
-        refuse_beyond(self.name, HALF_MAX * reach, weight)
+        refuse_beyond(self.name, HALF_MAX * 2 ** (self.num_bits - 1), weight)
         if self.symmetric:
-            (scale,) = fit_rows(ScaleSearch(whole(-reach, reach - 1), reach).half, weight, importance, self.group)
+            (scale,) = fit_rows(ScaleSearch.integers(self.num_bits).half, weight, importance, self.group)
             return Scales(scale, torch.zeros_like(scale), {"scale": scale.half()})
-        scale, zero = fit_rows(_line_search(self.num_bits).zero_point, weight, importance, self.group)
+        scale, zero = fit_rows(LineSearch.integers(self.num_bits, positive=True).zero_point, weight, importance, self.group)
         return self.assemble({"scale": scale.half(), "zero": zero.to(torch.uint8)})
 
     def assemble(self, stored: dict[str, Tensor]) -> Scales:
@@ -70,14 +69,6 @@ class IntegerFormat(GridFormat):
         codes, half, zero = self.unpack(data)
         scale = half.float()
         return codes, scale, torch.zeros_like(scale) if zero is None else scale * zero.float()
-
-
-def _line_search(num_bits: int) -> LineSearch:
-    if num_bits == 2:
-        clips: tuple[float, ...] = (1.0, 0.85, 0.7, 0.5)
-    else:
-        clips = (1.02, 0.95, 0.85, 0.65) if num_bits <= 4 else (1.01, 0.97, 0.9)
-    return LineSearch(2**num_bits - 1, clips, (0.5, -0.5, 0.25, -0.25), positive=True)
 
 
 BY_NAME = {

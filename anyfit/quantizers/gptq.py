@@ -11,11 +11,14 @@ Differences from the paper, and why:
   optimised is what the file holds, to the bit.
 * In that fit, column j counts with the geometric mean of H_jj and 1 / U_jj²: what rounding it costs without
   and with compensation. Either alone does worse on real networks.
-* On coarse grids (eight levels or fewer) the columns drift far from the weights that the scales were fitted
+* On coarse grids (fewer than four bits) the columns drift far from the weights that the scales were fitted
   to. There the whole solution is repeated with scales fitted to the values that the last pass really
   rounded, and each row keeps its best pass.
 * Columns are taken by falling mean square (the code base's act-order), but within their span, and spans by
-  their largest: storage order and groups stay as they are, and one order serves every format.
+  their largest: storage order and groups stay as they are, and one order serves every scalar format.
+* Formats that code several columns as one entry of a codebook round these together, and their errors are
+  passed on together, through the factor's diagonal blocks (as QuIP#'s block LDLQ, arXiv 2402.04396, does with
+  its own codebook). The entry is chosen in the metric that the block's errors then cost.
 * Damping starts at 5 % of the mean diagonal (1 % in the paper; more is safer in coarse grids, whose range
   compensation must not leave) and doubles until the factorisation succeeds; more than the start is noted.
 """
@@ -28,30 +31,44 @@ import torch
 from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
-from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join, nearest
+from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join
 from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 
 DAMPING = 0.05
-COARSE_LEVELS, COARSE_PASSES = 8, 3
-"""Grids of at most so many levels are solved so many times."""
+COARSE_BITS, COARSE_PASSES = 4, 3
+"""Formats of fewer bits a weight are solved so many times."""
 CHUNK = 32
 """Columns corrected one by one before their errors are applied to the rest as one matrix product."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`order` (columns,): the column at each step; spans and vectors stay together. `upper` (columns, columns): U, upper
+    triangular in that order, H⁻¹ = Uᵀ U."""
+
+    order: Tensor
+    upper: Tensor
 
 
 @dataclass(frozen=True)
 class Factorised:
     """What every format of every matrix with this input shares.
 
-    `order` (columns,): the column at each step; spans stay together. `factor` (columns, columns): U, upper
-    triangular in that order, H⁻¹ = Uᵀ U. `importance` (columns,): what each column counts in a fit of scales.
+    `factors` by the number of columns that are coded together; made when first asked for. `importance` (columns,): what
+    each column counts in a fit of scales. `dead` (columns,): inputs that were always zero.
     """
 
     statistics: InputStatistics
-    order: Tensor
-    factor: Tensor
+    factors: dict[int, Factor]
     importance: Tensor
     dead: Tensor
     notes: tuple[str, ...]
+
+    def factor(self, vector: int) -> Factor:
+        """For formats that code `vector` columns together."""
+        if vector not in self.factors:
+            self.factors[vector] = factorise(self.statistics, vector)[0]
+        return self.factors[vector]
 
 
 class GPTQ(Quantizer):
@@ -59,17 +76,13 @@ class GPTQ(Quantizer):
 
     def prepare(self, statistics: InputStatistics) -> Factorised:
         diagonal = statistics.diagonal
-        dead = diagonal == 0
-        hessian = statistics.hessian.double().clone()
-        hessian.diagonal()[dead] = 1
-        order = column_order(diagonal)
-        factor, notes = inverse_factor(hessian[order][:, order])
+        factor, notes = factorise(statistics, 1)
         compensated = torch.empty_like(diagonal)
-        compensated[order] = factor.diagonal().pow(-2).float()
-        importance = (diagonal * compensated).sqrt()
+        compensated[factor.order] = factor.upper.diagonal().pow(-2)
+        dead = diagonal == 0
         if dead.any():
             notes = (*notes, f"{int(dead.sum())} of {len(dead)} inputs were always zero; their weights are set to zero")
-        return Factorised(statistics, order, factor.float(), importance, dead, notes)
+        return Factorised(statistics, {1: factor}, (diagonal * compensated).sqrt(), dead, notes)
 
     def encode(self, weight: Tensor, prepared: Factorised, format_: Format) -> Encoded:
         if isinstance(format_, CastFormat):
@@ -82,12 +95,24 @@ class GPTQ(Quantizer):
         return Encoded(data, errors, prepared.notes)
 
 
-def column_order(diagonal: Tensor) -> Tensor:
-    """Columns by falling mean square inside each span, spans by their largest; ties in storage order."""
-    spans = diagonal.split(SPAN)
-    tops = torch.stack([span.max() for span in spans])
-    by_span = [SPAN * i + span.argsort(descending=True, stable=True) for i, span in enumerate(spans)]
-    return torch.cat([by_span[i] for i in tops.argsort(descending=True, stable=True)])
+def factorise(statistics: InputStatistics, vector: int) -> tuple[Factor, tuple[str, ...]]:
+    """The order of the columns and the factor for it, and a note where it took more damping than usual."""
+    diagonal = statistics.diagonal
+    hessian = statistics.hessian.double().clone()
+    hessian.diagonal()[diagonal == 0] = 1
+    order = column_order(diagonal, vector)
+    upper, notes = inverse_factor(hessian[order][:, order])
+    return Factor(order, upper.float()), notes
+
+
+def column_order(diagonal: Tensor, vector: int = 1) -> Tensor:
+    """Vectors of columns by falling mean square inside each span, spans by their largest; ties in storage order."""
+    tops = diagonal.unflatten(0, (-1, vector)).amax(1)
+    spans = tops.split(SPAN // vector)
+    by_span = [SPAN // vector * i + span.argsort(descending=True, stable=True) for i, span in enumerate(spans)]
+    largest = torch.stack([span.max() for span in spans])
+    ordered = torch.cat([by_span[i] for i in largest.argsort(descending=True, stable=True)])
+    return (ordered[:, None] * vector + torch.arange(vector)).flatten()
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, tuple[str, ...]]:
@@ -135,7 +160,7 @@ def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Te
     """Codes (rows, columns) uint8 and the scales of all spans, both in storage order."""
     hessian = prepared.statistics.hessian
     best = latest = _pass(format_, weight, prepared, None)
-    if len(format_.levels) <= COARSE_LEVELS:
+    if format_.bits < COARSE_BITS:
         error = output_errors(weight - best.values, hessian)
         for _ in range(COARSE_PASSES - 1):
             latest = _pass(format_, weight, prepared, latest.rounded)
@@ -147,7 +172,8 @@ def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Te
 
 def _pass(format_: GridFormat, weight: Tensor, prepared: Factorised, model: Tensor | None) -> Solution:
     """Round every column once. Scales are fitted to `model` (rows, columns), or to the weights as they come."""
-    order, factor = prepared.order, prepared.factor
+    factor = prepared.factor(format_.vector)
+    order = factor.order
     # Columns are rows here, so that each step reads and writes consecutive memory.
     free = weight.T[order].contiguous()
     free[prepared.dead[order]] = 0
@@ -167,7 +193,7 @@ def _pass(format_: GridFormat, weight: Tensor, prepared: Factorised, model: Tens
         fitted = format_.fit(fitted_to, prepared.importance[first : first + len(local)])
         group = local // format_.group
         grid = fitted.scale.T[group].contiguous(), fitted.offset.T[group].contiguous()
-        _round_span(format_, (free, codes, values), factor, (start, end), grid)
+        _round_span(format_, (free, codes, values), factor.upper, (start, end), grid)
         scales[first] = fitted
         start = end
     storage = order.argsort()
@@ -176,25 +202,27 @@ def _pass(format_: GridFormat, weight: Tensor, prepared: Factorised, model: Tens
 
 
 def _round_span(
-    format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], factor: Tensor, span: tuple[int, int], grid: tuple[Tensor, Tensor]
+    format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], upper: Tensor, span: tuple[int, int], grid: tuple[Tensor, Tensor]
 ) -> None:
     """Round the columns of a span in turn and push their errors onto the later ones, in place.
 
     `columns`: free weights, codes and values, (columns, rows) each; the free weights of a column stay as they
     were when it was rounded. `grid`: scale and offset, (columns of the span, rows).
     """
-    (free, codes, values), (start, end), (scale, offset) = columns, span, grid
+    (free, codes, values), (start, end), (scale, offset), vector = columns, span, grid, format_.vector
     inverse = torch.where(scale == 0, 0, 1 / scale)
     for begin in range(start, end, CHUNK):
         stop = min(begin + CHUNK, end)
         errors = torch.empty(stop - begin, free.shape[1])
-        for j in range(begin, stop):
-            at = j - start
-            codes[j] = nearest(format_.levels, format_.uniform, (free[j] + offset[at]) * inverse[at])
-            values[j] = format_.levels[codes[j].long()] * scale[at] - offset[at]
-            errors[j - begin] = (free[j] - values[j]) / factor[j, j]
-            free[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - begin], alpha=-1)
-        free[stop:].addmm_(factor[begin:stop, stop:].T, errors, alpha=-1)
+        for j in range(begin, stop, vector):
+            now, at = slice(j, j + vector), slice(j - start, j - start + vector)
+            # An error e is made good by the later columns as far as it can; e @ passed is what is passed on.
+            passed = torch.linalg.solve_triangular(upper[now, now], torch.eye(vector), upper=True)
+            codes[now] = format_.codes((free[now] + offset[at]) * inverse[at], passed @ passed.T)
+            values[now] = format_.levels[codes[now].int()] * scale[at] - offset[at]
+            errors[j - begin : j - begin + vector] = passed.T @ (free[now] - values[now])
+            free[j + vector : stop].addmm_(upper[now, j + vector : stop].T, errors[j - begin : j - begin + vector], alpha=-1)
+        free[stop:].addmm_(upper[begin:stop, stop:].T, errors, alpha=-1)
 
 
 QUANTIZER = GPTQ()

@@ -34,9 +34,10 @@ def encode_nearest(format_: GridFormat, weight: Tensor, importance: Tensor) -> T
     codes, scales = [], []
     for start in range(0, weight.shape[1], SPAN):
         part = weight[:, start : start + SPAN]
-        fitted = format_.fit(part, importance[start : start + SPAN])
+        counted = importance[start : start + SPAN]
+        fitted = format_.fit(part, counted)
         group = torch.arange(part.shape[1]) // format_.group
-        codes.append(quantize(format_, part, fitted.scale[:, group], fitted.offset[:, group])[0])
+        codes.append(quantize(format_, part, fitted.scale[:, group], fitted.offset[:, group], counted)[0])
         scales.append(fitted)
     return format_.pack(torch.cat(codes, 1), join(scales))
 

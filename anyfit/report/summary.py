@@ -72,7 +72,8 @@ def described(family: Family, point: Point) -> str:
     if point.report is None:
         return costs + f"expected KL to the original {family.expected(point.predicted):.3g} (this very mix was not measured)"
     kl = plus_minus(point.report.kl_mean, point.report.kl_stderr)
-    return costs + f"measured KL to the original {kl}, perplexity {point.report.perplexity:.2f}"
+    refined = ", refined" if point.refined else ""
+    return costs + f"measured KL to the original {kl}, perplexity {point.report.perplexity:.2f}{refined}"
 
 
 def point_json(point: Point) -> dict[str, Any]:

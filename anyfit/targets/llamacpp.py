@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,7 +23,8 @@ from anyfit.targets.llamacpp_runtime import logits
 
 __all__ = ["TARGET", "LlamaCpp", "logits", "read_model"]
 
-_SUBSTITUTES = {"Q6_K": "Q8_0", "Q5_K": "Q5_0", "Q4_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "TQ2_0": "IQ4_NL"}
+_SMALL = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0")
+_SUBSTITUTES = {"Q6_K": "Q8_0", "Q5_K": "Q5_0", **dict.fromkeys(_SMALL, "IQ4_NL")}
 """What stands in for a type of 256 columns where rows are no multiple of that: the nearest in size of 32 columns."""
 _ANY_ROW = "F16"
 
@@ -34,9 +36,13 @@ class LlamaCpp(Target):
     suffix = ".gguf"
     formats = (
         *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q5_K", "Q4_1"),
-        *("Q4_0", "Q4_K", "IQ4_NL", "MXFP4", "Q3_K", "Q2_K", "TQ2_0"),
+        *("Q4_0", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "IQ3_S", "IQ3_XXS"),
+        *("Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0"),
     )
-    default_formats = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_NL", "Q3_K", "Q2_K")
+    default_formats = (
+        *("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS"),
+        *("Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
+    )
 
     def supports(self, source: Source) -> str | None:
         kind = gguf_kinds.KINDS.get(source.config.model_type)
@@ -54,6 +60,7 @@ class LlamaCpp(Target):
         return None
 
     def space(self, source: Source, weights: Iterable[Weight], formats: Iterable[str]) -> Space:
+        """See `Target.space`. Where both 16-bit types are wanted, the one that is nearer to the original is a choice."""
         wanted = list(dict.fromkeys(formats))
         for name in wanted:
             if name not in self.formats:
@@ -91,6 +98,9 @@ class LlamaCpp(Target):
     def _decision(self, source: Source, weight: Weight, wanted: list[str]) -> Decision:
         legal, refused = set(), {}
         for name in wanted:
+            if name == _worse_half(source, wanted):
+                refused[name] = "the other 16-bit type takes as many bytes and is nearer to the original"
+                continue
             reason = registry.get(name).refuses(weight.shape)
             if reason is None:
                 legal.add(name)
@@ -104,6 +114,13 @@ class LlamaCpp(Target):
         sizes = {name: registry.get(name).bytes_(weight.shape) for name in self.formats if name in legal}
         choices = tuple(Choice(name, copies * gguf_layout.padded(size), copies * size) for name, size in sizes.items())
         return Decision(Unit(weight.name, (weight,)), choices, refused=refused)
+
+
+def _worse_half(source: Source, wanted: list[str]) -> str | None:
+    """Of both 16-bit types the one that loses more: what isn't stored as bfloat16 is nearer in F16."""
+    if not {"F16", "BF16"} <= set(wanted):
+        return None
+    return "F16" if source.config.dtype == torch.bfloat16 else "BF16"
 
 
 def _header_bytes(source: Source, weights: list[Weight], fixed: dict[str, Tensor]) -> int:

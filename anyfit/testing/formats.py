@@ -46,8 +46,8 @@ def check_what_was_chosen_is_what_is_read(format_: Format) -> None:
         scales = _fit(format_, weight, _importance(columns))
         codes, values = quantize(format_, weight, *_spread(format_, scales))
         _check_bits(format_.decode(format_.pack(codes, scales)), values, format_.name)
-        any_codes = torch.randint(0, len(format_.levels), codes.shape, dtype=torch.uint8, generator=_generator(9))
         scale, offset = _spread(format_, scales)
+        any_codes = _any_codes(format_, codes)
         _check_bits(format_.decode(format_.pack(any_codes, scales)), format_.levels[any_codes.long()] * scale - offset, format_.name)
 
 
@@ -82,8 +82,10 @@ def check_odd_rows(format_: Format) -> None:
         for row in (1, 2):
             worst = (decoded[row] / weight[row] - 1).abs().max().item()
             assert worst < 0.25, f"{format_.name}: a constant row is off by {worst:.0%}"
-    error = (_decoded(format_, weight, torch.ones(columns))[3, 7] / 500 - 1).abs().item()
-    assert error < 0.25, f"{format_.name}: an outlier is off by {error:.0%}"
+    if isinstance(format_, CastFormat) or (isinstance(format_, GridFormat) and format_.vector == 1):
+        # An entry of a codebook has no zeros to put beside an outlier.
+        error = (_decoded(format_, weight, torch.ones(columns))[3, 7] / 500 - 1).abs().item()
+        assert error < 0.25, f"{format_.name}: an outlier is off by {error:.0%}"
 
 
 def check_too_large_is_refused(format_: Format) -> None:
@@ -190,6 +192,14 @@ def _fit(format_: GridFormat, weight: Tensor, importance: Tensor) -> Scales:
 
 def _spread(format_: GridFormat, scales: Scales) -> tuple[Tensor, Tensor]:
     return scales.scale.repeat_interleave(format_.group, 1), scales.offset.repeat_interleave(format_.group, 1)
+
+
+def _any_codes(format_: GridFormat, like: Tensor) -> Tensor:
+    """Codes that have nothing to do with the weights; where columns are coded together, only what can be stored."""
+    if format_.vector == 1:
+        return torch.randint(0, len(format_.levels), like.shape, dtype=torch.uint8, generator=_generator(9))
+    target = torch.randn(like.shape, generator=_generator(9)) * format_.levels.max()
+    return quantize(format_, target, torch.ones(like.shape), torch.zeros(like.shape))[0]
 
 
 def _encode(format_: Format, weight: Tensor, importance: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""What a run would take, told before it: memory, time, and whether it has text enough."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from anyfit.calibration import generated
+from anyfit.calibration.data import PURPOSES
+from anyfit.calibration.saturation import Saturation, saturate
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.core.units import Weight
+from anyfit.formats import formats as all_formats
+from anyfit.pipeline import NUM_FINALISTS, NUM_PROBE_SEGMENTS, Fit
+from anyfit.quantizers import quantizers
+from anyfit.tasks.language import kept_bytes
+
+
+def saturation(run: Fit) -> Saturation | None:
+    """On one matrix for each input of the middle block, in the format of the fewest bits that it may have."""
+    blocks = sorted({weight.block for weight in run.weights if weight.block is not None})
+    choices = {weight: decision.choices for decision in run.space.decisions for weight in decision.unit.weights}
+    chosen = {weight.input: weight for weight in reversed(run.weights) if weight.block == blocks[len(blocks) // 2] and weight.input}
+    lowest = {weight: min(choices[weight], key=lambda choice: choice.bytes_).name for weight in chosen.values()}
+    parameters = dict(run.model.named_parameters(remove_duplicate=False))
+    quantizer = quantizers.get(run.recipe.quantizer)
+
+    def stored(weight: Weight, matrix: Tensor, statistics: InputStatistics) -> Tensor:
+        format_ = all_formats.get(lowest[weight])
+        return format_.decode(quantizer.encode(matrix, quantizer.prepare(statistics), format_).data)
+
+    matrices = {weight: parameters[weight.name].float() for weight in chosen.values()}
+    matrices = {weight: matrix.T.contiguous() if weight.transposed else matrix for weight, matrix in matrices.items()}
+    return saturate(run.model, run.architecture, matrices, run.segments, stored, seed=run.settings.seed, progress=run.progress)
+
+
+def memory(run: Fit) -> int:
+    """Peak bytes beyond the interpreter's own: the larger of calibrating and measuring."""
+    model = 4 * run.space.num_parameters
+    widths = {w.input: w.shape[1] for w in run.weights if w.input is not None}
+    moments = sum(8 * width**2 for width in widths.values())
+    solving = max(24 * w.shape[1] ** 2 + 16 * w.num_weights for w in run.weights)
+    vocabulary = run.checkpoint.config.vocab_size
+    references = sum(kept_bytes(run.segments.num_tokens(name), vocabulary) for name in ("search", "report"))
+    writing = generated.memory(run.checkpoint.config, run.settings.length) if run.segments.num_pending else 0
+    return max(model + writing, model + moments + solving, 2 * model + references)
+
+
+@torch.inference_mode()
+def seconds(run: Fit) -> float:
+    """From one matrix in one format and two segments' length of text, scaled to all of them."""
+    text = torch.zeros(2, run.settings.length, dtype=torch.int64)
+    began = time.perf_counter()
+    run.model(input_ids=text, use_cache=False)
+    per_token = (time.perf_counter() - began) / text.numel()
+    sizes = {name: run.segments.num_tokens(name) for name in PURPOSES}
+    probing = NUM_PROBE_SEGMENTS * run.settings.length * len(run.space.decisions)
+    measuring = (sizes["search"] + sizes["report"]) * (NUM_FINALISTS + 2 * len(run.space.formats()))
+    weight = max((w for w in run.weights if w.block is not None), key=lambda w: w.num_weights)
+    format_ = all_formats.get(next(d for d in run.space.decisions if weight in d.unit.weights).choices[-1].name)
+    quantizer = quantizers.get(run.recipe.quantizer)
+    began = time.perf_counter()
+    prepared = quantizer.prepare(InputStatistics.unknown(weight.shape[1]))
+    quantizer.encode(torch.zeros(weight.shape), prepared, format_)
+    per_weight = (time.perf_counter() - began) / weight.num_weights
+    encoding = sum(len(d.choices) * d.unit.num_weights for d in run.space.decisions)
+    writing = generated.READINGS * run.segments.num_pending
+    return per_token * (writing + sizes["calibration"] + probing + measuring) + per_weight * encoding

@@ -1,0 +1,29 @@
+"""The options that several commands of the command line share. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str | None, typer.Argument(help="A model folder or hub id. Default: the small embedded model.")]
+FamilyPath = Annotated[Path, typer.Argument(metavar="FAMILY", help="The folder that `anyfit fit` wrote.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text: a file, JSONL, parquet, a folder of them, or a data set of the Hugging Face hub as `hf:NAME` or "
+        "`hf:NAME:CONFIG@SPLIT`. May be repeated. `self`: what the model writes itself, the default for a model of your own."
+    ),
+]
+MeasuringData = Annotated[list[str] | None, typer.Option("--data", help="Text to measure on: as for `anyfit fit`, but not `self`.")]
+TargetName = Annotated[str, typer.Option("--target", help="The runtime to write for: see `anyfit targets`.")]
+Formats = Annotated[list[str] | None, typer.Option("--formats", "--format", help="Formats to offer, `Q4_K,Q6_K`. Default: the target's.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="The method: see `anyfit recipes`.")]
+Budgets = Annotated[list[str], typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated; all hold.")]
+MaybeBudgets = Annotated[list[str] | None, typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens in a segment of text. Default: the model's context, at most 2048.")]
+Segments = Annotated[int | None, typer.Option(min=1, help="How many segments of text to use.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

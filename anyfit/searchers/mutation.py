@@ -1,0 +1,96 @@
+"""Small changes of a config that keep a budget and leave none of it unused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from anyfit.core.budget import Budget
+from anyfit.core.config import Config
+from anyfit.core.space import Space
+from anyfit.scores.table import Table
+from anyfit.searchers.problem import Problem
+
+MOST_CHANGED = 3
+"""Units that a mutation starts from; EvoPress's figure."""
+
+
+class Mutation:
+    """Draws mutations of configs of one space within one budget.
+
+    Every unit has a *ladder*: its choices by size, without those to which the table prefers a smaller one, but with
+    those of `known`. A config is a rung per unit, (units,). A mutation moves k units a rung up or down, where
+    k = min(U{1..3}, U{1..3}), lowers others until the budget holds, and spends what is left by the table. All units
+    are drawn alike, as in EvoPress: leaning on the table there brought nothing beyond what spending by it brings.
+    """
+
+    def __init__(self, space: Space, table: Table, budget: Budget, known: Sequence[Config]) -> None:
+        self._problem = Problem.of(space, table)
+        sizes, self._left = self._problem.limits(budget)
+        chosen = np.stack([self._problem.chosen(config) for config in known])
+        ladders = [_ladder(self._problem, unit, chosen[:, unit]) for unit in range(len(space.decisions))]
+        self._tops = np.array([len(ladder) - 1 for ladder in ladders])
+        self._choice = np.array([ladder + ladder[-1:] * (self._tops.max() + 1 - len(ladder)) for ladder in ladders])
+        self._sizes = sizes[:, self._choice]
+        self._scores = self._problem.score[self._choice]
+        self._each = np.arange(len(ladders))
+
+    def rungs(self, config: Config) -> np.ndarray:
+        """The place of every unit's choice on its ladder, (units,)."""
+        return (self._choice == self._problem.chosen(config)[:, None]).argmax(1)
+
+    def config(self, rungs: np.ndarray) -> Config:
+        """The inverse of `rungs`."""
+        return self._problem.config(self._choice[self._each, rungs])
+
+    def draw(self, rungs: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        """A mutation, (units,), within the budget; None where this draw leads to none."""
+        rungs, free = rungs.copy(), np.ones(len(rungs), bool)
+        direction = 1 if rng.random() < 0.5 else -1
+        for _ in range(rng.integers(1, MOST_CHANGED + 1, 2).min()):
+            self._move(rungs, free, direction, rng)
+        while not self._fits(rungs):
+            if not self._move(rungs, free, -1, rng):
+                return None
+        self._spend(rungs, free)
+        return rungs
+
+    def _move(self, rungs: np.ndarray, free: np.ndarray, direction: int, rng: np.random.Generator) -> bool:
+        """Move one of the `free` units, which it then isn't any more; whether one could be."""
+        units = np.flatnonzero(free & (rungs < self._tops if direction > 0 else rungs > 0))
+        if not len(units):
+            return False
+        unit = rng.choice(units)
+        rungs[unit] += direction
+        free[unit] = False
+        return True
+
+    def _spend(self, rungs: np.ndarray, free: np.ndarray) -> None:
+        """Raise what buys most by the table, as long as something fits; moved units stay."""
+        while len(units := np.flatnonzero(free & (rungs < self._tops) & self._affordable(rungs))):
+            now, then = rungs[units], rungs[units] + 1
+            gain = self._scores[units, now] - self._scores[units, then]
+            size = self._sizes[0, units, then] - self._sizes[0, units, now]
+            rungs[units[(gain / np.maximum(size, 1)).argmax()]] += 1
+
+    def _affordable(self, rungs: np.ndarray) -> np.ndarray:
+        """Of each unit, whether its next rung fits, (units,)."""
+        higher = np.minimum(rungs + 1, self._tops)
+        used = self._sizes[:, self._each, rungs]
+        more = self._sizes[:, self._each, higher] - used
+        return (used.sum(1)[:, None] + more <= self._left[:, None]).all(0)
+
+    def _fits(self, rungs: np.ndarray) -> bool:
+        return bool((self._sizes[:, self._each, rungs].sum(1) <= self._left).all())
+
+
+def _ladder(problem: Problem, unit: int, known: np.ndarray) -> list[int]:
+    choices = np.flatnonzero(problem.unit == unit)
+    ladder: list[int] = []
+    best = np.inf
+    for choice in choices[np.lexsort((problem.score[choices], problem.bytes_[choices]))].tolist():
+        if problem.score[choice] < best or choice in known:
+            ladder.append(choice)
+        best = min(best, problem.score[choice])
+    return ladder

@@ -1,0 +1,384 @@
+"""The frontier against the peers: each peer's model, and anyfit's within the very bytes of it.
+
+Same networks, same calibration tokens, same evaluation. What peers make is kept in build/frontier/ and made again only
+where what it was made from has changed.
+
+    python benchmarks/frontier.py [--assets FOLDER] [--environments FOLDER] [--only SUBJECT] [--peers NAME,NAME] [--fresh]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from peers import environments, presets
+from peers.results import Outcome, Refused, Result, evaluate, kept
+from peers.subjects import EMBEDDED, LARGE, SMALL, Subject, subjects
+from scipy.stats import spearmanr
+from scores import random_configs
+from table import FOLDER, Row, Section, finish_page
+
+from anyfit import Family
+from anyfit.architectures import architecture_of
+from anyfit.calibration.collect import collect
+from anyfit.core.config import Config
+from anyfit.core.errors import BudgetError
+from anyfit.family.manifest import Point
+from anyfit.formats import formats
+from anyfit.pipeline import Fit, Settings
+from anyfit.progress import Silent
+from anyfit.quantizers import quantizers
+from anyfit.targets import targets
+from anyfit.targets.llamacpp import read_model
+from anyfit.tasks.language import kl
+
+WORK = Path(__file__).parent.parent / "build" / "frontier"
+PEERS = (presets.PEER, environments.ROUNDING, *environments.ENVIRONMENTS)
+HALF_UP_TO_BITS = 5.0
+"""Up to this size anyfit's KL must be at most half of a preset's; beyond it, and against other peers, not higher."""
+NUM_BUDGETS, SLOWEST_BUDGETS = 64, 1.0
+NUM_RANDOM, LOWEST_CORRELATION = 50, 0.95
+LOWEST_MIXED_GAIN, MOST_BITS_OFF = 0.10, 0.75
+MOST_EFFORT = 3.0
+RECIPE = "gptq"
+INTEGER_QUANTIZER = "gptq"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A peer's outcome, and anyfit's within its bytes: None where the family has nothing so small, or nothing to match."""
+
+    theirs: Outcome
+    ours: Result | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One network, its family, and what the peers that can take this network made of it."""
+
+    subject: Subject
+    fitted: Family
+    pairs: Sequence[Pair]
+
+
+def family(subject: Subject) -> Family:
+    """One run for all budgets, over the subject's own tokens.
+
+    It is made for llama.cpp, but for a network that was padded to whole groups: its short rows leave few types there,
+    and its peers store plain integer groups, which is what the transformers target offers.
+    """
+    target = targets.get("transformers" if subject.is_padded else presets.PEER)
+    text = subject.segments
+    counts = (len(text.calibration), len(text.search), len(text.report))
+    wanted = Settings(target.name, target.default_formats, RECIPE, text.calibration.shape[1], *counts, 0)
+    output = subject.work / ("padded.family" if subject.is_padded else "anyfit.family")
+    Fit(subject.checkpoint, text, wanted, Silent()).run(output, restart=False, force=True)
+    return Family.open(output)
+
+
+def matched(subject: Subject, fitted: Family, size: int) -> Result | Refused:
+    """The family's model within `size` bytes, written, checked, read back and measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"model{targets.get(fitted.target).suffix}")
+        try:
+            export = fitted.export(f"{size} B", path)
+        except BudgetError as error:
+            return Refused("anyfit", f"{size} B", error.problem)
+        files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+        assert sum(file.stat().st_size for file in files) == export.bytes_ <= size
+        model = read_model(path)[0] if path.is_file() else fitted.extract(export.point.config)
+        quality, losses = evaluate(model, subject)
+    return Result("anyfit", f"{size} B", export.bytes_, export.bits, quality, losses, export.seconds)
+
+
+def pairs(subject: Subject, fitted: Family, theirs: Iterable[Outcome], *, fresh: bool) -> Iterator[Pair]:
+    """Each outcome beside anyfit's; measured once for each size of each family."""
+    for outcome in theirs:
+        ours = None
+        if isinstance(outcome, Result):
+            path, size = subject.work / "anyfit" / f"{fitted.digest[:16]}-{outcome.bytes_}.json", outcome.bytes_
+            found = kept(path, {"family": fitted.digest}, lambda size=size: matched(subject, fitted, size), fresh=fresh)
+            ours = found if isinstance(found, Result) else None
+        pair = Pair(outcome, ours)
+        print("  ".join(pair_row(subject, pair).cells), flush=True)
+        yield pair
+
+
+def pair_row(subject: Subject, pair: Pair) -> Row:
+    """KL and perplexity of both. The perplexities' difference is judged by its error over segments."""
+    theirs, ours = pair.theirs, pair.ours
+    if isinstance(theirs, Refused):
+        return Row((subject.name, theirs.peer, theirs.setting, *([""] * 8), f"made none: {theirs.reason}"))
+    known = (subject.name, theirs.peer, theirs.setting, f"{theirs.bytes_}", f"{theirs.bits:.2f}")
+    if ours is None:
+        empty = ("none so small", _kl(theirs), "", "", f"{theirs.quality.perplexity:.3f}", "")
+        return Row((*known, *empty, theirs.detail), holds=False)
+    ratio = ours.quality.kl_mean / theirs.quality.kl_mean
+    rise, error = perplexity_rise(theirs, ours)
+    perplexities = (f"{theirs.quality.perplexity:.3f}", f"{ours.quality.perplexity:.3f} ({rise:+.2%} ± {error:.2%})")
+    cells = (*known, f"{ours.bytes_}", _kl(theirs), _kl(ours), f"{ratio:.2f}", *perplexities, theirs.detail)
+    most = 0.5 if theirs.peer == presets.PEER and theirs.bits <= HALF_UP_TO_BITS else 1.0
+    return Row(cells, holds=ratio <= most and rise <= error and ours.bytes_ <= theirs.bytes_)
+
+
+def perplexity_rise(theirs: Result, ours: Result) -> tuple[float, float]:
+    """How much higher our perplexity is, as a share of theirs, and its standard error over segments, paired."""
+    differences = np.subtract(ours.losses, theirs.losses)
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    return math.expm1(differences.mean()), float(error)
+
+
+def _kl(result: Result) -> str:
+    return f"{result.quality.kl_mean:.5f} ± {result.quality.kl_stderr:.5f}"
+
+
+def peers_section(comparison: Comparison) -> Section:
+    header = (
+        "model",
+        "peer",
+        "setting",
+        "bytes",
+        "bits",
+        "bytes anyfit",
+        "KL",
+        "KL anyfit",
+        "ratio",
+        "ppl",
+        "ppl anyfit",
+        "what the peer stores",
+    )
+    subject = comparison.subject
+    original = subject.reference.quality
+    remark = f"The original's perplexity: {original.perplexity:.3f} ± {original.perplexity_stderr:.3f}."
+    return Section(subject.name, header, [pair_row(subject, pair) for pair in comparison.pairs], (remark,))
+
+
+def picture(comparisons: Sequence[Comparison], path: Path) -> None:
+    """KL against bytes: the family as a line, peers as points. One panel a network."""
+    figure, axes = plt.subplots(1, len(comparisons), figsize=(6.5 * len(comparisons), 5), squeeze=False, layout="constrained")
+    for axis, comparison in zip(axes[0], comparisons, strict=True):
+        points = [(p.bytes_, p.report.kl_mean) for p in comparison.fitted.frontier if p.report is not None]
+        points += [(pair.ours.bytes_, pair.ours.quality.kl_mean) for pair in comparison.pairs if pair.ours is not None]
+        axis.plot(*zip(*sorted(points), strict=True), "-o", color="black", markersize=3, label="anyfit")
+        results = [pair.theirs for pair in comparison.pairs if isinstance(pair.theirs, Result)]
+        for index, peer in enumerate(dict.fromkeys(result.peer for result in results)):
+            own = [result for result in results if result.peer == peer]
+            sizes, divergences = [r.bytes_ for r in own], [r.quality.kl_mean for r in own]
+            axis.scatter(sizes, divergences, s=28, marker="osv^Dx*"[index % 7], label=peer, zorder=3)
+        axis.set(title=comparison.subject.name, xlabel="bytes stored", ylabel="KL to the original, nats per token", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def budgets_row(subject: Subject, fitted: Family) -> Row:
+    """Many budgets from a finished family, opened anew."""
+    sizes = np.geomspace(fitted.space.bytes_(fitted.space.smallest()), fitted.space.bytes_(fitted.space.largest()), NUM_BUDGETS)
+    began = time.perf_counter()
+    opened = Family.open(fitted.path)
+    for size in sizes:
+        opened.select(f"{math.ceil(size)} B")
+    seconds = time.perf_counter() - began
+    return Row((subject.name, f"{NUM_BUDGETS} budgets from the family", f"{seconds:.2f} s"), holds=seconds < SLOWEST_BUDGETS)
+
+
+def mixed_rows(subject: Subject, fitted: Family) -> Iterator[Row]:
+    """The uniform settings nearest to 3 and 4 bits, where there are any so near, against the best mix within their bytes."""
+    uniform = [p for p in fitted.points if p.uniform and p.report]
+    for bits in (3, 4):
+        point = min(uniform, key=lambda p: abs(p.bits - bits))
+        if abs(point.bits - bits) > MOST_BITS_OFF:
+            continue
+        mixed = fitted.select(f"{point.bytes_} B")
+        divergence = _divergence(subject, fitted, mixed)
+        lower = 1 - divergence / point.report.kl_mean
+        measured = f"KL {divergence:.5f} against {point.report.kl_mean:.5f}: {lower:.0%} lower"
+        yield Row(
+            (subject.name, f"mixed against {point.uniform} everywhere, {point.bits:.2f} bits", measured), holds=lower >= LOWEST_MIXED_GAIN
+        )
+
+
+def _divergence(subject: Subject, fitted: Family, point: Point) -> float:
+    return point.report.kl_mean if point.report else kl(fitted.extract(point.config), subject.reference)
+
+
+def correlation_row(subject: Subject, fitted: Family) -> Row:
+    """The family's predictions over random configs, against their measured KL."""
+    rng = np.random.default_rng(1)
+    configs: list[Config] = []
+    while len(configs) < NUM_RANDOM:
+        configs += random_configs(fitted.space, rng)
+    configs = configs[:NUM_RANDOM]
+    predicted = [fitted.point(config).predicted for config in configs]
+    measured = [kl(fitted.extract(config), subject.reference) for config in configs]
+    correlation = float(spearmanr(predicted, measured).statistic)
+    what = f"rank correlation, predicted and measured, {NUM_RANDOM} random configs"
+    return Row((subject.name, what, f"{correlation:.3f}"), holds=correlation >= LOWEST_CORRELATION)
+
+
+def effort_row(folder: Path) -> Row:
+    """CPU seconds of the command line's fit of the embedded default, with the most and the least effort."""
+    seconds = {}
+    for effort in ("low", "high"):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "anyfit", "fit", "-o", str(folder / f"{effort}.family"), "--effort", effort]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds[effort] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    ratio = seconds["high"] / seconds["low"]
+    measured = f"{seconds['high']:.0f} CPU s against {seconds['low']:.0f}: {ratio:.1f} times"
+    return Row((EMBEDDED, "fit with high effort against low", measured), holds=ratio <= MOST_EFFORT)
+
+
+def family_section(comparisons: Sequence[Comparison], *, timed: bool) -> Section:
+    """What one family gives: budgets at once, mixes that beat uniform formats, predictions that can be trusted."""
+    rows: list[Row] = []
+    for comparison in comparisons:
+        subject, fitted = comparison.subject, comparison.fitted
+        rows += [budgets_row(subject, fitted), *mixed_rows(subject, fitted), correlation_row(subject, fitted)]
+    if timed:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(effort_row(Path(folder)))
+    remarks = (
+        f"{NUM_BUDGETS} budgets hold below {SLOWEST_BUDGETS:.0f} s, mixes with a KL lower by {LOWEST_MIXED_GAIN:.0%} than one format "
+        f"everywhere, correlations from {LOWEST_CORRELATION}, effort up to {MOST_EFFORT:.0f} times.",
+    )
+    return Section("One family", ("model", "what", "measured"), rows, remarks)
+
+
+def integer_model(subject: Subject, bits: int, group: int) -> Result:
+    """All linears of the blocks in one integer format, the rest as it is."""
+    format_, quantizer = formats.get(f"int{bits}_sym_g{group}"), quantizers.get(INTEGER_QUANTIZER)
+    began = time.process_time()
+    model = subject.checkpoint.load()
+    inputs = collect(model, architecture_of(model), subject.block_weights, subject.segments.calibration, progress=Silent())
+    prepared = {name: quantizer.prepare(entry) for name, entry in inputs.items()}
+    with torch.no_grad():
+        for weight in subject.block_weights:
+            parameter = model.get_parameter(weight.name)
+            parameter.copy_(format_.decode(quantizer.encode(parameter.detach(), prepared[weight.input], format_).data))
+    seconds = time.process_time() - began
+    quality, losses = evaluate(model, subject)
+    stored = sum(format_.bytes_(weight.shape) for weight in subject.block_weights)
+    rest = subject.num_parameters - sum(weight.num_weights for weight in subject.block_weights)
+    size = stored + environments.KEPT_BYTES * rest
+    return Result("anyfit", format_.name, size, 8 * size / subject.num_parameters, quality, losses, seconds)
+
+
+def integer_section(subject: Subject, theirs: Iterable[Outcome]) -> Section:
+    """Plain integer groups against AutoRound's at the same bits: perplexity and CPU seconds."""
+    rows = []
+    for (bits, group), outcome in zip(environments.LAYOUTS, theirs, strict=True):
+        if isinstance(outcome, Refused):
+            rows.append(Row((f"w{bits} g{group}", "", "", "", "", "", f"made none: {outcome.reason}")))
+            continue
+        ours = integer_model(subject, bits, group)
+        rise, error = perplexity_rise(outcome, ours)
+        cells = (
+            f"w{bits} g{group}", f"{bits + (16 + bits) / group:.2f} / {formats.get(ours.setting).bits:.2f}",
+            f"{outcome.quality.perplexity:.3f}", f"{ours.quality.perplexity:.3f} ({rise:+.2%} ± {error:.2%})",
+            f"{outcome.seconds:.0f}", f"{ours.seconds:.0f}", _kl(outcome) + " / " + _kl(ours),
+        )  # fmt: skip
+        print("  ".join(cells), flush=True)
+        rows.append(Row(cells, holds=rise < 0 and ours.seconds <= outcome.seconds and ours.bytes_ <= outcome.bytes_))
+    header = (
+        "layout",
+        "bits of the linears, AutoRound / anyfit",
+        "ppl AutoRound",
+        "ppl anyfit",
+        "CPU s AutoRound",
+        "CPU s anyfit",
+        "KL AutoRound / anyfit",
+    )
+    remarks = (
+        "One integer format for all linears of the blocks; anyfit's has no zero points. A row holds with a lower perplexity in no more "
+        "bytes and no more CPU time.",
+    )
+    return Section(f"Integer groups: {subject.name}", header, rows, remarks)
+
+
+def theirs(subject: Subject, peer: str, args: argparse.Namespace) -> Iterator[Outcome]:
+    if peer == presets.PEER:
+        return presets.outcomes(subject, fresh=args.fresh)
+    return environments.outcomes(subject, peer, args.environments, fresh=args.fresh)
+
+
+def compared(subject: Subject, args: argparse.Namespace) -> list[Comparison]:
+    """All pairs of a subject; where some peers need it padded, those with its padded twin."""
+    split: dict[str, tuple[Subject, list[str]]] = {}
+    for peer in args.peers:
+        own = subject if peer == presets.PEER else subject.padded
+        split.setdefault(own.name, (own, []))[1].append(peer)
+    comparisons = []
+    for own, peers in split.values():
+        fitted = family(own)
+        found = [pair for peer in peers for pair in pairs(own, fitted, theirs(own, peer, args), fresh=args.fresh)]
+        comparisons.append(Comparison(own, fitted, found))
+    return comparisons
+
+
+def remarks() -> tuple[str, ...]:
+    return (
+        "Mean KL to the original in nats per token and perplexity, both on held-out segments, ± standard error over segments. Every peer "
+        "gets the same calibration tokens. Bytes are all that is stored: of llama.cpp and anyfit the GGUF file with its tokenizer, "
+        "or the weight files where anyfit writes a folder; of the "
+        "others their quantised linears by formula (codes, 16-bit scales, zero points) and 16 bits for every other number, or their own "
+        "file where that is smaller. Bits are those of all tensors over all parameters. anyfit's budget is the peer's bytes.",
+        f"A row holds where anyfit's KL is at most half of a llama.cpp preset's up to {HALF_UP_TO_BITS:.0f} bits, not higher beyond; not "
+        "higher than any other peer's; and where its perplexity is not higher than the peer's by more than the standard error of the "
+        "difference over segments.",
+        "![The frontier of each network, and the peers](frontier.png)",
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assets", type=Path, default=None, help="a folder with further models")
+    parser.add_argument("--environments", type=Path, default=Path("build/peers"), help="where each peer's environment is, by its name")
+    parser.add_argument("--only", choices=(EMBEDDED, LARGE, SMALL), default=None, help="a single subject")
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help="some of " + ",".join(PEERS))
+    parser.add_argument("--fresh", action="store_true", help="make again what is kept of earlier runs")
+    args = parser.parse_args()
+    if unknown := set(args.peers) - set(PEERS):
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
+    if missing := [name for name in args.peers if name in environments.ENVIRONMENTS and not (args.environments / name).is_dir()]:
+        parser.error(f"{', '.join(missing)}: no environment in {args.environments} (make peers)")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    comparisons: list[Comparison] = []
+    sections: list[Section] = []
+    for subject in subjects(args.assets, WORK):
+        if args.only not in (None, subject.name):
+            continue
+        made = compared(subject, args)
+        comparisons += made
+        sections += [peers_section(comparison) for comparison in made]
+        if subject.name == SMALL and "autoround" in args.peers:
+            sections.append(integer_section(subject.padded, theirs(subject.padded, "autoround", args)))
+    picture(comparisons, FOLDER / "frontier.png")
+    sections.append(family_section([c for c in comparisons if not c.subject.is_padded], timed=args.only is None))
+    command = "make bench-frontier ASSETS=FOLDER"
+    return finish_page("frontier", "The frontier against the peers", command, sections, remarks())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What is known of one model in the comparison: its bytes, how it predicts, what it cost. Kept between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anyfit.core.files import read_json, write_json
+from anyfit.tasks.language import Quality, measure
+from peers.subjects import Subject
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model. `bytes_`: all that is stored of it. `bits`: its tensors' bits over all parameters.
+
+    `losses`: the mean loss of each report segment in nats, so that two models are compared segment by segment.
+    `seconds`: CPU time of making it. `detail`: what it is made of, in words.
+    """
+
+    peer: str
+    setting: str
+    bytes_: int
+    bits: float
+    quality: Quality
+    losses: tuple[float, ...]
+    seconds: float
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "quality": self.quality.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Result:
+        return cls(**{**data, "quality": Quality.from_json(data["quality"]), "losses": tuple(data["losses"])})
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A peer that made no model: why not, in its own words."""
+
+    peer: str
+    setting: str
+    reason: str
+
+
+Outcome = Result | Refused
+
+
+def evaluate(model: PreTrainedModel, subject: Subject) -> tuple[Quality, tuple[float, ...]]:
+    """Quality on the report split, and each segment's mean loss, from the same pass."""
+    losses: list[float] = []
+
+    def logits(tokens: Tensor) -> Tensor:
+        predicted = model(input_ids=tokens, use_cache=False).logits
+        each = torch.nn.functional.cross_entropy(predicted[:, :-1].transpose(1, 2).float(), tokens[:, 1:], reduction="none")
+        losses.extend(each.mean(1).tolist())
+        return predicted
+
+    return measure(logits, subject.reference), tuple(losses)
+
+
+def kept(path: Path, key: dict[str, Any], make: Callable[[], Outcome], *, fresh: bool) -> Outcome:
+    """The outcome at `path` if it was made from the same `key`, otherwise a new one, which is kept there."""
+    found = None if fresh else read_json(path)
+    if found is not None and found["key"] == key:
+        return Refused(**found["refused"]) if "refused" in found else Result.from_json(found["result"])
+    outcome = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"key": key, **({"refused": asdict(outcome)} if isinstance(outcome, Refused) else {"result": outcome.to_json()})})
+    return outcome

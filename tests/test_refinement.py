@@ -1,0 +1,95 @@
+"""Solving a config again for what really arrives, and what the family then holds."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import anyfit
+from anyfit import Family
+from anyfit.architectures import architecture_of
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.checkpoint import Checkpoint
+from anyfit.core.errors import ModelError
+from anyfit.core.units import Weight
+from anyfit.progress import Silent
+from anyfit.refinement import refine
+from anyfit.testing.models import save_tiny, tiny_text
+from anyfit.tuning.sequential import resolve
+
+FORMATS = ("Q8_0", "Q4_0")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "tiny-llama", "llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    text = folder / "notes.txt"
+    text.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    return anyfit.fit(tiny, data=text, output=folder / "tiny.family", formats=FORMATS, length=32, segments=16).path
+
+
+@pytest.fixture
+def family(fitted: Path, tmp_path: Path) -> Family:
+    return Family.open(shutil.copytree(fitted, tmp_path / "copy.family"))
+
+
+@torch.no_grad()
+def test_targets_are_the_least_squares_answer(tiny: Path) -> None:
+    """A network whose first projections are off: what is asked of the later ones gives the original's outputs back."""
+    original, stored = Checkpoint.open(tiny).load(), Checkpoint.open(tiny).load()
+    architecture = architecture_of(original)
+    weights = list(architecture.weights(original))
+    tokens = torch.randint(0, original.config.vocab_size, (16, 24), generator=torch.Generator().manual_seed(0))
+    errors = {}
+
+    def encode(group: Sequence[Weight], targets: Sequence[Tensor], statistics: InputStatistics) -> list[Tensor]:
+        assert statistics.count == tokens.numel()
+        for weight, target in zip(group, targets, strict=True):
+            errors[weight.name] = float((target - original.get_parameter(weight.name)).norm())
+        return [target * 0.8 if weight.role == "v" and weight.block == 0 else target for weight, target in zip(group, targets, strict=True)]
+
+    resolve(stored, original, architecture, weights, tokens, encode, progress=Silent())
+    first = [name for name in errors if "layers.0" in name]
+    assert all(errors[name] < 1e-3 for name in first if "o_proj" not in name and "mlp" not in name), "nothing arrives changed there"
+    assert errors[next(name for name in first if "o_proj" in name)] > 0.1, "values that are a fifth too small ask for more"
+    kept = original.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(stored.get_parameter("model.embed_tokens.weight"), kept), "what is outside the blocks stays"
+    with_target = (stored(tokens).logits - original(tokens).logits).norm()
+    spoiled = Checkpoint.open(tiny).load()
+    spoiled.get_parameter("model.layers.0.self_attn.v_proj.weight").mul_(0.8)
+    assert with_target < 0.5 * (spoiled(tokens).logits - original(tokens).logits).norm()
+
+
+def test_a_refined_size_is_closer_and_exported_as_it_is(family: Family, tiny: Path, tmp_path: Path) -> None:
+    budget = f"{family.space.bytes_(family.space.smallest())} B"
+    before = family.select(budget)
+    made = refine(family, budget, model=tiny)
+    assert made.kept and made.after.kl_mean < made.before.kl_mean
+    again = Family.open(family.path)
+    chosen = again.select(budget)
+    assert chosen.refined and chosen.config == before.config and chosen.bytes_ == before.bytes_
+    assert again.digest != family.digest
+    export = again.export(budget, tmp_path / "refined.gguf")
+    assert export.bytes_ == before.bytes_ and all(check.passed for check in export.checks)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not torch.equal(again.extract(budget).get_parameter(name), family.extract(before.config).get_parameter(name))
+    others = [point for point in again.points if point.config != chosen.config]
+    assert not any(point.refined for point in others) and len(others) == len(family.points) - (before in family.points)
+    assert not refine(again, budget, model=tiny).kept, "there is nothing to do twice"
+
+
+def test_only_the_very_original_will_do(family: Family, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", "llama", tie_word_embeddings=False)
+    with pytest.raises(ModelError, match="--model|content differs"):
+        refine(family, "90%", model=other)
+    assert not (family.path / "refined").exists()

@@ -1,0 +1,160 @@
+"""Tuning of codes and halves by gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anyfit.architectures import architecture_of
+from anyfit.formats import formats
+from anyfit.formats.base import GridFormat, join
+from anyfit.progress import Silent
+from anyfit.tasks.language import Reference, kl
+from anyfit.testing.models import tiny_model
+from anyfit.tuning.coded import Coded, Matrix
+from anyfit.tuning.signround import Settings, Tuned, tune
+
+SHORT = Settings(num_segments=16, batch_size=2, rate=0.1, half_rate=0.02)
+SCALAR = ("Q2_K", "Q3_K", "IQ4_NL", "MXFP4", "int2_asym")
+
+
+def grid(name: str) -> GridFormat:
+    format_ = formats.get(name)
+    assert isinstance(format_, GridFormat)
+    return format_
+
+
+def tokens(num_segments: int, seed: int) -> Tensor:
+    return torch.randint(256, (num_segments, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def coded(format_: GridFormat, weight: Tensor) -> Coded:
+    """Rounded to the nearest."""
+    spans = weight.split(256, 1)
+    scales = join([format_.fit(span.contiguous(), torch.ones(span.shape[1])) for span in spans])
+    scale, offset = (part.repeat_interleave(format_.group, 1) for part in (scales.scale, scales.offset))
+    target = torch.where(scale == 0, 0, (weight + offset) / scale)
+    vectors = target.unflatten(1, (-1, format_.vector)).movedim(2, 0).contiguous()
+    return Coded(format_, format_.codes(vectors, torch.eye(format_.vector)).movedim(0, 2).flatten(1), scales)
+
+
+@cache
+def network(model_type: str = "llama") -> PreTrainedModel:
+    return tiny_model(model_type, num_hidden_layers=1, vocab_size=256, tie_word_embeddings=True).requires_grad_(False)
+
+
+def matrices(model: PreTrainedModel, choose: dict[str, str], *, everywhere: str, order: bool = False) -> dict[str, Matrix]:
+    """Every matrix in the format that `choose` has for its role; `order` reverses the stored rows."""
+    found = {}
+    for weight in architecture_of(model).weights(model):
+        values = model.get_parameter(weight.name)
+        values = values.T if weight.transposed else values
+        rows = torch.arange(len(values)).flip(0) if order else None
+        values = values.contiguous() if rows is None else values[rows]
+        found[weight.name] = Matrix(coded(grid(choose.get(weight.role, everywhere)), values), values, rows, weight.transposed)
+    return found
+
+
+def tuned(model: PreTrainedModel, given: dict[str, Matrix], settings: Settings = SHORT) -> Tuned:
+    """Tuned and judged on the same text: what a random network does on random text doesn't carry over to any other."""
+    reference = Reference.of(model, tokens(8, 1))
+    return tune(model, given, reference, reference, settings=settings, progress=Silent())
+
+
+def divergence(model: PreTrainedModel, given: dict[str, Matrix], result: dict[str, Coded]) -> float:
+    """Of a network with the values that the bytes decode to, from the original, on the text that decides."""
+    reference = Reference.of(model, tokens(8, 1))
+    kept = {name: model.get_parameter(name).clone() for name in given}
+    for name, entry in result.items():
+        values = entry.format_.decode(entry.data)
+        matrix = given[name]
+        if matrix.order is not None:
+            values = values[matrix.order.argsort()]
+        model.get_parameter(name).copy_(values.T if matrix.transposed else values)
+    found = kl(model, reference)
+    for name, values in kept.items():
+        model.get_parameter(name).copy_(values)
+    return found
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_the_bytes_predict_better_than_those_given(name: str) -> None:
+    model = network()
+    given = matrices(model, {}, everywhere=name)
+    before = {parameter: values.clone() for parameter, values in model.named_parameters()}
+    result = tuned(model, given)
+    assert all(torch.equal(values, before[parameter]) for parameter, values in model.named_parameters())
+    assert result.before == pytest.approx(divergence(model, given, {n: m.coded for n, m in given.items()}), rel=1e-4)
+    assert result.after == pytest.approx(divergence(model, given, result.coded), rel=1e-4)
+    assert result.after < 0.95 * result.before
+    for entry in result.coded.values():
+        codes, scale, offset = entry.format_.read(entry.data)
+        assert torch.equal(codes, entry.codes)
+        assert int(codes.max()) < len(entry.format_.levels)
+        assert torch.equal(scale, entry.scales.scale) and torch.equal(offset, entry.scales.offset)
+        assert scale.isfinite().all() and offset.isfinite().all()
+
+
+def test_transposed_and_reordered_matrices_of_several_formats() -> None:
+    model = network("gpt2")
+    given = matrices(model, {"o": "Q2_K", "up": "int2_asym"}, everywhere="Q3_K", order=True)
+    assert any(matrix.transposed for matrix in given.values())
+    assert len({matrix.coded.format_.name for matrix in given.values()}) > 1
+    result = tuned(model, given)
+    assert result.after == pytest.approx(divergence(model, given, result.coded), rel=1e-4)
+    assert result.after < 0.95 * result.before
+    assert list(result.coded) == list(given)
+
+
+def test_order_of_stored_rows_makes_no_difference() -> None:
+    model = network()
+    straight = tuned(model, matrices(model, {}, everywhere="Q3_K"))
+    reversed_ = tuned(model, matrices(model, {}, everywhere="Q3_K", order=True))
+    for name, entry in straight.coded.items():
+        assert torch.equal(entry.data, reversed_.coded[name].data.flip(0))
+
+
+def test_deterministic_and_without_global_randomness() -> None:
+    model = network()
+    given = matrices(model, {}, everywhere="Q2_K")
+    state = torch.random.get_rng_state()
+    first, second = tuned(model, given), tuned(model, given)
+    other = tuned(model, given, replace(SHORT, seed=1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(entry.data, second.coded[name].data) for name, entry in first.coded.items())
+    assert any(not torch.equal(entry.data, other.coded[name].data) for name, entry in first.coded.items())
+
+
+def test_never_worse_than_what_was_given() -> None:
+    """A rate far too high destroys the network; the start is returned."""
+    model = network()
+    given = matrices(model, {}, everywhere="Q4_K")
+    result = tuned(model, given, replace(SHORT, rate=20.0, half_rate=5.0))
+    assert result.after == result.before
+    assert all(result.coded[name] is matrix.coded for name, matrix in given.items())
+
+
+def test_codebooks_keep_their_codes() -> None:
+    name = next(name for name in formats if getattr(formats.get(name), "vector", 1) > 1)
+    model = network()
+    given = matrices(model, {}, everywhere=name)
+    result = tuned(model, given)
+    assert result.after < result.before
+    assert all(torch.equal(entry.codes, given[name].coded.codes) for name, entry in result.coded.items())
+    assert any(not torch.equal(entry.scales.scale, given[name].coded.scales.scale) for name, entry in result.coded.items())
+
+
+def test_no_steps_change_nothing() -> None:
+    """The latents start where they round to the codes given, for grids of uneven levels too."""
+    model = network()
+    for name in SCALAR:
+        given = matrices(model, {}, everywhere=name)
+        result = tuned(model, given, replace(SHORT, rate=0.0, half_rate=0.0, lean=0.98, num_segments=2))
+        for parameter, matrix in given.items():
+            values = [entry.format_.decode(entry.data) for entry in (matrix.coded, result.coded[parameter])]
+            assert torch.equal(*values)
