@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,8 +51,9 @@ HALF_UP_TO_BITS = 5.0
 NUM_BUDGETS, SLOWEST_BUDGETS = 64, 1.0
 NUM_RANDOM, LOWEST_CORRELATION = 50, 0.95
 LOWEST_MIXED_GAIN, MOST_BITS_OFF = 0.10, 0.75
-MOST_EFFORT = 3.0
 RECIPE = "gptq"
+CODEBOOKS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
+"""Beside the default menu, so that there is something of every size."""
 INTEGER_QUANTIZER = "gptq"
 
 
@@ -84,7 +83,8 @@ def family(subject: Subject) -> Family:
     target = targets.get("transformers" if subject.is_padded else presets.PEER)
     text = subject.segments
     counts = (len(text.calibration), len(text.search), len(text.report))
-    wanted = Settings(target.name, target.default_formats, RECIPE, text.calibration.shape[1], *counts, 0)
+    menu = dict.fromkeys((*target.default_formats, *(CODEBOOKS if target.name == presets.PEER else ())))
+    wanted = Settings(target.name, tuple(menu), RECIPE, text.calibration.shape[1], *counts, 0)
     output = subject.work / ("padded.family" if subject.is_padded else "anyfit.family")
     Fit(subject.checkpoint, text, wanted, Silent()).run(output, restart=False, force=True)
     return Family.open(output)
@@ -232,32 +232,15 @@ def correlation_row(subject: Subject, fitted: Family) -> Row:
     return Row((subject.name, what, f"{correlation:.3f}"), holds=correlation >= LOWEST_CORRELATION)
 
 
-def effort_row(folder: Path) -> Row:
-    """CPU seconds of the command line's fit of the embedded default, with the most and the least effort."""
-    seconds = {}
-    for effort in ("low", "high"):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "anyfit", "fit", "-o", str(folder / f"{effort}.family"), "--effort", effort]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds[effort] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    ratio = seconds["high"] / seconds["low"]
-    measured = f"{seconds['high']:.0f} CPU s against {seconds['low']:.0f}: {ratio:.1f} times"
-    return Row((EMBEDDED, "fit with high effort against low", measured), holds=ratio <= MOST_EFFORT)
-
-
-def family_section(comparisons: Sequence[Comparison], *, timed: bool) -> Section:
+def family_section(comparisons: Sequence[Comparison]) -> Section:
     """What one family gives: budgets at once, mixes that beat uniform formats, predictions that can be trusted."""
     rows: list[Row] = []
     for comparison in comparisons:
         subject, fitted = comparison.subject, comparison.fitted
         rows += [budgets_row(subject, fitted), *mixed_rows(subject, fitted), correlation_row(subject, fitted)]
-    if timed:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(effort_row(Path(folder)))
     remarks = (
         f"{NUM_BUDGETS} budgets hold below {SLOWEST_BUDGETS:.0f} s, mixes with a KL lower by {LOWEST_MIXED_GAIN:.0%} than one format "
-        f"everywhere, correlations from {LOWEST_CORRELATION}, effort up to {MOST_EFFORT:.0f} times.",
+        f"everywhere, correlations from {LOWEST_CORRELATION}.",
     )
     return Section("One family", ("model", "what", "measured"), rows, remarks)
 
@@ -375,7 +358,7 @@ def main() -> int:
         if subject.name == SMALL and "autoround" in args.peers:
             sections.append(integer_section(subject.padded, theirs(subject.padded, "autoround", args)))
     picture(comparisons, FOLDER / "frontier.png")
-    sections.append(family_section([c for c in comparisons if not c.subject.is_padded], timed=args.only is None))
+    sections.append(family_section([c for c in comparisons if not c.subject.is_padded]))
     command = "make bench-frontier ASSETS=FOLDER"
     return finish_page("frontier", "The frontier against the peers", command, sections, remarks())
 
