@@ -59,7 +59,7 @@ def refine(
     isn't the very one. A config that is refined already is left alone.
     """
     progress = progress or Silent()
-    chosen = family.select(budget)
+    chosen = family.select_unrefined(budget)
     if chosen.refined:
         assert chosen.search is not None
         return Refined(chosen, chosen.search, chosen.search)

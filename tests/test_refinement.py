@@ -86,6 +86,8 @@ def test_a_refined_size_is_closer_and_exported_as_it_is(family: Family, tiny: Pa
     others = [point for point in again.points if point.config != chosen.config]
     assert not any(point.refined for point in others) and len(others) == len(family.points) - (before in family.points)
     assert not refine(again, budget, model=tiny).kept, "there is nothing to do twice"
+    larger = f"{chosen.bytes_ + 1000} B"
+    assert not again.select_unrefined(larger).refined, "a smaller refined config doesn't keep a larger one from being refined"
 
 
 def test_only_the_very_original_will_do(family: Family, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_packed_words_are_those_of_compressed_tensors(network, name):
     codes = unpack_from_int32(tensors[f"{held.modules[0]}.weight_packed"], format_.num_bits, weight.shape)
     zero = tensors.get(f"{held.modules[0]}.weight_zero_point", torch.zeros(1, 1))
     scale = tensors[f"{held.modules[0]}.weight_scale"]
-    values = (codes.float().unflatten(1, (-1, 32)) - zero.float().unsqueeze(-1)) * scale.float().unsqueeze(-1)
+    values = (codes.float().unflatten(1, (-1, format_.group)) - zero.float().unsqueeze(-1)) * scale.float().unsqueeze(-1)
     assert torch.equal(values.flatten(1), format_.decode(data))
     assert torch.equal(held.decode(name, tensors), format_.decode(data))
 

@@ -131,13 +131,20 @@ class Family:
         """The best config within the budget.
 
         It is the exact optimum of the additive scores, unless a config that was measured within the budget is
-        expected to be better: uniform settings and the finalists of the fit always compete. Raises
+        expected to be better: uniform settings, the finalists of the fit and refined configs always compete. Raises
         `BudgetError` where nothing fits.
         """
+        return self._best(budget, self.points)
+
+    def select_unrefined(self, budget: str | Iterable[str] | Budget) -> Point:
+        """The best config within the budget as if none had been refined: the one to refine."""
+        return self._best(budget, [point for point in self.points if not point.refined])
+
+    def _best(self, budget: str | Iterable[str] | Budget, measured: Iterable[Point]) -> Point:
         budget = self.budget(budget)
         config = solve(self.space, self.manifest.table, budget)
         found = self.point(config)
-        rivals = [p for p in self.points if budget.allows({"bytes": p.bytes_, "bits": p.bits})]
+        rivals = [p for p in measured if budget.allows({"bytes": p.bytes_, "bits": p.bits})]
         best = min(rivals, key=_measured, default=None)
         if best is None or found in rivals:
             return found if best is None or _measured(found) <= _measured(best) else best

@@ -23,7 +23,7 @@ from anyfit.core.config import Config
 from anyfit.core.errors import UnknownNameError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
-from anyfit.formats import INTEGER_BITS
+from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS
 from anyfit.targets import compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.compressed_tensors import DTYPES, Place
@@ -36,7 +36,10 @@ _DEAREST_FIRST = sorted(INTEGER_BITS, reverse=True)
 class Transformers(Target):
     name = "transformers"
     suffix = ""
-    formats = ("F32", "F16", "BF16", *(f"int{bits}_{kind}" for bits in _DEAREST_FIRST for kind in ("asym", "sym")))
+    formats = (
+        *("F32", "F16", "BF16"),
+        *(f"int{bits}_{kind}{group}" for bits in _DEAREST_FIRST for kind in ("asym", "sym") for group in INTEGER_GROUPS.values()),
+    )
     default_formats = ("F16", "BF16", *(f"int{bits}_sym" for bits in _DEAREST_FIRST))
 
     def supports(self, source: Source) -> str | None:
