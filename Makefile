@@ -18,7 +18,7 @@ PEER_hqq := hqq==0.2.8.post1
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-allocation bench-family bench-formats bench-frontier bench-scores bench-zoo peers clean
+.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-effort bench-family bench-formats bench-frontier bench-scores bench-zoo peers clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -47,8 +47,14 @@ llamacpp: $(VENV)/.llamacpp  ## llama.cpp itself, compiled here: its checks are 
 picture: $(VENV)/.installed  ## docs/frontier.png out of the demo's family.
 	$(BIN)/python -c 'from pathlib import Path; from anyfit import Family; from anyfit.report.plots import frontier_png; frontier_png(Family.open("$(DEMO)"), Path("docs/frontier.png"))'
 
+bench-ablation: $(VENV)/.installed  ## What each part brings, from plain rounding on. ASSETS=FOLDER adds models.
+	$(BIN)/python benchmarks/ablation.py $(if $(ASSETS),--assets "$(ASSETS)")
+
 bench-allocation: $(VENV)/.installed  ## Who gets the bits: uniform, exact, evolution; the time of a whole frontier.
 	$(BIN)/python benchmarks/allocation.py
+
+bench-effort: $(VENV)/.installed  ## Low, normal and high effort: time, and quality at equal budgets.
+	$(BIN)/python benchmarks/effort.py
 
 bench-family: $(VENV)/.llamacpp  ## The main job twice, then many budgets: time, exact sizes, equal bytes.
 	$(BIN)/python benchmarks/family.py
