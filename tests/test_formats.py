@@ -140,6 +140,14 @@ def test_fields_come_back(bits: int) -> None:
         assert torch.equal(unpack_fields(pack_fields(codes, bits, stride), bits, stride), codes)
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "Q2_K", "Q3_K", "TQ2_0", "IQ4_NL", "MXFP4"])
+def test_compiled_loops_choose_as_tensors_do(name: str) -> None:
+    """On borders between levels, and beyond the last ones, too."""
+    levels = grid(name).levels
+    target = torch.cat([torch.arange(-300, 300) / 2, torch.linspace(-140, 140, 4001), torch.tensor([torch.inf, -torch.inf, 1e30])])
+    assert torch.equal(grid(name).codes(target.unsqueeze(0), torch.ones(1, 1))[0], nearest(levels, grid(name).uniform, target))
+
+
 def test_nearest_is_nearest_on_uneven_levels() -> None:
     for name in ("IQ4_NL", "MXFP4"):
         levels = grid(name).levels

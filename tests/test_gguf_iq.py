@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyfit.formats import formats
+from anyfit.formats import formats, gguf_iq_fit
 from anyfit.formats.base import GridFormat, Scales, quantize
 from anyfit.formats.gguf_iq import CodebookFormat, even_signs
+from anyfit.formats.gguf_iq_choose import add_lines
 
 NAMES = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 
@@ -113,6 +114,24 @@ def weighted_error(format_: GridFormat, weight: Tensor, importance: Tensor, scal
     spread = scale.repeat_interleave(format_.group, 1)
     _, values = quantize(format_, weight, spread, torch.zeros_like(spread), importance)
     return ((values - weight).square() * importance).sum(1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lines_that_are_lowest_somewhere_are_found(name: str) -> None:
+    """Against trying all entries at many scales."""
+    format_, along, rng = book(name), np.empty(book(name).entries.shape[1], np.float32), np.random.default_rng(0)
+    parts = gguf_iq_fit.parts_of(rng.random(256, np.float32), format_.entries)
+    places, corners = np.arange(1024, dtype=np.int32), np.empty(gguf_iq_fit.LINES, np.int64)
+    lines = np.empty((3, len(parts.squares), gguf_iq_fit.LINES))
+    for part in range(8):
+        add_lines(parts.entries[part], rng.random(8, np.float32), 0, along)
+        gguf_iq_fit._envelope(along, parts.squares, part, lines, corners, places)
+        last = lines[2, part].tolist().index(np.inf)
+        for inverse in np.geomspace(1e-2, 1e4, 200):
+            line = int((lines[2, part, :last] < inverse).sum())
+            found = lines[1, part, line] - 2 * inverse * lines[0, part, line]
+            least = (parts.squares[part] - 2 * inverse * along.astype(np.float64)).min()
+            assert found <= least + 1e-3 * abs(least) + 1e-3 * parts.squares[part, 0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats import formats
-from anyfit.formats.base import SPAN, GridFormat
+from anyfit.formats.base import SPAN, GridFormat, Scales
 from anyfit.quantizers import gptq as gptq_module
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import output_errors
-from anyfit.quantizers.gptq import column_order, inverse_factor
+from anyfit.quantizers.gptq import Factor, column_order, inverse_factor
 from anyfit.testing.quantizers import check_quantizer
 
 GRIDS = ("Q2_K", "Q4_K", "Q6_K", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4", "int3_asym", "int4_sym")
@@ -57,15 +57,52 @@ def test_gptq_without_correlations_is_rounding(name: str) -> None:
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 128, 256])
-def test_blocks_of_updates_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, statistics = matrix(16, 512), correlated(512)
-    gptq = quantizers.get("gptq")
-    expected = gptq.encode(weight, gptq.prepare(statistics), grid("Q8_0"))
-    monkeypatch.setattr(gptq_module, "CHUNK", chunk)
-    found = gptq.encode(weight, gptq.prepare(statistics), grid("Q8_0"))
-    assert found.error == pytest.approx(expected.error, rel=0.02)
-    assert (found.data == expected.data).float().mean() > 0.9
+def plain_span(format_: GridFormat, free: Tensor, factor: Factor, scales: Scales) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, values and weights as they were rounded, (rows, columns) in the factor's order: one span, vector by vector."""
+    group, codes = factor.order // format_.group, torch.empty(free.shape, dtype=torch.uint8)
+    scale, offset = scales.scale[:, group], scales.offset[:, group]
+    free, values = free.clone(), torch.empty_like(free)
+    for now in torch.arange(free.shape[1]).split(format_.vector):
+        upper = factor.upper[now][:, now]
+        passed = torch.linalg.inv(upper)
+        target = (free[:, now] + offset[:, now]) * torch.where(scale[:, now] == 0, 0, 1 / scale[:, now])
+        codes[:, now] = format_.codes(target.T, passed @ passed.T).T
+        values[:, now] = format_.levels[codes[:, now].int()] * scale[:, now] - offset[:, now]
+        later = slice(int(now[-1]) + 1, None)
+        free[:, later] -= (free[:, now] - values[:, now]) @ passed @ factor.upper[now, later]
+    return codes, values, free
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ4_NL", "MXFP4", "IQ2_XS", "IQ3_S"])
+def test_the_compiled_loop_rounds_as_a_plain_one(name: str) -> None:
+    format_ = grid(name)
+    weight, prepared = matrix(300, 256), quantizers.get("gptq").prepare(correlated(256))
+    weight[7] = 0
+    factor = prepared.factor(format_.vector)
+    scales = format_.fit(weight, prepared.importance)
+    free = weight[:, factor.order]
+    expected = plain_span(format_, free, factor, scales)
+    codes, values = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free)
+    gptq_module._round_span(format_, (free, codes, values), factor, slice(0, 256), scales)
+    # float32 may tip a rounding, and with it the rest of the row
+    same = (codes == expected[0]).all(1)
+    assert same.float().mean() > 0.8 and (codes == expected[0]).float().mean() > 0.9
+    assert torch.equal(values[same], expected[1][same])
+    assert torch.allclose(free[same], expected[2][same], atol=1e-5)
+    hessian = prepared.statistics.hessian[factor.order][:, factor.order]
+    error, plain = (float(output_errors(weight[:, factor.order] - found, hessian).sum()) for found in (values, expected[1]))
+    assert error == pytest.approx(plain, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["Q3_K", "IQ4_NL", "IQ2_XXS", "IQ3_S"])
+def test_the_number_of_threads_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gptq, format_ = matrix(400, 512), quantizers.get("gptq"), grid(name)
+    prepared = gptq.prepare(correlated(512))
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr("numba.config.NUMBA_NUM_THREADS", threads)
+        found.append(gptq.encode(weight, prepared, format_).data)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_further_passes_leave_no_row_worse(monkeypatch: pytest.MonkeyPatch) -> None:

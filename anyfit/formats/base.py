@@ -12,9 +12,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from anyfit.formats.choose import choose_each, levels_book
 
 SPAN = 256
 """Columns whose scales are fitted together. Every format's group divides it, so one order of the columns (and
@@ -88,7 +91,7 @@ class GridFormat(Format):
     """float32 (K,): what code k stands for before scale and offset, in any order."""
     vector: int = 1
     """Consecutive columns that are coded together, as one entry of a codebook. Divides `group`. Beyond 1, not every
-    combination of codes can be stored; `codes` and whatever else chooses them keeps to those that can."""
+    combination of codes can be stored; `book` and whatever else chooses them keeps to those that can."""
     scale_half: str | None = None
     """Which of `Scales.stored` are the halves that all scales are proportional to, (rows, k); None where there are none."""
     offset_half: str | None = None
@@ -99,13 +102,21 @@ class GridFormat(Format):
         """Whether the levels are consecutive whole numbers, so that rounding finds the nearest."""
         return bool((self.levels.diff() == 1).all())
 
+    @cached_property
+    def book(self) -> Any:
+        """What compiled loops choose codes by, see `choose`."""
+        return levels_book(self.levels, self.uniform)
+
     def codes(self, target: Tensor, metric: Tensor) -> Tensor:
         """Codes of the storable levels nearest to `target`, uint8 (vector, ...).
 
         `target` (vector, ...): weights as levels, (weight + offset) / scale. `metric` (vector, vector), positive
         definite: the error of a difference e is e @ metric @ e.
         """
-        return nearest(self.levels, self.uniform, target)
+        targets = target.float().flatten(1).T.contiguous()
+        codes = torch.empty(targets.shape, dtype=torch.uint8)
+        choose_each(self.book, metric.float().contiguous().numpy(), targets.numpy(), codes.numpy())
+        return codes.T.reshape(target.shape)
 
     @abstractmethod
     def assemble(self, stored: dict[str, Tensor]) -> Scales:

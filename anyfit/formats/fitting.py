@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anyfit.core.errors import UserError
 from anyfit.formats.fitting_lanes import LANES, Floats, to_tiles
+from anyfit.formats.threads import each
 
 HALF_MAX = 65504.0
 CHUNK = 2**17
@@ -75,12 +76,17 @@ class Columns:
 
 def fit_rows(fit: Callable[[Columns], tuple[NDArray[Any], ...]], weight: Tensor, importance: Tensor, group: int) -> tuple[Tensor, ...]:
     """Apply `fit` to a few rows of a span at a time and join its answers, (groups or 1, rows), as (rows, groups or 1)."""
-    weights = _error_weights(importance)
-    answers = []
-    for rows in weight.detach().split(max(1, CHUNK // weight.shape[1])):
-        parts = fit(Columns.of(rows, weights, group))
-        answers.append([torch.from_numpy(part)[:, : len(rows)] for part in parts])
-    return tuple(torch.cat(parts, 1).T.contiguous() for parts in zip(*answers, strict=True))
+    weight, weights = weight.detach(), _error_weights(importance)
+    most = max(1, CHUNK // weight.shape[1])
+    answers: dict[int, list[Tensor]] = {}
+
+    def some(rows: slice) -> None:
+        parts = fit(Columns.of(weight[rows], weights, group))
+        answers[rows.start] = [torch.from_numpy(part)[:, : rows.stop - rows.start] for part in parts]
+
+    each(some, len(weight), min(LANES, most), most)
+    ordered = [answers[start] for start in sorted(answers)]
+    return tuple(torch.cat(parts, 1).T.contiguous() for parts in zip(*ordered, strict=True))
 
 
 def numbers(some: tuple[float, ...]) -> Floats:

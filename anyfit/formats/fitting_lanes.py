@@ -40,10 +40,11 @@ inlined: Any = njit(inline="always", error_model="numpy")
 
 
 def _forget_outdated() -> None:
-    """Drop what numba keeps on disk of these modules where any of them is newer: it only looks at a function's own file."""
-    here = Path(__file__)
-    newest = max(path.stat().st_mtime for path in here.parent.glob("fitting*.py"))
-    for index in (here.parent / "__pycache__").glob("fitting*.nbi"):
+    """Drop what numba keeps on disk of compiled functions where a file is newer: it only looks at a function's own file."""
+    package = Path(__file__).parents[1]
+    folders = package / "formats", package / "quantizers"
+    newest = max(path.stat().st_mtime for folder in folders for path in folder.glob("*.py"))
+    for index in (index for folder in folders for index in (folder / "__pycache__").glob("*.nbi")):
         with suppress(OSError):  # gone by now, or another user's and so never read
             if index.stat().st_mtime < newest:
                 index.unlink()

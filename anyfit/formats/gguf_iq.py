@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyfit.formats import gguf_iq_choose, gguf_iq_fit
+from anyfit.formats import gguf_iq_fit
 from anyfit.formats.base import SPAN, GridFormat, Scales
 from anyfit.formats.fields import half_bytes, pack_fields, read_halves, unpack_fields
 from anyfit.formats.fitting import HALF_MAX, listed, refuse_beyond
-from anyfit.formats.fitting_lanes import Floats
 from anyfit.formats.fitting_scale import ScaleSearch
 from anyfit.formats.fitting_two_level import TwoLevel
 from anyfit.formats.gguf import IQ4_NL
 from anyfit.formats.gguf_blocks import Layout, Parts
-from anyfit.formats.gguf_iq_choose import WIDTH
+from anyfit.formats.gguf_iq_choose import PLACE, WIDTH, Codebook
 from anyfit.formats.gguf_k import TwoLevelScaled
+from anyfit.formats.threads import each
 
 
 class CodebookFormat(GridFormat):
@@ -56,10 +56,9 @@ class CodebookFormat(GridFormat):
         return 8 * sum(self.layout.sizes.values()) / self.block
 
     @cached_property
-    def products(self) -> Floats:
-        """Of each two magnitudes of an entry, (pairs, entries)."""
-        size = len(self.entries)
-        return np.stack([self.entries[i] * self.entries[j] for i in range(size) for j in range(i + 1, size)])
+    def book(self) -> Codebook:
+        assert self.entries.shape[1] <= PLACE + 1, f"{self.name} has more entries than compiled loops can tell apart"
+        return Codebook(self.entries, self.entry_codes.numpy(), self.num_magnitudes, self.even)
 
     @cached_property
     def places(self) -> Tensor:
@@ -73,21 +72,20 @@ class CodebookFormat(GridFormat):
         """(..., size) codes of magnitudes to whole numbers (...,)."""
         return (codes.long() * self.num_magnitudes ** torch.arange(codes.shape[-1])).sum(-1)
 
-    def codes(self, target: Tensor, metric: Tensor) -> Tensor:
-        rows = np.ascontiguousarray(target.flatten(1).numpy()), np.ascontiguousarray(metric.numpy(), dtype=np.float32)
-        chosen, negative = gguf_iq_choose.choose(*rows, self.entries, self.products, self.even)
-        codes = self.entry_codes[torch.from_numpy(chosen).int()].transpose(1, 2).flatten(0, 1)
-        return codes.add_(torch.from_numpy(negative), alpha=self.num_magnitudes).view_as(target)
-
     def fit(self, weight: Tensor, importance: Tensor) -> Scales:
         top = self.unit * (2 * gguf_iq_fit.NUMBERS - 1) * float(self.levels.max())
         refuse_beyond(self.name, HALF_MAX * top, weight)
         mean = importance.contiguous().mean()
         weights = (importance / mean).clamp_min(1e-4) if mean > 0 else torch.ones_like(importance)
-        half, number = gguf_iq_fit.fit(
-            weight.contiguous().numpy(), weights.contiguous().numpy(), self.entries, self.even, self.group, self.unit
-        )
-        return self.assemble({"d": torch.from_numpy(half).half().unsqueeze(1), "numbers": torch.from_numpy(number)})
+        columns, counted = weight.contiguous().numpy(), weights.contiguous().numpy()
+        parts = gguf_iq_fit.parts_of(counted, self.entries)
+        half, numbers = np.empty(len(columns), np.float32), np.empty((len(columns), columns.shape[1] // self.group), np.uint8)
+
+        def some(rows: slice) -> None:
+            gguf_iq_fit.fit(columns[rows], counted, parts, self.even, self.group, self.unit, half[rows], numbers[rows])
+
+        each(some, len(columns), 8)
+        return self.assemble({"d": torch.from_numpy(half).half().unsqueeze(1), "numbers": torch.from_numpy(numbers)})
 
     def assemble(self, stored: dict[str, Tensor]) -> Scales:
         half, numbers = stored["d"].float(), stored["numbers"].unflatten(1, (stored["d"].shape[1], -1))

@@ -11,12 +11,13 @@ the count must be even.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from anyfit.formats.fitting_lanes import HALF_TINY, Floats, compiled, to_half
-from anyfit.formats.gguf_iq_choose import WIDTH, first_least
+from anyfit.formats.gguf_iq_choose import HIGHEST, PLACE, WIDTH, add_lines, ranked
 
 Doubles = NDArray[np.float64]
 LINES = 48
@@ -24,52 +25,59 @@ LINES = 48
 NUMBERS = 16
 
 
+class Parts(NamedTuple):
+    """What all rows share of each part, its entries by rising `squares`, (parts, num): weighted sums of squares.
+
+    `entries` (parts, size, num): magnitudes.
+    """
+
+    squares: Floats
+    entries: Floats
+
+
+def parts_of(importance: Floats, entries: Floats) -> Parts:
+    """For columns of a span with this `importance` (span,); `entries` (size, num) magnitudes."""
+    counted, squares = importance.reshape(-1, len(entries)), np.float32(0)
+    for i, values in enumerate(entries):  # no matrix product, which may sum in another order on another machine
+        squares = squares + counted[:, i, None] * values**2
+    order = squares.argsort(1, kind="stable")
+    return Parts(np.take_along_axis(squares, order, 1), np.ascontiguousarray(entries[:, order].transpose(1, 0, 2)))
+
+
 @compiled
 def fit(
-    weight: Floats, importance: Floats, entries: Floats, even: bool, group: int, unit: float
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    weight: Floats, importance: Floats, parts: Parts, even: bool, group: int, unit: float, halves: Floats, numbers: NDArray[np.uint8]
+) -> None:
     """The half (rows,) and the number of each group (rows, groups) for `weight` (rows, span).
 
-    A group's scale is unit * half * (2 * number + 1). `importance` (span,) positive; `entries` (size, num) magnitudes.
+    A group's scale is unit * half * (2 * number + 1). `importance` (span,) positive.
     """
-    rows, span = weight.shape
-    size, num = entries.shape
-    halves, numbers = np.zeros(rows, np.float32), np.zeros((rows, span // group), np.uint8)
-    squares = _squares(importance, entries)
-    target, along = np.empty(span), np.empty(num, np.float32)
-    # (parts, lines): along and square of each line, and where, as 1 / scale, the next one takes over
-    lines = np.empty((3, span // size, LINES))
-    ideal = np.empty(span // group)
-    for row in range(rows):
+    span = weight.shape[1]
+    num_parts, size, num = parts.entries.shape
+    num_groups = span // group
+    target, along, factors = np.empty(span), np.empty(num, np.float32), np.empty(span, np.float32)
+    corners, at, places = np.empty(LINES, np.int64), np.empty(num_parts // num_groups, np.int64), np.arange(PLACE + 1).astype(np.int32)
+    # each: along and square of a line (of the sum of lines), and where, as 1 / scale, the next one takes over
+    lines, sums = np.empty((3, num_parts, LINES)), np.empty((3, num_groups, len(at) * (LINES - 1) + 1))
+    # of each group: the scale of least error, and that error; in which step it is
+    ideal, home, trial = np.empty((2, num_groups)), np.empty(num_groups, np.int64), np.empty(num_groups, np.uint8)
+    for row in range(len(weight)):
+        halves[row] = 0
+        numbers[row] = 0
         peak = 0.0
         for column in range(span):
             peak = max(peak, abs(float(weight[row, column])))
         if peak == 0:
             continue
         _signed(weight[row], importance, peak, even, target)
-        for part in range(span // size):
-            along[:] = 0
-            for i in range(size):
-                column = part * size + i
-                factor, values = np.float32(importance[column] * target[column]), entries[i]
-                for k in range(num):
-                    along[k] += factor * values[k]
-            _envelope(along, squares[part], lines[:, part])
-        for i in range(span // group):
-            ideal[i] = _best_scale(lines, i * group // size, (i + 1) * group // size)
-        halves[row] = _two_level(lines, ideal, peak, unit, numbers[row])
-    return halves, numbers
-
-
-@compiled
-def _squares(importance: Floats, entries: Floats) -> Floats:
-    """Weighted sums of squares of each entry at each part, (parts, num)."""
-    size, num = entries.shape
-    squares = np.zeros((len(importance) // size, num), np.float32)
-    for column in range(len(importance)):
-        for k in range(num):
-            squares[column // size, k] += importance[column] * entries[column % size, k] ** 2
-    return squares
+        for column in range(span):
+            factors[column] = importance[column] * target[column]
+        for part in range(num_parts):
+            add_lines(parts.entries[part], factors, part * size, along)
+            _envelope(along, parts.squares, part, lines, corners, places)
+        for i in range(num_groups):
+            home[i], ideal[0, i], ideal[1, i] = _add_up(lines, sums, at, i)
+        halves[row] = _two_level(sums, home, ideal, peak, unit, trial, numbers[row])
 
 
 @compiled
@@ -86,63 +94,97 @@ def _signed(weight: Floats, importance: Floats, peak: float, even: bool, target:
             target[least] = -target[least]
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
-def _envelope(along: Floats, square: Floats, lines: Doubles) -> None:
-    """The entries that are best at some scale, from the largest scale to the smallest."""
-    num = len(along)
-    place = np.empty(num, np.float32)
-    now = first_least(square)
-    for line in range(LINES):
-        lines[0, line], lines[1, line], lines[2, line] = along[now], square[now], np.inf
-        here, base = along[now], square[now]
-        for k in range(num):
-            further = along[k] - here
-            place[k] = (square[k] - base) / further if further > 0 else np.float32(3e38)
-        following = first_least(place)
-        if line == LINES - 1 or place[following] >= 3e38:
-            return
-        lines[2, line] = max(0.5 * place[following], 0.0)
-        now = following
+@compiled
+def _envelope(along: Floats, squares: Floats, part: int, lines: Doubles, corners: NDArray[np.int64], places: NDArray[np.int32]) -> None:
+    """The entries that are best at some scale, out of all by rising square: the upper left of a convex hull.
+
+    It is found by quickhull, from the left: between two of its corners lies another where any entry is above their chord.
+    `corners`: those right of the last one that are known by now.
+    """
+    last, here, open_ = 0, 0, 1
+    corners[0] = _farthest(along, squares, part, np.float32(0), 0, len(along), places)
+    lines[0, part, 0], lines[1, part, 0] = along[0], squares[part, 0]
+    while open_:
+        there = corners[open_ - 1]
+        if there > here + 1 and open_ < LINES:
+            slope = (along[there] - along[here]) / max(squares[part, there] - squares[part, here], np.float32(1e-30))
+            between = _farthest(along, squares, part, slope, here + 1, there, places)
+            level = along[here] - slope * squares[part, here]
+            if along[between] - slope * squares[part, between] > level + np.float32(1e-4) * abs(level):
+                corners[open_] = between
+                open_ += 1
+                continue
+        open_ -= 1
+        if along[there] > along[here]:
+            place = 0.5 * (float(squares[part, there]) - squares[part, here]) / (float(along[there]) - along[here])
+            lines[2, part, last] = max(place, lines[2, part, last - 1]) if last else place
+            last = min(last + 1, LINES - 1)
+            lines[0, part, last], lines[1, part, last] = along[there], squares[part, there]
+        here = there
+    lines[2, part, last] = np.inf
 
 
 @compiled
-def _best_scale(lines: Doubles, first: int, last: int) -> float:
-    """The scale of least error of the group of parts `first` to `last`; 0 where no positive one helps."""
-    at = np.zeros(last - first, np.int64)
-    along, square = lines[0, first:last, 0].sum(), lines[1, first:last, 0].sum()
-    best, scale = 0.0, 0.0
+def _farthest(along: Floats, squares: Floats, part: int, slope: np.float32, first: int, last: int, places: NDArray[np.int32]) -> int:
+    """Where along - slope * square is largest, from `first` and before `last`."""
+    found = HIGHEST
+    # unsigned, so that no number is taken for one from the end: the loop isn't vectorised otherwise
+    for k in range(np.uint64(first), np.uint64(last)):
+        here = ranked(slope * squares[part, k] - along[k], places[k])
+        found = here if here < found else found
+    return int(found & PLACE)
+
+
+@compiled
+def _add_up(lines: Doubles, sums: Doubles, at: NDArray[np.int64], group: int) -> tuple[int, float, float]:
+    """Write the sums of a group's parts, from the largest scale down, each part moving on where its next line takes over.
+
+    At which step the scale of least error is (0 where no positive one helps), that scale, and that error.
+    """
+    num = len(at)
+    first = group * num
+    at[:] = 0
+    along, squares = 0.0, 0.0
+    for part in range(first, first + num):
+        along += lines[0, part, 0]
+        squares += lines[1, part, 0]
+    most, step, home, ideal = 0.0, 0, 0, 0.0
     while True:
-        if along > 0 and along * along > best * square:
-            best, scale = along * along / square, along / square
-        following, place = 0, np.inf
-        for part in range(last - first):
+        sums[0, group, step], sums[1, group, step] = along, squares
+        if along > 0 and along * along > most * squares:
+            most, home, ideal = along * along / squares, step, along / squares
+        next_, place = 0, np.inf
+        for part in range(num):
             if lines[2, first + part, at[part]] < place:
-                following, place = part, lines[2, first + part, at[part]]
+                next_, place = part, lines[2, first + part, at[part]]
+        sums[2, group, step] = place
         if place == np.inf:
-            return scale
-        line, part = at[following], first + following
+            return home, ideal, -most
+        line, part = at[next_], first + next_
         along += lines[0, part, line + 1] - lines[0, part, line]
-        square += lines[1, part, line + 1] - lines[1, part, line]
-        at[following] += 1
+        squares += lines[1, part, line + 1] - lines[1, part, line]
+        at[next_] += 1
+        step += 1
 
 
 @compiled
-def _two_level(lines: Doubles, ideal: Doubles, peak: float, unit: float, numbers: NDArray[np.uint8]) -> float:
+def _two_level(
+    sums: Doubles, home: NDArray[np.int64], ideal: Doubles, peak: float, unit: float, trial: NDArray[np.uint8], numbers: NDArray[np.uint8]
+) -> float:
     """The half of a span whose error with the best numbers is least, and these numbers."""
     top = 0.0
-    for scale in ideal:
+    for scale in ideal[0]:
         top = max(top, scale)
-    trial = np.zeros_like(numbers)
     best, best_half = np.inf, 0.0
     for step in range(4 * NUMBERS):
         # the largest ideal scale falls on odd numbers from a little beyond the largest number down to half of it
         half = _half(top * peak / (unit * (2 * NUMBERS + 3 - 0.3 * step)))
-        error, _ = _numbers(lines, ideal, half * unit / peak, 0, trial)
+        error, _ = _numbers(sums, home, ideal, half * unit / peak, 0, best, trial)
         if error < best:
             best, best_half = error, half
     half = best_half
     for _ in range(5):
-        error, refit = _numbers(lines, ideal, half * unit / peak, 1, trial)
+        error, refit = _numbers(sums, home, ideal, half * unit / peak, 1, np.inf, trial)
         if error > best:
             break
         best, best_half = error, half
@@ -152,39 +194,39 @@ def _two_level(lines: Doubles, ideal: Doubles, peak: float, unit: float, numbers
 
 
 @compiled
-def _numbers(lines: Doubles, ideal: Doubles, base: float, reach: int, numbers: NDArray[np.uint8]) -> tuple[float, float]:
+def _numbers(
+    sums: Doubles, home: NDArray[np.int64], ideal: Doubles, base: float, reach: int, enough: float, numbers: NDArray[np.uint8]
+) -> tuple[float, float]:
     """The best number of each group, at most `reach` from the one nearest to its ideal scale, for scales
-    base * (2 * number + 1): the span's error, and by which factor `base` would fit the entries better."""
-    parts = lines.shape[1] // len(ideal)
-    error, total_along, total_square = 0.0, 0.0, 0.0
-    for group in range(len(ideal)):
+    base * (2 * number + 1): the span's error, and by which factor `base` would fit the entries better.
+
+    Gives up where even with each group's least error from there on it isn't below `enough`; the error is then infinite.
+    """
+    error, total_along, total_square, bound = 0.0, 0.0, 0.0, 0.0
+    for group in range(len(home)):
+        bound += ideal[1, group]
+    for group in range(len(home)):
+        if bound >= enough:
+            return np.inf, 1.0
         # clamped while it is a float: the smallest half may be far larger or smaller than the ideal
-        middle = int(min(max((ideal[group] / base - 1) / 2, 0.0), NUMBERS - 1.0) + 0.5)
-        least, least_along, least_square = np.inf, 0.0, 0.0
+        middle = int(min(max((ideal[0, group] / base - 1) / 2, 0.0), NUMBERS - 1.0) + 0.5)
+        lowest, lowest_along, lowest_square = np.inf, 0.0, 0.0
         for number in range(max(middle - reach, 0), min(middle + reach, NUMBERS - 1) + 1):
-            scale = base * (2 * number + 1)
-            along, square = _at(lines, group * parts, (group + 1) * parts, 1 / scale)
-            along, square = along * scale, square * scale * scale
-            if square - 2 * along < least:
-                least, least_along, least_square = square - 2 * along, along, square
+            scale, step = base * (2 * number + 1), home[group]
+            # which lines are lowest there, not far from where the ideal scale is
+            while sums[2, group, step] < 1 / scale:
+                step += 1
+            while step > 0 and sums[2, group, step - 1] >= 1 / scale:
+                step -= 1
+            part, whole = sums[0, group, step] * scale, sums[1, group, step] * scale * scale
+            if whole - 2 * part < lowest:
+                lowest, lowest_along, lowest_square = whole - 2 * part, part, whole
                 numbers[group] = number
-        error += least
-        total_along += least_along
-        total_square += least_square
+        error += lowest
+        bound += lowest - ideal[1, group]
+        total_along += lowest_along
+        total_square += lowest_square
     return error, total_along / total_square
-
-
-@compiled
-def _at(lines: Doubles, first: int, last: int, inverse: float) -> tuple[float, float]:
-    """Sums of along and square of the lines that are lowest at this 1 / scale, of parts `first` to `last`."""
-    along, square = 0.0, 0.0
-    for part in range(first, last):
-        line = 0
-        while lines[2, part, line] < inverse:
-            line += 1
-        along += lines[0, part, line]
-        square += lines[1, part, line]
-    return along, square
 
 
 @compiled

@@ -26,28 +26,32 @@ Differences from the paper, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join
+from anyfit.formats.threads import each
 from anyfit.quantizers.base import Encoded, Quantizer, output_errors
+from anyfit.quantizers.gptq_span import ROWS, VECTOR_ROWS, Grid, Order, Rows, round_rows
 
 DAMPING = 0.05
 COARSE_BITS, COARSE_PASSES = 4, 3
 """Formats of fewer bits a weight are solved so many times."""
-CHUNK = 32
-"""Columns corrected one by one before their errors are applied to the rest as one matrix product."""
 
 
 @dataclass(frozen=True)
 class Factor:
     """`order` (columns,): the column at each step; spans and vectors stay together. `upper` (columns, columns): U, upper
-    triangular in that order, H⁻¹ = Uᵀ U."""
+    triangular in that order, H⁻¹ = Uᵀ U. `passed` (vectors, vector, vector): the inverses of U's diagonal blocks; an error
+    e of a vector is made good by the later columns as far as it can, and e @ passed is what is passed on."""
 
     order: Tensor
     upper: Tensor
+    passed: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,10 @@ def factorise(statistics: InputStatistics, vector: int) -> tuple[Factor, tuple[s
     hessian.diagonal()[diagonal == 0] = 1
     order = column_order(diagonal, vector)
     upper, notes = inverse_factor(hessian[order][:, order])
-    return Factor(order, upper.float()), notes
+    upper = upper.float()
+    blocks = upper.unflatten(0, (-1, vector)).unflatten(2, (-1, vector)).diagonal(dim1=0, dim2=2).movedim(2, 0)
+    passed = torch.linalg.solve_triangular(blocks, torch.eye(vector).expand_as(blocks), upper=True)
+    return Factor(order, upper, passed), notes
 
 
 def column_order(diagonal: Tensor, vector: int = 1) -> Tensor:
@@ -174,9 +181,8 @@ def _pass(format_: GridFormat, weight: Tensor, prepared: Factorised, model: Tens
     """Round every column once. Scales are fitted to `model` (rows, columns), or to the weights as they come."""
     factor = prepared.factor(format_.vector)
     order = factor.order
-    # Columns are rows here, so that each step reads and writes consecutive memory.
-    free = weight.T[order].contiguous()
-    free[prepared.dead[order]] = 0
+    free = weight[:, order]
+    free[:, prepared.dead[order]] = 0
     codes, values = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free)
     scales: dict[int, Scales] = {}
     start = 0
@@ -185,44 +191,46 @@ def _pass(format_: GridFormat, weight: Tensor, prepared: Factorised, model: Tens
         end = start + min(SPAN, len(order) - first)
         local = order[start:end] - first
         if model is None:
-            stored_order = torch.empty(len(local), weight.shape[0])
-            stored_order[local] = free[start:end]
-            fitted_to = stored_order.T.contiguous()
+            fitted_to = torch.empty(len(weight), len(local))
+            fitted_to[:, local] = free[:, start:end]
         else:
             fitted_to = model[:, first : first + len(local)].contiguous()
         fitted = format_.fit(fitted_to, prepared.importance[first : first + len(local)])
-        group = local // format_.group
-        grid = fitted.scale.T[group].contiguous(), fitted.offset.T[group].contiguous()
-        _round_span(format_, (free, codes, values), factor.upper, (start, end), grid)
+        _round_span(format_, (free, codes, values), factor, slice(start, end), fitted)
         scales[first] = fitted
         start = end
     storage = order.argsort()
     joined = join([scales[first] for first in sorted(scales)])
-    return Solution(codes[storage].T, joined, values[storage].T, free[storage].T)
+    return Solution(codes[:, storage], joined, values[:, storage], free[:, storage])
 
 
-def _round_span(
-    format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], upper: Tensor, span: tuple[int, int], grid: tuple[Tensor, Tensor]
-) -> None:
+def _round_span(format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], factor: Factor, span: slice, scales: Scales) -> None:
     """Round the columns of a span in turn and push their errors onto the later ones, in place.
 
-    `columns`: free weights, codes and values, (columns, rows) each; the free weights of a column stay as they
-    were when it was rounded. `grid`: scale and offset, (columns of the span, rows).
+    `columns`: free weights, codes and values, (rows, columns) each; the free weights of a column stay as they were when
+    it was rounded.
     """
-    (free, codes, values), (start, end), (scale, offset), vector = columns, span, grid, format_.vector
-    inverse = torch.where(scale == 0, 0, 1 / scale)
-    for begin in range(start, end, CHUNK):
-        stop = min(begin + CHUNK, end)
-        errors = torch.empty(stop - begin, free.shape[1])
-        for j in range(begin, stop, vector):
-            now, at = slice(j, j + vector), slice(j - start, j - start + vector)
-            # An error e is made good by the later columns as far as it can; e @ passed is what is passed on.
-            passed = torch.linalg.solve_triangular(upper[now, now], torch.eye(vector), upper=True)
-            codes[now] = format_.codes((free[now] + offset[at]) * inverse[at], passed @ passed.T)
-            values[now] = format_.levels[codes[now].int()] * scale[at] - offset[at]
-            errors[j - begin : j - begin + vector] = passed.T @ (free[now] - values[now])
-            free[j + vector : stop].addmm_(upper[now, j + vector : stop].T, errors[j - begin : j - begin + vector], alpha=-1)
-        free[stop:].addmm_(upper[begin:stop, stop:].T, errors, alpha=-1)
+    vector, steps = format_.vector, slice(span.start // format_.vector, span.stop // format_.vector)
+    passed = factor.passed[steps]
+    group = factor.order[span] % SPAN // format_.group
+    order = Order(*_arrays(factor.upper[span, span], passed, passed @ passed.mT, group))
+    inverse = torch.where(scales.scale == 0, 0, 1 / scales.scale)
+    grid = _arrays(scales.scale, inverse, scales.offset)
+    free, codes, values = (part[:, span].contiguous() for part in columns)
+    errors = torch.empty_like(free)
+    whole = _arrays(free, codes, values, errors)
+
+    def some(rows: slice) -> None:
+        round_rows(format_.book, order, Grid(format_.levels.numpy(), *(part[rows] for part in grid)), Rows(*(part[rows] for part in whole)))
+
+    each(some, len(free), ROWS if vector == 1 else VECTOR_ROWS)
+    for part, rounded in zip(columns, (free, codes, values), strict=True):
+        part[:, span] = rounded
+    columns[0][:, span.stop :].addmm_(errors, factor.upper[span, span.stop :], alpha=-1)
+
+
+def _arrays(*tensors: Tensor) -> tuple[NDArray[Any], ...]:
+    return tuple(tensor.contiguous().numpy() for tensor in tensors)
 
 
 QUANTIZER = GPTQ()
