@@ -17,6 +17,7 @@ from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
+from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.core.files import refuse_existing
 from anyfit.family.family import Family, is_family
@@ -45,6 +46,7 @@ class Wishes(TypedDict, total=False):
     recipe: str
     length: int | None
     segments: int | None
+    effort: str
     seed: int
     trust_remote_code: bool
 
@@ -84,6 +86,7 @@ def prepare(
     recipe: str = "gptq",
     length: int | None = None,
     segments: int | None = None,
+    effort: str = Effort.NORMAL,
     seed: int = 0,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -95,10 +98,10 @@ def prepare(
     to calibrate with, to search with and to report on. "self", the default for other models than the embedded one, is
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
-    `segments`: how many calibrate (default 128).
+    `segments`: how many calibrate (default 128). `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
     """
-    runtime = targets.get(target)
-    wanted = runtime.default_formats if formats is None else tuple(dict.fromkeys(formats))
+    runtime, diligence = targets.get(target), Effort.parse(effort)
+    wanted = runtime.menu(diligence) if formats is None else tuple(dict.fromkeys(formats))
     if not wanted:
         raise UserError("No format was named.", remedy=f"{target} loads: {', '.join(runtime.formats)}.")
     for name in wanted:
@@ -110,7 +113,7 @@ def prepare(
     data = _data(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
     length = _segment_length(length, checkpoint.config, longest)
-    settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed)
+    settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed, diligence)
     progress = progress or Silent()
     # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
     run = Fit(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress)

@@ -22,6 +22,7 @@ import typer
 
 from anyfit import options
 from anyfit.core.budget import BYTES, describe
+from anyfit.core.effort import Effort
 from anyfit.core.errors import OutputError, UnknownNameError, UserError
 from anyfit.core.files import output_error
 from anyfit.core.registry import Registry
@@ -158,6 +159,7 @@ def plan(
     budget: options.MaybeBudgets = None,
     length: options.Length = None,
     segments: options.Segments = None,
+    effort: options.EffortName = Effort.NORMAL,
     saturation: Annotated[bool, typer.Option("--saturation", help="Also measure whether more text would help.")] = False,
     trust_remote_code: options.RemoteCode = False,
     json_: options.Json = False,
@@ -178,6 +180,7 @@ def plan(
         saturation=saturation,
         length=length,
         segments=segments,
+        effort=effort,
         trust_remote_code=trust_remote_code,
         progress=to_stderr(),
     )
@@ -214,6 +217,7 @@ def fit(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The family's folder. Default: MODEL.family.")] = None,
     length: options.Length = None,
     segments: options.Segments = None,
+    effort: options.EffortName = Effort.NORMAL,
     seed: Annotated[int, typer.Option(min=0, help="Which segments of the text are drawn.")] = 0,
     trust_remote_code: options.RemoteCode = False,
     force: options.Force = False,
@@ -235,6 +239,7 @@ def fit(
         output=output.expanduser() if output else None,
         length=length,
         segments=segments,
+        effort=effort,
         seed=seed,
         trust_remote_code=trust_remote_code,
         force=force,

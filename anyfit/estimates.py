@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from anyfit.calibration.data import PURPOSES
 from anyfit.calibration.saturation import Saturation, saturate
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.units import Weight
+from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
-from anyfit.pipeline import NUM_FINALISTS, NUM_PROBE_SEGMENTS, Fit
+from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import quantizers
 from anyfit.tasks.language import kept_bytes
+from anyfit.tuning.refining import WINDOW, Settings
 
 
 def saturation(run: Fit) -> Saturation | None:
@@ -45,7 +48,9 @@ def memory(run: Fit) -> int:
     vocabulary = run.checkpoint.config.vocab_size
     references = sum(kept_bytes(run.segments.num_tokens(name), vocabulary) for name in ("search", "report"))
     writing = generated.memory(run.checkpoint.config, run.settings.length) if run.segments.num_pending else 0
-    return max(model + writing, model + moments + solving, 2 * model + references)
+    # Beside the networks, tuning holds levels, latents, values, gradients and what they are made of.
+    tuning = 6 * model if run.effort.refines else 0
+    return max(model + writing, model + moments + solving, 2 * model + tuning + references)
 
 
 @torch.inference_mode()
@@ -67,4 +72,15 @@ def seconds(run: Fit) -> float:
     per_weight = (time.perf_counter() - began) / weight.num_weights
     encoding = sum(len(d.choices) * d.unit.num_weights for d in run.space.decisions)
     writing = generated.READINGS * run.segments.num_pending
-    return per_token * (writing + sizes["calibration"] + probing + measuring) + per_weight * encoding
+    reading = writing + sizes["calibration"] + probing + measuring + (_more_effort(run, sizes) if run.effort.refines else 0)
+    return per_token * reading + per_weight * encoding
+
+
+def _more_effort(run: Fit, sizes: Mapping[str, int]) -> int:
+    """Tokens that evolution and refining read, as forward passes."""
+    settings = Settings()
+    evolving = GENERATIONS * sum(segments * entrants for segments, entrants in EVOLUTION) * run.settings.length
+    # Both networks run through a block to each of its inputs, three passes in all; a step of tuning costs three.
+    solving = 6 * min(settings.num_segments, len(run.segments.calibration)) * run.settings.length
+    tuning = 3 * settings.tuning.num_segments * min(WINDOW, run.settings.length)
+    return NUM_REFINED * (evolving + solving + tuning + 2 * (sizes["search"] + sizes["report"]))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from anyfit.core.effort import Effort
+
 Model = Annotated[str | None, typer.Argument(help="A model folder or hub id. Default: the small embedded model.")]
 FamilyPath = Annotated[Path, typer.Argument(metavar="FAMILY", help="The folder that `anyfit fit` wrote.")]
 Data = Annotated[
@@ -24,6 +26,12 @@ Budgets = Annotated[list[str], typer.Option("--budget", help="An upper bound: 1.
 MaybeBudgets = Annotated[list[str] | None, typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens in a segment of text. Default: the model's context, at most 2048.")]
 Segments = Annotated[int | None, typer.Option(min=1, help="How many segments of text to use.")]
+EffortName = Annotated[
+    Effort,
+    typer.Option(
+        "--effort", help="low: quick formats. normal: also the best small ones. high: also refines the smallest sizes; up to 3x low's time."
+    ),
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -13,7 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,32 +22,28 @@ from anyfit.calibration.collect import collect
 from anyfit.calibration.data import PURPOSES, Segments
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint, Source
-from anyfit.core.budget import Budget
-from anyfit.core.config import Config
+from anyfit.core.effort import Effort
 from anyfit.core.errors import ModelError, UserError
-from anyfit.core.files import read_json, remove, sha256, write_json, written_aside
+from anyfit.core.files import remove, sha256, write_json, written_aside
 from anyfit.core.space import Space, coverage
 from anyfit.core.units import Weight
 from anyfit.elastic.model import ElasticModel
 from anyfit.family.journal import Journal
 from anyfit.family.manifest import NAME, Manifest, Original, Point
-from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, VARIANTS, Store, decoder
+from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Store, decoder, stored_matrices
+from anyfit.finalists import WORK, Finalists
 from anyfit.formats import formats
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import Encoded
+from anyfit.quantizers.worker import one_thread
 from anyfit.recipes import recipes
 from anyfit.scores import sensitivities
 from anyfit.scores.table import Table
-from anyfit.searchers.exact import hull, solve
 from anyfit.targets import targets
-from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.tasks.language import Reference
+from anyfit.tuning.refining import Refinery
 
-NUM_FINALISTS = 7
-"""Budgets, evenly spaced in the logarithm of the size, whose best configs are measured; besides, one for the size
-of each uniform setting."""
-NEGLIGIBLE = 3e-5
-"""Nats per token: a larger config than the first below this has nothing left to gain."""
 NUM_PROBE_SEGMENTS = 8
 """Search segments that sensitivities are measured on: each unit costs one pass over them."""
 
@@ -67,6 +60,7 @@ class Settings:
     num_search: int
     num_report: int
     seed: int
+    effort: Effort = Effort.NORMAL
 
 
 class Fit:
@@ -79,6 +73,7 @@ class Fit:
         self.progress = progress
         self.target = targets.get(settings.target)
         self.recipe = recipes.get(settings.recipe)
+        self.effort = settings.effort
 
     @property
     def key(self) -> dict[str, Any]:
@@ -199,26 +194,14 @@ class Fit:
         return found
 
     def finalists(self, store: Store, table: Table) -> tuple[Original, list[Point]]:
-        """Measure the exact optima along the frontier and every uniform setting, on both held-out splits."""
+        """Optima along the frontier and every uniform setting, measured on both held-out splits; with more effort, refined."""
         references = {name: Reference.of(self.model, getattr(self.segments, name)) for name in ("search", "report")}
         elastic = self.elastic(store)
-        candidates = dict(self._candidates(table))
-        points = []
-        with self.progress.stage("measure finalists", len(candidates)) as stage:
-            for config, uniform in candidates.items():
-                quality = self._measured(store, elastic, config, references)
-                points.append(
-                    Point(
-                        config=config,
-                        bytes_=self.space.bytes_(config),
-                        bits=self.space.bits(config),
-                        predicted=table.predict(self.space, config),
-                        uniform=uniform,
-                        search=quality["search"],
-                        report=quality["report"],
-                    )
-                )
-                stage.advance()
+        finalists = Finalists(store, table, elastic, references, self.segments.calibration, self.effort, self.progress)
+        points = finalists.points()
+        if self.effort.refines:
+            refinery = self._refinery(references["search"])
+            points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
         original = Original(
             name=self.checkpoint.name,
             bytes_=self.checkpoint.bytes_,
@@ -231,27 +214,9 @@ class Fit:
         )
         return original, points
 
-    def _candidates(self, table: Table) -> Iterator[tuple[Config, str | None]]:
-        """Exact optima first: where a uniform setting is one of them, it is then named as such."""
-        best = hull(self.space, table)
-        enough = next((config for config in best if table.predict(self.space, config) < NEGLIGIBLE), best[-1])
-        smallest, largest = self.space.bytes_(best[0]), self.space.bytes_(enough)
-        uniform = {name: self.space.uniform(name) for name in self.space.formats()}
-        sizes = {int(np.ceil(size)) for size in np.geomspace(smallest, largest, NUM_FINALISTS)}
-        sizes |= {size for size in map(self.space.bytes_, uniform.values()) if smallest <= size <= largest}
-        for size in sorted(sizes):
-            yield solve(self.space, table, Budget((("bytes", float(size)),), f"{size} B")), None
-        for name, config in uniform.items():
-            yield config, name
-
-    def _measured(self, store: Store, elastic: ElasticModel, config: Config, references: dict[str, Reference]) -> dict[str, Quality]:
-        path = store.folder / "points" / f"{config.digest}.json"
-        found = read_json(path)
-        if found is None:
-            model = elastic.set(config)
-            found = {name: measure(model, reference).to_json() for name, reference in references.items()}
-            write_json(path, found)
-        return {name: Quality.from_json(row) for name, row in found.items()}
+    def _refinery(self, held_out: Reference) -> Refinery:
+        quantizer = quantizers.get(self.recipe.quantizer)
+        return Refinery(self.model, self.architecture, quantizer, calibration=self.segments.calibration, held_out=held_out)
 
     def coverage(self) -> tuple[tuple[str, str, str], ...]:
         """(unit or tensor, format, reason) for everything that is not treated as asked."""
@@ -296,25 +261,16 @@ class Fit:
         from anyfit.family.family import Family, with_points
         from anyfit.report.page import write as write_page
 
-        files = sorted(p for part in (VARIANTS, SOURCE) for p in (journal.folder / part).iterdir())
+        parts = [journal.folder / part for part in (VARIANTS, SOURCE, REFINED)]
+        files = sorted(path for part in parts if part.is_dir() for path in part.iterdir())
         files += [journal.folder / name for name in (PASSTHROUGH, TEXT)]
         hashes = {p.relative_to(journal.folder).as_posix(): sha256(p) for p in files}
         manifest = with_points(manifest, manifest.points, hashes)
         write_json(journal.folder / NAME, manifest.to_json())
         write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        remove(journal.folder / "points")
-        remove(journal.folder / "table.json")
+        for name in ("table.json", *WORK):
+            remove(journal.folder / name)
         journal.finish()
-
-
-def one_thread() -> ThreadPoolExecutor:
-    """A worker that computes with one thread, whatever torch uses elsewhere.
-
-    Fitting scales and rounding columns are long chains of small operations, which lose more by being split
-    than they gain (and two such workers lose more to Python's lock). And so the bytes of the variants don't
-    depend on the number of threads.
-    """
-    return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Refining one size of a family: its matrices are solved again for each other.
+"""Refining one size of a finished family: its matrices are solved again for each other, and tuned together.
 
-Takes the time of a few calibration passes and of one encoding, for one config. The result is kept where it is
+Takes the time of some calibration passes and of one encoding, for one config. The result is kept where it is
 closer to the original on the search text; the family then holds it as a point of its own, and every budget may
-choose it.
+choose it. At high effort, `fit` does the same to its smallest finalists.
 """
 
 from __future__ import annotations
@@ -11,29 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from anyfit.architectures import architecture_of
-from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
-from anyfit.core.config import Config
 from anyfit.core.errors import ModelError
 from anyfit.core.files import sha256, write_json
-from anyfit.core.units import Weight
 from anyfit.family.family import Family, with_points
 from anyfit.family.manifest import NAME, Point
-from anyfit.family.store import REFINED, Store, refined_file
-from anyfit.formats import formats
-from anyfit.pipeline import one_thread
+from anyfit.family.store import REFINED, Store, refined_file, stored_matrices
+from anyfit.finalists import refined
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.report.page import write as write_page
 from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, measure
-from anyfit.tuning.sequential import resolve
+from anyfit.tuning.refining import Refinery, Settings
 from anyfit.zoo import MODEL
 
 
@@ -51,7 +46,12 @@ class Refined:
 
 
 def refine(
-    family: Family, budget: str | Sequence[str] | Budget, *, model: str | Path | None = None, progress: Progress | None = None
+    family: Family,
+    budget: str | Sequence[str] | Budget,
+    *,
+    model: str | Path | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
 ) -> Refined:
     """Refine the config that `budget` chooses; the family's folder gains a file and a point where that helps.
 
@@ -68,16 +68,18 @@ def refine(
     text = family.text()
     references = {name: Reference.of(original, text[name]) for name in ("search", "report")}
     before = chosen.search or measure(stored, references["search"])
-    solver = _Solver(family, chosen.config)
-    weights = [weight for decision in family.space.decisions for weight in decision.unit.weights]
-    resolve(stored, original, architecture_of(original), weights, text["calibration"], solver.encode, progress=progress)
-    quality = {name: measure(stored, reference) for name, reference in references.items()}
-    point = replace(chosen, search=quality["search"], report=quality["report"], refined=True)
-    result = Refined(point, before, quality["search"])
-    if not result.kept:
-        return replace(result, point=chosen)
-    _keep(family, point, solver.data)
-    return result
+    quantizer = quantizers.get(recipes.get(family.manifest.recipe).quantizer)
+    refinery = Refinery(
+        original, architecture_of(original), quantizer, calibration=text["calibration"], held_out=references["search"], settings=settings
+    )
+    matrices = stored_matrices(family.variants(chosen.config), family.space, chosen.config, targets.get(family.target), family.source)
+    data = refinery.refine(stored, matrices, progress).data
+    point = refined(replace(chosen, search=before), {name: measure(stored, reference) for name, reference in references.items()})
+    assert point.search is not None
+    if not point.refined:
+        return Refined(chosen, before, before)
+    _keep(family, point, data)
+    return Refined(point, before, point.search)
 
 
 def _original(family: Family, model: str | Path | None) -> Checkpoint:
@@ -90,34 +92,6 @@ def _original(family: Family, model: str | Path | None) -> Checkpoint:
             remedy="Name the original with --model.",
         )
     return checkpoint
-
-
-class _Solver:
-    """Encodes matrices in the formats of a config, with the family's own recipe, and keeps the bytes."""
-
-    def __init__(self, family: Family, config: Config) -> None:
-        self.data: dict[str, Tensor] = {}
-        self._family = family
-        self._formats = {w.name: config[d.key] for d in family.space.decisions for w in d.unit.weights}
-        self._quantizer = quantizers.get(recipes.get(family.manifest.recipe).quantizer)
-        self._target = targets.get(family.target)
-
-    def encode(self, weights: Sequence[Weight], wanted: Sequence[Tensor], statistics: InputStatistics) -> list[Tensor]:
-        """See `tuning.sequential.Encode`."""
-        with one_thread() as pool:
-            return pool.submit(self._encode, weights, wanted, statistics).result()
-
-    def _encode(self, weights: Sequence[Weight], wanted: Sequence[Tensor], statistics: InputStatistics) -> list[Tensor]:
-        prepared = self._quantizer.prepare(statistics)
-        values = []
-        for weight, matrix in zip(weights, wanted, strict=True):
-            format_ = formats.get(self._formats[weight.name])
-            order = self._target.row_order(self._family.source, weight)
-            order = torch.arange(len(matrix)) if order is None else order
-            data = self._quantizer.encode(matrix[order].contiguous(), prepared, format_).data
-            self.data[weight.name] = data
-            values.append(torch.empty_like(matrix).index_copy_(0, order, format_.decode(data)))
-        return values
 
 
 def _keep(family: Family, point: Point, data: dict[str, Tensor]) -> None:

@@ -218,11 +218,11 @@ def steps() -> list[Part]:
             COMPENSATED, DAMPED, rounded(PlainGPTQ(ordered=True, damping=gptq.DAMPING, compensated=True)), QUANTIZER, claimed=FORMATS
         ),
         Part(SOLVED, COMPENSATED, rounded(gptq.QUANTIZER), QUANTIZER + ", below four bits", claimed=COARSE),
-        Part(ARRIVING, SOLVED, in_order(SOLVED, 0.0), REFINE + ", for the target's sake"),
+        Part(ARRIVING, SOLVED, in_order(SOLVED, 0.0), REFINE + ", for the target's sake", COARSE),
         Part(QUARTER, ARRIVING, in_order(SOLVED, 0.25), STEP, FORMATS[:1]),
         Part(HALF, QUARTER, in_order(SOLVED, 0.5), STEP, FORMATS[:1]),
-        Part(WHOLE, ARRIVING, in_order(SOLVED, sequential.SHARE), REFINE, claimed=FORMATS),
-        Part("+ codes and halves moved by signs of gradients: `refine`", WHOLE, tuned(WHOLE), REFINE, claimed=FORMATS),
+        Part(WHOLE, ARRIVING, in_order(SOLVED, sequential.SHARE), REFINE, COARSE, COARSE),
+        Part("+ codes and halves moved by signs of gradients: `refine`", WHOLE, tuned(WHOLE), REFINE, COARSE, COARSE),
         Part("`gptq`, + codes and halves moved by signs of gradients", SOLVED, tuned(SOLVED), STEP, FORMATS[:1]),
     ]  # fmt: skip
 
@@ -295,7 +295,7 @@ REMARKS = (
     "differences. All matrices of the blocks are in one format, so that all rows of a column have the same bytes; the embedding, the "
     "head and the norms stay as they are.",
     "A row that is in the product holds where it isn't worse than the row before by more than the error of the difference, in each format "
-    "that it is meant for.",
+    "that it is meant for. What takes longest is measured in the coarser formats only, and what is compared with for interest in one.",
     f"What is left out would have had to lower the KL by {CLEAR_GAIN:.0%} and by {CLEAR_ERRORS} standard errors on both networks. All "
     "rewritings are exact: the benchmark asserts that the logits stay the same. A rotated residual stream needs a head of its own: where "
     "the head is tied to the embedding, as in the embedded default, it must be stored a second time, and that row has more bytes.",

@@ -22,24 +22,21 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
+from integers import integer_section
 from peers import environments, presets
-from peers.results import Outcome, Refused, Result, evaluate, kept
+from peers.results import Outcome, Refused, Result, evaluate, kept, kl_cell, perplexity_rise
 from peers.subjects import EMBEDDED, LARGE, SMALL, Subject, subjects
 from scipy.stats import spearmanr
 from scores import random_configs
 from table import FOLDER, Row, Section, finish_page
 
-from anyfit import Family
-from anyfit.architectures import architecture_of
-from anyfit.calibration.collect import collect
+from anyfit import Family, pipeline, refinement
 from anyfit.core.config import Config
+from anyfit.core.effort import Effort
 from anyfit.core.errors import BudgetError
 from anyfit.family.manifest import Point
-from anyfit.formats import formats
-from anyfit.pipeline import Fit, Settings
+from anyfit.pipeline import Fit
 from anyfit.progress import Silent
-from anyfit.quantizers import quantizers
 from anyfit.targets import targets
 from anyfit.targets.llamacpp import read_model
 from anyfit.tasks.language import kl
@@ -51,10 +48,9 @@ HALF_UP_TO_BITS = 5.0
 NUM_BUDGETS, SLOWEST_BUDGETS = 64, 1.0
 NUM_RANDOM, LOWEST_CORRELATION = 50, 0.95
 LOWEST_MIXED_GAIN, MOST_BITS_OFF = 0.10, 0.75
-RECIPE = "gptq"
-CODEBOOKS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
-"""Beside the default menu, so that there is something of every size."""
-INTEGER_QUANTIZER = "gptq"
+RECIPE, EFFORT = "gptq", Effort.HIGH
+REFINED_BITS = (2.2, 2.7, 3.3, 4.3)
+"""Of the presets nearest to these sizes, anyfit's model is also refined."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,7 @@ def family(subject: Subject) -> Family:
     target = targets.get("transformers" if subject.is_padded else presets.PEER)
     text = subject.segments
     counts = (len(text.calibration), len(text.search), len(text.report))
-    menu = dict.fromkeys((*target.default_formats, *(CODEBOOKS if target.name == presets.PEER else ())))
-    wanted = Settings(target.name, tuple(menu), RECIPE, text.calibration.shape[1], *counts, 0)
+    wanted = pipeline.Settings(target.name, target.menu(EFFORT), RECIPE, text.calibration.shape[1], *counts, 0, EFFORT)
     output = subject.work / ("padded.family" if subject.is_padded else "anyfit.family")
     Fit(subject.checkpoint, text, wanted, Silent()).run(output, restart=False, force=True)
     return Family.open(output)
@@ -125,25 +120,14 @@ def pair_row(subject: Subject, pair: Pair) -> Row:
         return Row((subject.name, theirs.peer, theirs.setting, *([""] * 8), f"made none: {theirs.reason}"))
     known = (subject.name, theirs.peer, theirs.setting, f"{theirs.bytes_}", f"{theirs.bits:.2f}")
     if ours is None:
-        empty = ("none so small", _kl(theirs), "", "", f"{theirs.quality.perplexity:.3f}", "")
+        empty = ("none so small", kl_cell(theirs), "", "", f"{theirs.quality.perplexity:.3f}", "")
         return Row((*known, *empty, theirs.detail), holds=False)
     ratio = ours.quality.kl_mean / theirs.quality.kl_mean
     rise, error = perplexity_rise(theirs, ours)
     perplexities = (f"{theirs.quality.perplexity:.3f}", f"{ours.quality.perplexity:.3f} ({rise:+.2%} ± {error:.2%})")
-    cells = (*known, f"{ours.bytes_}", _kl(theirs), _kl(ours), f"{ratio:.2f}", *perplexities, theirs.detail)
+    cells = (*known, f"{ours.bytes_}", kl_cell(theirs), kl_cell(ours), f"{ratio:.2f}", *perplexities, theirs.detail)
     most = 0.5 if theirs.peer == presets.PEER and theirs.bits <= HALF_UP_TO_BITS else 1.0
     return Row(cells, holds=ratio <= most and rise <= error and ours.bytes_ <= theirs.bytes_)
-
-
-def perplexity_rise(theirs: Result, ours: Result) -> tuple[float, float]:
-    """How much higher our perplexity is, as a share of theirs, and its standard error over segments, paired."""
-    differences = np.subtract(ours.losses, theirs.losses)
-    error = differences.std(ddof=1) / math.sqrt(len(differences))
-    return math.expm1(differences.mean()), float(error)
-
-
-def _kl(result: Result) -> str:
-    return f"{result.quality.kl_mean:.5f} ± {result.quality.kl_stderr:.5f}"
 
 
 def peers_section(comparison: Comparison) -> Section:
@@ -200,12 +184,14 @@ def budgets_row(subject: Subject, fitted: Family) -> Row:
 
 def mixed_rows(subject: Subject, fitted: Family) -> Iterator[Row]:
     """The uniform settings nearest to 3 and 4 bits, where there are any so near, against the best mix within their bytes."""
-    uniform = [p for p in fitted.points if p.uniform and p.report]
+    uniform = [p for p in fitted.points if p.uniform and p.report and not p.refined]
     for bits in (3, 4):
         point = min(uniform, key=lambda p: abs(p.bits - bits))
         if abs(point.bits - bits) > MOST_BITS_OFF:
             continue
-        mixed = fitted.select(f"{point.bytes_} B")
+        mixed = fitted.select_unrefined(f"{point.bytes_} B")
+        if mixed.refined:
+            continue
         divergence = _divergence(subject, fitted, mixed)
         lower = 1 - divergence / point.report.kl_mean
         measured = f"KL {divergence:.5f} against {point.report.kl_mean:.5f}: {lower:.0%} lower"
@@ -232,6 +218,36 @@ def correlation_row(subject: Subject, fitted: Family) -> Row:
     return Row((subject.name, what, f"{correlation:.3f}"), holds=correlation >= LOWEST_CORRELATION)
 
 
+def refined_rows(comparison: Comparison) -> Iterator[Row]:
+    """Sizes that somebody asks for: the family's answer, and the same bytes once `anyfit refine` has run."""
+    subject, fitted = comparison.subject, comparison.fitted
+    results = [pair.theirs for pair in comparison.pairs if isinstance(pair.theirs, Result)]
+    for result in {min(results, key=lambda r, b=bits: abs(r.bits - b)).bytes_: None for bits in REFINED_BITS}:
+        chosen = fitted.select_unrefined(f"{result} B")
+        before = _divergence(subject, fitted, chosen)
+        began = time.process_time()
+        made = refinement.refine(fitted, f"{result} B", model=subject.folder)
+        seconds = time.process_time() - began
+        after = made.point.report.kl_mean if made.point.report else before
+        cells = (
+            subject.name,
+            f"{result}",
+            f"{chosen.bits:.2f}",
+            f"{before:.5f}",
+            f"{after:.5f}",
+            f"{1 - after / before:.0%}",
+            f"{seconds:.0f}",
+        )
+        print("  ".join(cells), flush=True)
+        yield Row(cells, holds=after <= before)
+
+
+def refined_section(comparisons: Sequence[Comparison]) -> Section:
+    header = ("model", "budget, bytes", "bits", "KL of the family's answer", "KL refined", "lower by", "CPU s")
+    rows = [row for comparison in comparisons for row in refined_rows(comparison)]
+    return Section("Refining a size that is asked for", header, rows, ("`anyfit refine FAMILY --budget`, at unchanged formats and bytes.",))
+
+
 def family_section(comparisons: Sequence[Comparison]) -> Section:
     """What one family gives: budgets at once, mixes that beat uniform formats, predictions that can be trusted."""
     rows: list[Row] = []
@@ -243,57 +259,6 @@ def family_section(comparisons: Sequence[Comparison]) -> Section:
         f"everywhere, correlations from {LOWEST_CORRELATION}.",
     )
     return Section("One family", ("model", "what", "measured"), rows, remarks)
-
-
-def integer_model(subject: Subject, bits: int, group: int) -> Result:
-    """All linears of the blocks in one integer format, the rest as it is."""
-    format_, quantizer = formats.get(f"int{bits}_sym_g{group}"), quantizers.get(INTEGER_QUANTIZER)
-    began = time.process_time()
-    model = subject.checkpoint.load()
-    inputs = collect(model, architecture_of(model), subject.block_weights, subject.segments.calibration, progress=Silent())
-    prepared = {name: quantizer.prepare(entry) for name, entry in inputs.items()}
-    with torch.no_grad():
-        for weight in subject.block_weights:
-            parameter = model.get_parameter(weight.name)
-            parameter.copy_(format_.decode(quantizer.encode(parameter.detach(), prepared[weight.input], format_).data))
-    seconds = time.process_time() - began
-    quality, losses = evaluate(model, subject)
-    stored = sum(format_.bytes_(weight.shape) for weight in subject.block_weights)
-    rest = subject.num_parameters - sum(weight.num_weights for weight in subject.block_weights)
-    size = stored + environments.KEPT_BYTES * rest
-    return Result("anyfit", format_.name, size, 8 * size / subject.num_parameters, quality, losses, seconds)
-
-
-def integer_section(subject: Subject, theirs: Iterable[Outcome]) -> Section:
-    """Plain integer groups against AutoRound's at the same bits: perplexity and CPU seconds."""
-    rows = []
-    for (bits, group), outcome in zip(environments.LAYOUTS, theirs, strict=True):
-        if isinstance(outcome, Refused):
-            rows.append(Row((f"w{bits} g{group}", "", "", "", "", "", f"made none: {outcome.reason}")))
-            continue
-        ours = integer_model(subject, bits, group)
-        rise, error = perplexity_rise(outcome, ours)
-        cells = (
-            f"w{bits} g{group}", f"{bits + (16 + bits) / group:.2f} / {formats.get(ours.setting).bits:.2f}",
-            f"{outcome.quality.perplexity:.3f}", f"{ours.quality.perplexity:.3f} ({rise:+.2%} ± {error:.2%})",
-            f"{outcome.seconds:.0f}", f"{ours.seconds:.0f}", _kl(outcome) + " / " + _kl(ours),
-        )  # fmt: skip
-        print("  ".join(cells), flush=True)
-        rows.append(Row(cells, holds=rise < 0 and ours.seconds <= outcome.seconds and ours.bytes_ <= outcome.bytes_))
-    header = (
-        "layout",
-        "bits of the linears, AutoRound / anyfit",
-        "ppl AutoRound",
-        "ppl anyfit",
-        "CPU s AutoRound",
-        "CPU s anyfit",
-        "KL AutoRound / anyfit",
-    )
-    remarks = (
-        "One integer format for all linears of the blocks; anyfit's has no zero points. A row holds with a lower perplexity in no more "
-        "bytes and no more CPU time.",
-    )
-    return Section(f"Integer groups: {subject.name}", header, rows, remarks)
 
 
 def theirs(subject: Subject, peer: str, args: argparse.Namespace) -> Iterator[Outcome]:
@@ -358,7 +323,8 @@ def main() -> int:
         if subject.name == SMALL and "autoround" in args.peers:
             sections.append(integer_section(subject.padded, theirs(subject.padded, "autoround", args)))
     picture(comparisons, FOLDER / "frontier.png")
-    sections.append(family_section([c for c in comparisons if not c.subject.is_padded]))
+    plain = [c for c in comparisons if not c.subject.is_padded]
+    sections += [family_section(plain), refined_section([c for c in plain if c.subject.name != SMALL])]
     command = "make bench-frontier ASSETS=FOLDER"
     return finish_page("frontier", "The frontier against the peers", command, sections, remarks())
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import anyfit
-from anyfit import pipeline
+from anyfit import finalists, pipeline
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import BudgetError, FamilyError, ModelError, OutputError, UnknownNameError, UserError
 from anyfit.core.files import sha256
@@ -28,14 +28,14 @@ FORMATS = ("BF16", "Q8_0", "Q4_K", "Q2_K")
 SMALL: dict[str, Any] = {"formats": FORMATS, "length": 32, "segments": 8}
 
 
-FEWER = "pipeline.NUM_FINALISTS, pipeline.NUM_PROBE_SEGMENTS = 5, 4"
+FEWER = "finalists.NUM_FINALISTS, pipeline.NUM_PROBE_SEGMENTS = 5, 4"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer_measurements() -> Iterator[None]:
     """A fit that measures less; another process is told by `FEWER`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "NUM_FINALISTS", 5)
+        patch.setattr(finalists, "NUM_FINALISTS", 5)
         patch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 4)
         yield
 
@@ -80,7 +80,7 @@ def test_the_folder_is_whole(family: Family) -> None:
 
 def test_another_process_makes_the_same_family(family: Family, tiny: Path, text: Path, tmp_path: Path) -> None:
     code = (
-        f"import sys, anyfit, torch; from anyfit import pipeline; torch.set_num_threads(1); {FEWER};"
+        f"import sys, anyfit, torch; from anyfit import finalists, pipeline; torch.set_num_threads(1); {FEWER};"
         f"family = anyfit.fit(sys.argv[1], data=sys.argv[2], output=sys.argv[3], formats={FORMATS!r}, length=32, segments=8);"
         "family.export('60%', sys.argv[4], check=False)"
     )

@@ -121,11 +121,10 @@ def test_the_lines_that_are_lowest_somewhere_are_found(name: str) -> None:
     """Against trying all entries at many scales."""
     format_, along, rng = book(name), np.empty(book(name).entries.shape[1], np.float32), np.random.default_rng(0)
     parts = gguf_iq_fit.parts_of(rng.random(256, np.float32), format_.entries)
-    places, corners = np.arange(1024, dtype=np.int32), np.empty(gguf_iq_fit.LINES, np.int64)
-    lines = np.empty((3, len(parts.squares), gguf_iq_fit.LINES))
+    work, lines = gguf_iq_fit.new_work(len(along)), np.empty((3, len(parts.squares), gguf_iq_fit.LINES))
     for part in range(8):
         add_lines(parts.entries[part], rng.random(8, np.float32), 0, along)
-        gguf_iq_fit._envelope(along, parts.squares, part, lines, corners, places)
+        gguf_iq_fit._envelope(along, parts.squares, part, float(10.0 ** rng.uniform(-5, 1)), lines, work)
         last = lines[2, part].tolist().index(np.inf)
         for inverse in np.geomspace(1e-2, 1e4, 200):
             line = int((lines[2, part, :last] < inverse).sum())

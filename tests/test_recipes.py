@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import anyfit
-from anyfit import pipeline
+from anyfit import finalists, pipeline
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.scores import sensitivities
@@ -23,7 +23,7 @@ def test_a_recipe_is_made_of_known_parts_and_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", recipes)
 def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "NUM_FINALISTS", 3)
+    monkeypatch.setattr(finalists, "NUM_FINALISTS", 3)
     monkeypatch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 2)
     (tmp_path / "notes.txt").write_text("\n\n".join(tiny_text(300, seed=seed) for seed in range(20)))
     model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)

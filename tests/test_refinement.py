@@ -86,7 +86,7 @@ def test_a_refined_size_is_closer_and_exported_as_it_is(family: Family, tiny: Pa
     others = [point for point in again.points if point.config != chosen.config]
     assert not any(point.refined for point in others) and len(others) == len(family.points) - (before in family.points)
     assert not refine(again, budget, model=tiny).kept, "there is nothing to do twice"
-    larger = f"{chosen.bytes_ + 1000} B"
+    larger = f"{sum(map(family.space.bytes_, (family.space.smallest(), family.space.largest()))) // 2} B"
     assert not again.select_unrefined(larger).refined, "a smaller refined config doesn't keep a larger one from being refined"
 
 

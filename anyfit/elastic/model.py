@@ -45,6 +45,14 @@ class ElasticModel:
         return self.model
 
     @contextmanager
+    def lent(self, config: Config) -> Iterator[PreTrainedModel]:
+        """The network at `config`, for someone who changes its parameters: none is counted on afterwards."""
+        try:
+            yield self.set(config)
+        finally:
+            self._now.clear()
+
+    @contextmanager
     def disturbed(self, decision: Decision, choice: str) -> Iterator[PreTrainedModel]:
         """The network with this one unit at `choice` and everything else as it was."""
         parameters = [self._parameters[weight.name] for weight in decision.unit.weights]

@@ -20,11 +20,13 @@ from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError
 from anyfit.core.files import sha256, written_aside
+from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.elastic.model import Decoded
 from anyfit.formats import formats
 from anyfit.quantizers.base import Encoded
 from anyfit.targets.base import Target, Variants
+from anyfit.tuning.refining import Stored
 
 VARIANTS, SOURCE, PASSTHROUGH, TEXT = "variants", "source", "passthrough.safetensors", "text.safetensors"
 REFINED = "refined"
@@ -117,6 +119,15 @@ class Store:
 def refined_file(config: Config) -> str:
     """Where a family keeps the matrices that were solved again for one config."""
     return f"{REFINED}/{config.digest}.safetensors"
+
+
+def stored_matrices(variants: Variants, space: Space, config: Config, target: Target, source: Source) -> list[Stored]:
+    """Every decided matrix as it is stored under a config."""
+    return [
+        Stored(weight, formats.get(config[d.key]), variants(weight.name, config[d.key]), target.row_order(source, weight))
+        for d in space.decisions
+        for weight in d.unit.weights
+    ]
 
 
 def decoder(variants: Variants, target: Target, source: Source) -> Decoded:

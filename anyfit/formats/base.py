@@ -137,14 +137,14 @@ class GridFormat(Format):
         bytes, uint8 (rows, row_bytes)."""
 
     @abstractmethod
-    def read(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The inverse of `pack`: uint8 codes (rows, columns), float32 scales and offsets (rows, groups)."""
+    def read(self, data: Tensor) -> tuple[Tensor, Scales]:
+        """The inverse of `pack`: uint8 codes (rows, columns), and the scales of whole rows."""
 
     def decode(self, data: Tensor) -> Tensor:
-        codes, scale, offset = self.read(data)
+        codes, scales = self.read(data)
         levels = codes.float() + self.levels[0] if self.uniform else self.levels[codes.int()]
         groups = levels.unflatten(1, (-1, self.group))
-        return groups.mul_(scale.unsqueeze(-1)).sub_(offset.unsqueeze(-1)).flatten(1)
+        return groups.mul_(scales.scale.unsqueeze(-1)).sub_(scales.offset.unsqueeze(-1)).flatten(1)
 
 
 def nearest(levels: Tensor, uniform: bool, target: Tensor) -> Tensor:

@@ -30,8 +30,11 @@ class HalfScaled(BlockFormat):
     def pack_scales(self, stored: Parts) -> Parts:
         return {"d": half_bytes(stored["d"]).flatten(2)}
 
-    def read_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        scale = read_halves(parts["d"]).float()
+    def read_scales(self, parts: Parts) -> Parts:
+        return {"d": read_halves(parts["d"])}
+
+    def grids(self, stored: Parts) -> tuple[Tensor, Tensor]:
+        scale = stored["d"].float()
         return scale, torch.zeros_like(scale)
 
 
@@ -52,8 +55,11 @@ class HalfLine(BlockFormat):
     def pack_scales(self, stored: Parts) -> Parts:
         return {key: half_bytes(part).flatten(2) for key, part in stored.items()}
 
-    def read_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        return read_halves(parts["d"]).float(), -read_halves(parts["m"]).float()
+    def read_scales(self, parts: Parts) -> Parts:
+        return {key: read_halves(parts[key]) for key in ("d", "m")}
+
+    def grids(self, stored: Parts) -> tuple[Tensor, Tensor]:
+        return stored["d"].float(), -stored["m"].float()
 
 
 class PowerScaled(BlockFormat):
@@ -73,8 +79,11 @@ class PowerScaled(BlockFormat):
     def pack_scales(self, stored: Parts) -> Parts:
         return stored
 
-    def read_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        scale = _half_of_power(parts["e"])
+    def read_scales(self, parts: Parts) -> Parts:
+        return {"e": parts["e"]}
+
+    def grids(self, stored: Parts) -> tuple[Tensor, Tensor]:
+        scale = _half_of_power(stored["e"])
         return scale, torch.zeros_like(scale)
 
 

@@ -79,22 +79,25 @@ class BlockFormat(GridFormat):
 
     def assemble(self, stored: dict[str, Tensor]) -> Scales:
         num_blocks = min(part.shape[1] for part in stored.values())  # each kind of block has a part with one entry
-        parts = self.pack_scales({key: part.unflatten(1, (num_blocks, -1)) for key, part in stored.items()})
-        scale, offset = self.read_scales(parts)
+        scale, offset = self.grids({key: part.unflatten(1, (num_blocks, -1)) for key, part in stored.items()})
         return Scales(scale.flatten(1), offset.flatten(1), stored)
 
-    def read(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, data: Tensor) -> tuple[Tensor, Scales]:
         parts = self.layout.split(data)
-        scale, offset = self.read_scales(parts)
-        return self.layout.read_codes(parts), scale.flatten(1), offset.flatten(1)
+        stored = {key: part.flatten(1) for key, part in self.read_scales(parts).items()}
+        return self.layout.read_codes(parts), self.assemble(stored)
 
     @abstractmethod
     def pack_scales(self, stored: Parts) -> Parts:
         """What `Scales.stored` holds, (rows, blocks, entries), to the bytes of parts."""
 
     @abstractmethod
-    def read_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        """From the bytes of parts: float32 scales and offsets, (rows, blocks, groups of a block)."""
+    def read_scales(self, parts: Parts) -> Parts:
+        """The inverse of `pack_scales`."""
+
+    @abstractmethod
+    def grids(self, stored: Parts) -> tuple[Tensor, Tensor]:
+        """What `Scales.stored` holds, (rows, blocks, entries), to float32 scales and offsets, (rows, blocks, groups of a block)."""
 
 
 def counting(low: int, high: int) -> Tensor:

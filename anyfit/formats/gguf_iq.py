@@ -100,12 +100,11 @@ class CodebookFormat(GridFormat):
         numbers = scales.stored["numbers"].unflatten(1, (blocks.shape[1], -1))
         return self.layout.join({"d": half_bytes(scales.stored["d"]), **self.weave(index, signs, numbers)})
 
-    def read(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, data: Tensor) -> tuple[Tensor, Scales]:
         parts = self.layout.split(data)
         index, signs, numbers = self.unravel(parts)
         codes = self.entry_codes[index.int()].flatten(1).add_(unpack_fields(signs, 1, 1).flatten(1), alpha=self.num_magnitudes)
-        scales = self.assemble({"d": read_halves(parts["d"]), "numbers": numbers.flatten(1)})
-        return codes, scales.scale, scales.offset
+        return codes, self.assemble({"d": read_halves(parts["d"]), "numbers": numbers.flatten(1)})
 
     @abstractmethod
     def weave(self, index: Tensor, signs: Tensor, numbers: Tensor) -> Parts:
@@ -218,7 +217,7 @@ class SplitNumbers(TwoLevelScaled):
         unsigned = unpack_fields(data[..., 2:], 4, 1) | unpack_fields(data[..., :2], 2, 1) << 4
         return unsigned.view(torch.int8) - 32
 
-    def read_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
+    def read_scales(self, parts: Parts) -> Parts:
         return super().read_scales({"d": parts["d"], "scales": torch.cat([parts["scales_h"], parts["scales_l"]], -1)})
 
 

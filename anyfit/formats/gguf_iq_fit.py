@@ -25,6 +25,21 @@ LINES = 48
 NUMBERS = 16
 
 
+class Work(NamedTuple):
+    """`places` counts from 0. `above` (num,): which entries are marked; `words`: the same memory, eight of them at a time."""
+
+    places: NDArray[np.int32]
+    above: NDArray[np.bool_]
+    words: NDArray[np.uint64]
+
+
+@compiled
+def new_work(num: int) -> Work:
+    """For codebooks of `num` entries."""
+    words = np.zeros(num // 8, np.uint64)
+    return Work(np.arange(num).astype(np.int32), words.view(np.bool_), words)
+
+
 class Parts(NamedTuple):
     """What all rows share of each part, its entries by rising `squares`, (parts, num): weighted sums of squares.
 
@@ -56,7 +71,7 @@ def fit(
     num_parts, size, num = parts.entries.shape
     num_groups = span // group
     target, along, factors = np.empty(span), np.empty(num, np.float32), np.empty(span, np.float32)
-    corners, at, places = np.empty(LINES, np.int64), np.empty(num_parts // num_groups, np.int64), np.arange(PLACE + 1).astype(np.int32)
+    at, work, spread = np.empty(num_parts // num_groups, np.int64), new_work(num), np.sqrt((parts.entries[0] ** 2).mean())
     # each: along and square of a line (of the sum of lines), and where, as 1 / scale, the next one takes over
     lines, sums = np.empty((3, num_parts, LINES)), np.empty((3, num_groups, len(at) * (LINES - 1) + 1))
     # of each group: the scale of least error, and that error; in which step it is
@@ -70,11 +85,14 @@ def fit(
         if peak == 0:
             continue
         _signed(weight[row], importance, peak, even, target)
+        energy = 0.0
         for column in range(span):
             factors[column] = importance[column] * target[column]
+            energy += target[column] ** 2
+        likely = np.sqrt(energy / span) / spread
         for part in range(num_parts):
             add_lines(parts.entries[part], factors, part * size, along)
-            _envelope(along, parts.squares, part, lines, corners, places)
+            _envelope(along, parts.squares, part, likely, lines, work)
         for i in range(num_groups):
             home[i], ideal[0, i], ideal[1, i] = _add_up(lines, sums, at, i)
         halves[row] = _two_level(sums, home, ideal, peak, unit, trial, numbers[row])
@@ -95,44 +113,61 @@ def _signed(weight: Floats, importance: Floats, peak: float, even: bool, target:
 
 
 @compiled
-def _envelope(along: Floats, squares: Floats, part: int, lines: Doubles, corners: NDArray[np.int64], places: NDArray[np.int32]) -> None:
+def _envelope(along: Floats, squares: Floats, part: int, scale: float, lines: Doubles, work: Work) -> None:
     """The entries that are best at some scale, out of all by rising square: the upper left of a convex hull.
 
-    It is found by quickhull, from the left: between two of its corners lies another where any entry is above their chord.
-    `corners`: those right of the last one that are known by now.
+    The one that goes furthest along and the one that is best at a likely `scale` are corners of it; any other corner is
+    above one of the two chords, as few are, and is found from the left.
     """
-    last, here, open_ = 0, 0, 1
-    corners[0] = _farthest(along, squares, part, np.float32(0), 0, len(along), places)
+    middle, end = _corners(along, squares, part, np.float32(0.5 * scale), work.places)
+    middle = min(middle, end)
+    work.above[:] = False
+    _mark(along, squares, part, 0, middle, work.above)
+    _mark(along, squares, part, middle, end, work.above)
+    work.above[middle] = work.above[end] = True
+    last = 0
     lines[0, part, 0], lines[1, part, 0] = along[0], squares[part, 0]
-    while open_:
-        there = corners[open_ - 1]
-        if there > here + 1 and open_ < LINES:
-            slope = (along[there] - along[here]) / max(squares[part, there] - squares[part, here], np.float32(1e-30))
-            between = _farthest(along, squares, part, slope, here + 1, there, places)
-            level = along[here] - slope * squares[part, here]
-            if along[between] - slope * squares[part, between] > level + np.float32(1e-4) * abs(level):
-                corners[open_] = between
-                open_ += 1
-                continue
-        open_ -= 1
-        if along[there] > along[here]:
-            place = 0.5 * (float(squares[part, there]) - squares[part, here]) / (float(along[there]) - along[here])
-            lines[2, part, last] = max(place, lines[2, part, last - 1]) if last else place
-            last = min(last + 1, LINES - 1)
-            lines[0, part, last], lines[1, part, last] = along[there], squares[part, there]
-        here = there
+    for word in range(end // 8 + 1):
+        if work.words[word] == 0:
+            continue
+        for k in range(8 * word, 8 * word + 8):
+            if work.above[k] and along[k] > lines[0, part, last]:
+                last = _append(lines, part, last, along[k], squares[part, k])
     lines[2, part, last] = np.inf
 
 
 @compiled
-def _farthest(along: Floats, squares: Floats, part: int, slope: np.float32, first: int, last: int, places: NDArray[np.int32]) -> int:
-    """Where along - slope * square is largest, from `first` and before `last`."""
-    found = HIGHEST
+def _corners(along: Floats, squares: Floats, part: int, slope: np.float32, places: NDArray[np.int32]) -> tuple[int, int]:
+    """Where along - slope * square is largest, and where along is."""
+    middle, end = HIGHEST, HIGHEST
+    for k in range(len(along)):
+        one, other = ranked(slope * squares[part, k] - along[k], places[k]), ranked(-along[k], places[k])
+        middle, end = one if one < middle else middle, other if other < end else end
+    return int(middle & PLACE), int(end & PLACE)
+
+
+@compiled
+def _mark(along: Floats, squares: Floats, part: int, first: int, last: int, above: NDArray[np.bool_]) -> None:
+    """Set `above` where an entry is above the chord of two, between them."""
+    slope = (along[last] - along[first]) / max(squares[part, last] - squares[part, first], np.float32(1e-30))
+    level = along[first] - slope * squares[part, first] + np.float32(1e-6) * abs(along[last])
     # unsigned, so that no number is taken for one from the end: the loop isn't vectorised otherwise
     for k in range(np.uint64(first), np.uint64(last)):
-        here = ranked(slope * squares[part, k] - along[k], places[k])
-        found = here if here < found else found
-    return int(found & PLACE)
+        above[k] = along[k] - slope * squares[part, k] > level
+
+
+@compiled
+def _append(lines: Doubles, part: int, last: int, along: float, square: float) -> int:
+    """Add a line that goes further along than the `last` one, in place of those that are the lowest nowhere any more."""
+    place = 0.5 * (square - lines[1, part, last]) / (along - lines[0, part, last])
+    while last > 0 and place <= lines[2, part, last - 1]:
+        last -= 1
+        place = 0.5 * (square - lines[1, part, last]) / (along - lines[0, part, last])
+    if last > 0 or place > 0:
+        lines[2, part, last] = place
+        last = min(last + 1, LINES - 1)
+    lines[0, part, last], lines[1, part, last] = along, square
+    return last
 
 
 @compiled

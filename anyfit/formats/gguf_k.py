@@ -36,8 +36,11 @@ class TwoLevelScaled(BlockFormat):
     def pack_scales(self, stored: Parts) -> Parts:
         return {"d": half_bytes(stored["d"]).flatten(2), "scales": self.pack_numbers(stored["scales"])}
 
-    def read_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        scale = read_halves(parts["d"]).float().unsqueeze(-1) * self.read_numbers(parts["scales"]).float()
+    def read_scales(self, parts: Parts) -> Parts:
+        return {"d": read_halves(parts["d"]).unsqueeze(-1), "scales": self.read_numbers(parts["scales"])}
+
+    def grids(self, stored: Parts) -> tuple[Tensor, Tensor]:
+        scale = stored["d"].float() * stored["scales"].float()
         return scale, torch.zeros_like(scale)
 
     def pack_numbers(self, numbers: Tensor) -> Tensor:
@@ -83,10 +86,12 @@ class TwoLevelLine(BlockFormat):
         halves = {key: half_bytes(stored[key]).flatten(2) for key in ("d", "dmin")}
         return {**halves, "scales": self.pack_numbers(stored["numbers"], stored["others"])}
 
-    def read_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        half, offset_half = (read_halves(parts[key]).float().unsqueeze(-1) for key in ("d", "dmin"))
+    def read_scales(self, parts: Parts) -> Parts:
         numbers, others = self.read_numbers(parts["scales"])
-        return half * numbers.float(), offset_half * others.float()
+        return {**{key: read_halves(parts[key]).unsqueeze(-1) for key in ("d", "dmin")}, "numbers": numbers, "others": others}
+
+    def grids(self, stored: Parts) -> tuple[Tensor, Tensor]:
+        return stored["d"].float() * stored["numbers"].float(), stored["dmin"].float() * stored["others"].float()
 
     def pack_numbers(self, numbers: Tensor, others: Tensor) -> Tensor:
         """Twice uint8 (rows, blocks, 8), six bits each, to (rows, blocks, 12).

@@ -65,10 +65,9 @@ class IntegerFormat(GridFormat):
         zero = None if self.symmetric else groups[..., 2]
         return codes, read_halves(groups[..., :2]), zero
 
-    def read(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, data: Tensor) -> tuple[Tensor, Scales]:
         codes, half, zero = self.unpack(data)
-        scale = half.float()
-        return codes, scale, torch.zeros_like(scale) if zero is None else scale * zero.float()
+        return codes, self.assemble({"scale": half} if zero is None else {"scale": half, "zero": zero})
 
 
 BY_NAME = {

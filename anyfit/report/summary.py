@@ -76,6 +76,11 @@ def described(family: Family, point: Point) -> str:
     return costs + f"measured KL to the original {kl}, perplexity {point.report.perplexity:.2f}{refined}"
 
 
+def kind(point: Point) -> str:
+    """What is special about a config: one format everywhere, matrices of its own."""
+    return ", ".join(filter(None, (point.uniform, "refined" if point.refined else "")))
+
+
 def point_json(point: Point) -> dict[str, Any]:
     """One config: what it costs and what was measured."""
     return {
@@ -84,6 +89,7 @@ def point_json(point: Point) -> dict[str, Any]:
         "bits": point.bits,
         "predicted_kl": point.predicted,
         "uniform": point.uniform,
+        "refined": point.refined,
         "search": point.search and point.search.to_json(),
         "report": point.report and point.report.to_json(),
     }

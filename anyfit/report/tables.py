@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def frontier(family: Family, chosen: Point | None = None) -> Table:
     """Every size of the frontier, with the uniform settings between them; `chosen` is marked."""
-    table = _table("", "size", "bits", "KL to the original", "perplexity", "top-1", "uniform", "mostly")
+    table = _table("", "size", "bits", "KL to the original", "perplexity", "top-1", "kind", "mostly")
     for row in summary.rows(family):
         if not (row.frontier or row.point.uniform):
             continue
@@ -32,7 +32,7 @@ def frontier(family: Family, chosen: Point | None = None) -> Table:
             summary.plus_minus(quality.kl_mean, quality.kl_stderr),
             f"{quality.perplexity:.2f}",
             summary.plus_minus_percent(quality.top1, quality.top1_stderr),
-            row.point.uniform or "",
+            summary.kind(row.point),
             mostly(family, row.point.config),
         )
         _add(table, cells, style="bold" if here else "" if row.frontier else "dim")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
+from anyfit.core.effort import Effort
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
 
@@ -38,6 +39,12 @@ class Target(ABC):
     """Every format that the runtime loads, dearest first."""
     default_formats: tuple[str, ...]
     """Those that `fit` makes unless told otherwise."""
+    slow_formats: tuple[str, ...] = ()
+    """Those that it makes besides, where the effort allows: they are worth it, but take long to encode."""
+
+    def menu(self, effort: Effort) -> tuple[str, ...]:
+        """The formats that `fit` makes unless told otherwise."""
+        return (*self.default_formats, *(self.slow_formats if effort.slow_formats else ()))
 
     @abstractmethod
     def supports(self, source: Source) -> str | None:

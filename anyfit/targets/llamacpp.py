@@ -39,8 +39,8 @@ class LlamaCpp(Target):
         *("Q4_0", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "IQ3_S", "IQ3_XXS"),
         *("Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0"),
     )
-    # Codebooks (IQ3 and IQ2) are the best of their sizes, but take several times as long to encode as all others together.
     default_formats = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K")
+    slow_formats = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 
     def supports(self, source: Source) -> str | None:
         kind = gguf_kinds.KINDS.get(source.config.model_type)

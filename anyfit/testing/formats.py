@@ -60,9 +60,13 @@ def check_values_on_the_grid_stay(format_: Format) -> None:
     codes, values = quantize(format_, weight, *_spread(format_, scales))
     _, again = quantize(format_, values, *_spread(format_, scales))
     assert torch.equal(again, values), f"{format_.name} changes its own values"
-    read = format_.read(format_.pack(codes, scales))
-    assert torch.equal(read[0], codes), f"{format_.name} reads other codes than it packed"
-    assert torch.equal(read[1], scales.scale) and torch.equal(read[2], scales.offset), f"{format_.name} reads other scales than it packed"
+    read, read_scales = format_.read(format_.pack(codes, scales))
+    assert torch.equal(read, codes), f"{format_.name} reads other codes than it packed"
+    for own, other in ((scales.scale, read_scales.scale), (scales.offset, read_scales.offset)):
+        assert torch.equal(own, other), f"{format_.name} reads other scales than it packed"
+    assert read_scales.stored.keys() == scales.stored.keys()
+    for key, part in scales.stored.items():
+        assert torch.equal(read_scales.stored[key], part), f"{format_.name} reads another {key} than it packed"
 
 
 def check_odd_rows(format_: Format) -> None:

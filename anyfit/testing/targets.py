@@ -22,6 +22,7 @@ from anyfit.architectures import architecture_of
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint, Source
 from anyfit.core.config import Config
+from anyfit.core.effort import Effort
 from anyfit.core.errors import UnknownNameError
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
@@ -97,7 +98,7 @@ class Trial:
 def check_space_covers_the_network(trial: Trial, _: Path) -> None:
     """Every matrix is in one unit, every unit has a choice, and what isn't a choice has a reason."""
     target, space = trial.target, trial.space
-    assert set(target.default_formats) <= set(target.formats), "the defaults are formats of the target"
+    assert set(target.menu(Effort.HIGH)) <= set(target.formats), "the defaults are formats of the target"
     units = [weight.name for decision in space.decisions for weight in decision.unit.weights]
     assert sorted(units) == sorted(weight.name for weight in trial.weights), "each matrix is decided once"
     for decision in space.decisions:

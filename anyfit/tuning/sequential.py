@@ -12,8 +12,7 @@ is the least-squares solution of W* x ≈ W x̃. It asks the same as GPTAQ (arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -103,14 +102,11 @@ class _Stream:
         path = architecture.hook_path(weight)
         assert path is not None
         count = 0
-        with _seen(self._networks[0], path) as arriving, _seen(self._networks[1], path) as wanted:
-            for batch in range(len(self._hidden[0])):
-                for which in range(2):
-                    self._run(which, block, batch)
-                x, x_original = (seen.pop().reshape(-1, columns).float() for seen in (arriving, wanted))
-                own += (x.T @ x).double()
-                crossed += (x_original.T @ x).double()
-                count += len(x)
+        for batch in range(len(self._hidden[0])):
+            x, x_original = (self._input(which, block, batch, path).reshape(-1, columns).float() for which in range(2))
+            own += (x.T @ x).double()
+            crossed += (x_original.T @ x).double()
+            count += len(x)
         return InputStatistics((own / count).float(), count), crossed / count
 
     def advance(self, block: int) -> None:
@@ -118,6 +114,10 @@ class _Stream:
         for which, hidden in enumerate(self._hidden):
             for batch in range(len(hidden)):
                 hidden[batch] = self._run(which, block, batch)
+
+    def _input(self, which: int, block: int, batch: int, path: str) -> Tensor:
+        """What arrives at a module of the block, which runs no further."""
+        return _caught(self._networks[which], path, lambda: self._run(which, block, batch))
 
     def _run(self, which: int, block: int, batch: int) -> Tensor:
         hidden = self._hidden[which][batch]
@@ -132,6 +132,11 @@ class _StopRunning(Exception):  # noqa: N818  (no error: enough has run)
 
 def _first_input(network: PreTrainedModel, path: str, batch: Tensor) -> Tensor:
     """The hidden states before the first block."""
+    return _caught(network, path, lambda: network(input_ids=batch, use_cache=False))
+
+
+def _caught(network: PreTrainedModel, path: str, run: Callable[[], object]) -> Tensor:
+    """What a module is given when the network is `run`, which then stops."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(args[0] if args else kwargs["hidden_states"])
@@ -140,7 +145,7 @@ def _first_input(network: PreTrainedModel, path: str, batch: Tensor) -> Tensor:
     caught: list[Tensor] = []
     handle = network.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        network(input_ids=batch, use_cache=False)
+        run()
     except _StopRunning:
         return caught[0]
     finally:
@@ -162,14 +167,3 @@ def _arguments(network: PreTrainedModel, paths: list[str], batch: Tensor) -> lis
         for handle in handles:
             handle.remove()
     return found
-
-
-@contextmanager
-def _seen(network: PreTrainedModel, path: str) -> Iterator[list[Tensor]]:
-    """Collects the inputs of a module."""
-    seen: list[Tensor] = []
-    handle = network.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -75,3 +77,15 @@ def kept(path: Path, key: dict[str, Any], make: Callable[[], Outcome], *, fresh:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"key": key, **({"refused": asdict(outcome)} if isinstance(outcome, Refused) else {"result": outcome.to_json()})})
     return outcome
+
+
+def perplexity_rise(theirs: Result, ours: Result) -> tuple[float, float]:
+    """How much higher our perplexity is, as a share of theirs, and its standard error over segments, paired."""
+    differences = np.subtract(ours.losses, theirs.losses)
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    return math.expm1(differences.mean()), float(error)
+
+
+def kl_cell(result: Result) -> str:
+    """Mean KL and its standard error, as tables have it."""
+    return f"{result.quality.kl_mean:.5f} ± {result.quality.kl_stderr:.5f}"

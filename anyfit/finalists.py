@@ -1,0 +1,164 @@
+"""Which configs a family has measured: optima along the frontier, every uniform setting, and what more effort makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from anyfit.core.budget import Budget
+from anyfit.core.config import Config
+from anyfit.core.effort import Effort
+from anyfit.core.files import read_json, write_json
+from anyfit.core.space import Space
+from anyfit.elastic.model import ElasticModel
+from anyfit.family.manifest import Point
+from anyfit.family.store import Store, refined_file
+from anyfit.progress import Progress
+from anyfit.scores.table import Table
+from anyfit.searchers.evolution import Fitness, Settings, Stage, evolve
+from anyfit.searchers.exact import Solver, hull
+from anyfit.tasks.language import Quality, Reference, kl, measure
+from anyfit.tuning.refining import Refinery, Stored
+
+NUM_FINALISTS = 7
+"""Budgets, evenly spaced in the logarithm of the size, whose best configs are measured; besides, one for the size
+of each uniform setting."""
+NEGLIGIBLE = 3e-5
+"""Nats per token: a larger config than the first below this has nothing left to gain."""
+NUM_REFINED = 3
+"""Of these budgets, the smallest, whose best configs are refined at high effort: there is most to gain there."""
+EVOLUTION = ((2, 8), (16, 2))
+"""(segments, entrants) of each stage. The text is of the calibration split, so that the search split still judges."""
+GENERATIONS = 5
+WORK = ("points", "evolved")
+"""Folders of the journal that a finished family doesn't keep."""
+
+
+@dataclass
+class Finalists:
+    """One run's finalists. What is measured, evolved and refined is kept in the journal's folder, and not done twice.
+
+    `references`: the original's predictions on the search and the report split; `calibration` (segments, length).
+    """
+
+    store: Store
+    table: Table
+    elastic: ElasticModel
+    references: Mapping[str, Reference]
+    calibration: torch.Tensor
+    effort: Effort
+    progress: Progress
+
+    @property
+    def space(self) -> Space:
+        return self.elastic.space
+
+    @cached_property
+    def _solver(self) -> Solver:
+        return Solver(self.space, self.table)
+
+    def points(self) -> list[Point]:
+        """All of them measured, not refined."""
+        # Exact optima first: where a uniform setting is one of them, it is then named as such.
+        candidates: dict[Config, str | None] = dict.fromkeys(self._optima())
+        if self.effort.refines:
+            candidates |= dict.fromkeys(self._evolved(size) for size in self._smallest())
+        candidates |= {self.space.uniform(name): name for name in self.space.formats()}
+        points = []
+        with self.progress.stage("measure finalists", len(candidates)) as stage:
+            for config, uniform in candidates.items():
+                points.append(self._point(config, uniform))
+                stage.advance()
+        return points
+
+    def refined(self, points: list[Point], refinery: Refinery, stored: Callable[[Config], list[Stored]]) -> list[Point]:
+        """The points, the best within each of the smallest budgets refined where that helps. `stored`: a config's matrices."""
+        found = {point.config: point for point in points}
+        best = [min((p for p in points if p.bytes_ <= size), key=_measured) for size in self._smallest()]
+        for point in dict.fromkeys(best):
+            found[point.config] = self._refined(point, refinery, stored)
+        return list(found.values())
+
+    @cached_property
+    def _sizes(self) -> tuple[list[int], int, int]:
+        """Evenly spaced sizes, and the smallest and largest of them."""
+        best = hull(self.space, self.table)
+        enough = next((config for config in best if self.table.predict(self.space, config) < NEGLIGIBLE), best[-1])
+        smallest, largest = self.space.bytes_(best[0]), self.space.bytes_(enough)
+        return [int(np.ceil(size)) for size in np.geomspace(smallest, largest, NUM_FINALISTS)], smallest, largest
+
+    def _smallest(self) -> list[int]:
+        return self._sizes[0][:NUM_REFINED]
+
+    def _optima(self) -> Iterator[Config]:
+        sizes, smallest, largest = self._sizes
+        uniform = {self.space.bytes_(self.space.uniform(name)) for name in self.space.formats()}
+        for size in sorted({*sizes, *(size for size in uniform if smallest <= size <= largest)}):
+            yield self._solver.solve(_budget(size))
+
+    def _evolved(self, size: int) -> Config:
+        """What evolution makes of the exact optimum of a size, or that itself."""
+        path = self.store.folder / "evolved" / f"{size}.json"
+        found = read_json(path)
+        if found is None:
+            start = self._solver.solve(_budget(size))
+            stages = tuple(Stage(self._fitness(num), entrants) for num, entrants in EVOLUTION)
+            settings = Settings(stages, GENERATIONS)
+            ranked = evolve(self.space, self.table, budget=_budget(size), start=[start], settings=settings, progress=self.progress)
+            found = ranked[0].config.to_json()
+            write_json(path, found)
+        return Config.from_json(found)
+
+    def _fitness(self, num_segments: int) -> Fitness:
+        reference = Reference.of(self.references["search"].logits, self.calibration[:num_segments])
+        return lambda config: kl(self.elastic.set(config), reference)
+
+    def _point(self, config: Config, uniform: str | None) -> Point:
+        path = self.store.folder / "points" / f"{config.digest}.json"
+        found = read_json(path)
+        if found is None:
+            model = self.elastic.set(config)
+            found = {name: measure(model, reference).to_json() for name, reference in self.references.items()}
+            write_json(path, found)
+        return Point(
+            config=config,
+            bytes_=self.space.bytes_(config),
+            bits=self.space.bits(config),
+            predicted=self.table.predict(self.space, config),
+            uniform=uniform,
+            search=Quality.from_json(found["search"]),
+            report=Quality.from_json(found["report"]),
+        )
+
+    def _refined(self, point: Point, refinery: Refinery, stored: Callable[[Config], list[Stored]]) -> Point:
+        path = self.store.folder / "points" / f"{point.config.digest}-refined.json"
+        found = read_json(path)
+        if found is None:
+            with self.elastic.lent(point.config) as model:
+                made = refinery.refine(model, stored(point.config), self.progress)
+                quality = {name: measure(model, reference) for name, reference in self.references.items()}
+            better = refined(point, quality)
+            if better.refined:
+                self.store.write_tensors(refined_file(point.config), made.data)
+            found = {name: entry.to_json() for name, entry in quality.items()}
+            write_json(path, found)
+        return refined(point, {name: Quality.from_json(entry) for name, entry in found.items()})
+
+
+def refined(point: Point, quality: Mapping[str, Quality]) -> Point:
+    """The point as it is once refined; as it was where that didn't help on the search split."""
+    better = replace(point, search=quality["search"], report=quality["report"], refined=True)
+    return better if _measured(better) < _measured(point) else point
+
+
+def _measured(point: Point) -> float:
+    assert point.search is not None
+    return point.search.kl_mean
+
+
+def _budget(size: int) -> Budget:
+    return Budget((("bytes", float(size)),), f"{size} B")
