@@ -9,12 +9,15 @@ where what it was made from has changed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -30,16 +33,18 @@ from scipy.stats import spearmanr
 from scores import random_configs
 from table import FOLDER, Row, Section, finish_page
 
+import anyfit
 from anyfit import Family, pipeline, refinement
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
 from anyfit.core.errors import BudgetError
+from anyfit.family.family import is_family
 from anyfit.family.manifest import Point
 from anyfit.pipeline import Fit
 from anyfit.progress import Silent
 from anyfit.targets import targets
 from anyfit.targets.llamacpp import read_model
-from anyfit.tasks.language import kl
+from anyfit.tasks.language import Reference, kl
 
 WORK = Path(__file__).parent.parent / "build" / "frontier"
 PEERS = (presets.PEER, environments.ROUNDING, *environments.ENVIRONMENTS)
@@ -47,6 +52,8 @@ HALF_UP_TO_BITS = 5.0
 """Up to this size anyfit's KL must be at most half of a preset's; beyond it, and against other peers, not higher."""
 NUM_BUDGETS, SLOWEST_BUDGETS = 64, 1.0
 NUM_RANDOM, LOWEST_CORRELATION = 50, 0.95
+NUM_SOME = 32
+"""Report segments that random configs are measured on."""
 LOWEST_MIXED_GAIN, MOST_BITS_OFF = 0.10, 0.75
 RECIPE, EFFORT = "gptq", Effort.HIGH
 REFINED_BITS = (2.2, 2.7, 3.3, 4.3)
@@ -70,8 +77,8 @@ class Comparison:
     pairs: Sequence[Pair]
 
 
-def family(subject: Subject) -> Family:
-    """One run for all budgets, over the subject's own tokens.
+def family(subject: Subject, *, fresh: bool) -> Family:
+    """One run for all budgets, over the subject's own tokens; kept for as long as our code stays as it is.
 
     It is made for llama.cpp, but for a network that was padded to whole groups: its short rows leave few types there,
     and its peers store plain integer groups, which is what the transformers target offers.
@@ -80,9 +87,19 @@ def family(subject: Subject) -> Family:
     text = subject.segments
     counts = (len(text.calibration), len(text.search), len(text.report))
     wanted = pipeline.Settings(target.name, target.menu(EFFORT), RECIPE, text.calibration.shape[1], *counts, 0, EFFORT)
-    output = subject.work / ("padded.family" if subject.is_padded else "anyfit.family")
-    Fit(subject.checkpoint, text, wanted, Silent()).run(output, restart=False, force=True)
+    output = subject.work / f"{target.name}-{_our_code()}.family"
+    if fresh or not is_family(output):
+        Fit(subject.checkpoint, text, wanted, Silent()).run(output, restart=fresh, force=True)
     return Family.open(output)
+
+
+@cache
+def _our_code() -> str:
+    """A hash of all our source files."""
+    found = hashlib.sha256()
+    for path in sorted(Path(anyfit.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def matched(subject: Subject, fitted: Family, size: int) -> Result | Refused:
@@ -212,7 +229,8 @@ def correlation_row(subject: Subject, fitted: Family) -> Row:
         configs += random_configs(fitted.space, rng)
     configs = configs[:NUM_RANDOM]
     predicted = [fitted.point(config).predicted for config in configs]
-    measured = [kl(fitted.extract(config), subject.reference) for config in configs]
+    some = Reference.of(subject.checkpoint.load(), subject.segments.report[:NUM_SOME])
+    measured = [kl(fitted.extract(config), some) for config in configs]
     correlation = float(spearmanr(predicted, measured).statistic)
     what = f"rank correlation, predicted and measured, {NUM_RANDOM} random configs"
     return Row((subject.name, what, f"{correlation:.3f}"), holds=correlation >= LOWEST_CORRELATION)
@@ -220,24 +238,21 @@ def correlation_row(subject: Subject, fitted: Family) -> Row:
 
 def refined_rows(comparison: Comparison) -> Iterator[Row]:
     """Sizes that somebody asks for: the family's answer, and the same bytes once `anyfit refine` has run."""
-    subject, fitted = comparison.subject, comparison.fitted
+    subject = comparison.subject
     results = [pair.theirs for pair in comparison.pairs if isinstance(pair.theirs, Result)]
-    for result in {min(results, key=lambda r, b=bits: abs(r.bits - b)).bytes_: None for bits in REFINED_BITS}:
-        chosen = fitted.select_unrefined(f"{result} B")
-        before = _divergence(subject, fitted, chosen)
-        began = time.process_time()
-        made = refinement.refine(fitted, f"{result} B", model=subject.folder)
-        seconds = time.process_time() - began
-        after = made.point.report.kl_mean if made.point.report else before
-        cells = (
-            subject.name,
-            f"{result}",
-            f"{chosen.bits:.2f}",
-            f"{before:.5f}",
-            f"{after:.5f}",
-            f"{1 - after / before:.0%}",
-            f"{seconds:.0f}",
-        )
+    for size in {min(results, key=lambda r, b=bits: abs(r.bits - b)).bytes_: None for bits in REFINED_BITS}:
+        with tempfile.TemporaryDirectory() as folder:
+            fitted = Family.open(shutil.copytree(comparison.fitted.path, Path(folder, "copy.family")))
+            chosen = fitted.select_unrefined(f"{size} B")
+            if chosen.refined:
+                continue
+            before = _divergence(subject, fitted, chosen)
+            began = time.process_time()
+            made = refinement.refine(fitted, f"{size} B", model=subject.folder)
+            seconds = time.process_time() - began
+        after = made.point.report.kl_mean if made.kept and made.point.report else before
+        measured = (f"{before:.5f}", f"{after:.5f}", f"{1 - after / before:.0%}", f"{seconds:.0f}")
+        cells = (subject.name, f"{size}", f"{chosen.bits:.2f}", *measured)
         print("  ".join(cells), flush=True)
         yield Row(cells, holds=after <= before)
 
@@ -275,7 +290,7 @@ def compared(subject: Subject, args: argparse.Namespace) -> list[Comparison]:
         split.setdefault(own.name, (own, []))[1].append(peer)
     comparisons = []
     for own, peers in split.values():
-        fitted = family(own)
+        fitted = family(own, fresh=args.fresh)
         found = [pair for peer in peers for pair in pairs(own, fitted, theirs(own, peer, args), fresh=args.fresh)]
         comparisons.append(Comparison(own, fitted, found))
     return comparisons
