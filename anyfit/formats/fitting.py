@@ -76,6 +76,7 @@ class Columns:
 
 def fit_rows(fit: Callable[[Columns], tuple[NDArray[Any], ...]], weight: Tensor, importance: Tensor, group: int) -> tuple[Tensor, ...]:
     """Apply `fit` to a few rows of a span at a time and join its answers, (groups or 1, rows), as (rows, groups or 1)."""
+    assert weight.shape[1] % group == 0, f"{weight.shape[1]} columns are no whole groups of {group}"
     weight, weights = weight.detach(), _error_weights(importance)
     most = max(1, CHUNK // weight.shape[1])
     answers: dict[int, list[Tensor]] = {}
