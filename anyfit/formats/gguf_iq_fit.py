@@ -23,12 +23,20 @@ Doubles = NDArray[np.float64]
 LINES = 48
 """At most so many entries of an envelope are kept."""
 NUMBERS = 16
+SCALES = (np.float32(3.0), np.float32(1.6), np.float32(0.9), np.float32(0.5))
+"""Where corners of envelopes are looked for first, as parts of a likely scale."""
 
 
 class Work(NamedTuple):
-    """`places` counts from 0. `above` (num,): which entries are marked; `words`: the same memory, eight of them at a time."""
+    """`places` counts from 0. `above` (num,): which entries are marked; `words`: the same memory, eight of them at a time.
+
+    `corners` (6,): some that are on the hull, from the left. `slope` and `level` (5,): of the chords between them.
+    """
 
     places: NDArray[np.int32]
+    corners: NDArray[np.int64]
+    slope: Floats
+    level: Floats
     above: NDArray[np.bool_]
     words: NDArray[np.uint64]
 
@@ -37,7 +45,8 @@ class Work(NamedTuple):
 def new_work(num: int) -> Work:
     """For codebooks of `num` entries."""
     words = np.zeros(num // 8, np.uint64)
-    return Work(np.arange(num).astype(np.int32), words.view(np.bool_), words)
+    chords = np.empty((2, 5), np.float32)
+    return Work(np.arange(num).astype(np.int32), np.zeros(6, np.int64), chords[0], chords[1], words.view(np.bool_), words)
 
 
 class Parts(NamedTuple):
@@ -116,16 +125,12 @@ def _signed(weight: Floats, importance: Floats, peak: float, even: bool, target:
 def _envelope(along: Floats, squares: Floats, part: int, scale: float, lines: Doubles, work: Work) -> None:
     """The entries that are best at some scale, out of all by rising square: the upper left of a convex hull.
 
-    The one that goes furthest along and the one that is best at a likely `scale` are corners of it; any other corner is
-    above one of the two chords, as few are, and is found from the left.
+    The one that goes furthest along and those that are best at scales like `scale` are corners of it; any other corner is
+    above the chords between these, as few entries are.
     """
-    middle, end = _corners(along, squares, part, np.float32(0.5 * scale), work.places)
-    middle = min(middle, end)
-    work.above[:] = False
-    _mark(along, squares, part, 0, middle, work.above)
-    _mark(along, squares, part, middle, end, work.above)
-    work.above[middle] = work.above[end] = True
-    last = 0
+    _corners(along, squares, part, np.float32(0.5 * scale), work)
+    _mark(along, squares, part, work)
+    last, end = 0, work.corners[-1]
     lines[0, part, 0], lines[1, part, 0] = along[0], squares[part, 0]
     for word in range(end // 8 + 1):
         if work.words[word] == 0:
@@ -137,23 +142,43 @@ def _envelope(along: Floats, squares: Floats, part: int, scale: float, lines: Do
 
 
 @compiled
-def _corners(along: Floats, squares: Floats, part: int, slope: np.float32, places: NDArray[np.int32]) -> tuple[int, int]:
-    """Where along - slope * square is largest, and where along is."""
-    middle, end = HIGHEST, HIGHEST
+def _corners(along: Floats, squares: Floats, part: int, half: np.float32, work: Work) -> None:
+    """`work.corners`: the first entry, those best at 2 * `half` times each of `SCALES`, and the one that goes furthest along."""
+    one, two, three, four = half * SCALES[0], half * SCALES[1], half * SCALES[2], half * SCALES[3]
+    a, b, c, d, end, places = HIGHEST, HIGHEST, HIGHEST, HIGHEST, HIGHEST, work.places
     for k in range(len(along)):
-        one, other = ranked(slope * squares[part, k] - along[k], places[k]), ranked(-along[k], places[k])
-        middle, end = one if one < middle else middle, other if other < end else end
-    return int(middle & PLACE), int(end & PLACE)
+        place, square, behind = places[k], squares[part, k], -along[k]
+        v, w = ranked(one * square + behind, place), ranked(two * square + behind, place)
+        x, y = ranked(three * square + behind, place), ranked(four * square + behind, place)
+        z = ranked(behind, place)
+        a, b, c, d = v if v < a else a, w if w < b else b, x if x < c else c, y if y < d else d
+        end = z if z < end else end
+    corners = work.corners
+    corners[1], corners[2], corners[3], corners[4], corners[5] = a & PLACE, b & PLACE, c & PLACE, d & PLACE, end & PLACE
+    for i in range(1, 5):  # of numbers that are nearly the same, any may have been taken
+        corners[i] = min(max(corners[i], corners[i - 1]), corners[5])
 
 
 @compiled
-def _mark(along: Floats, squares: Floats, part: int, first: int, last: int, above: NDArray[np.bool_]) -> None:
-    """Set `above` where an entry is above the chord of two, between them."""
-    slope = (along[last] - along[first]) / max(squares[part, last] - squares[part, first], np.float32(1e-30))
-    level = along[first] - slope * squares[part, first] + np.float32(1e-6) * abs(along[last])
-    # unsigned, so that no number is taken for one from the end: the loop isn't vectorised otherwise
-    for k in range(np.uint64(first), np.uint64(last)):
-        above[k] = along[k] - slope * squares[part, k] > level
+def _mark(along: Floats, squares: Floats, part: int, work: Work) -> None:
+    """Set `work.above` for the corners and for the entries above all chords between neighbours, made longer both ways."""
+    corners, above, slope, level = work.corners, work.above, work.slope, work.level
+    for i in range(5):
+        here, there = corners[i], corners[i + 1]
+        slope[i], level[i] = 0, 3e38
+        if squares[part, there] > squares[part, here]:
+            slope[i] = (along[there] - along[here]) / (squares[part, there] - squares[part, here])
+            level[i] = along[here] - slope[i] * squares[part, here] + np.float32(1e-5) * abs(along[there])
+    a, b, c, d, e = slope[0], slope[1], slope[2], slope[3], slope[4]
+    f, g, h, i, j = level[0], level[1], level[2], level[3], level[4]
+    for k in range(len(along)):
+        square = squares[part, k]
+        v, w, x, y, z = f + a * square, g + b * square, h + c * square, i + d * square, j + e * square
+        v, x = w if w < v else v, y if y < x else x
+        v = x if x < v else v
+        above[k] = along[k] > (z if z < v else v)
+    for n in range(1, 6):
+        above[corners[n]] = True
 
 
 @compiled
