@@ -29,7 +29,7 @@ NUM_FINALISTS = 7
 of each uniform setting."""
 NEGLIGIBLE = 3e-5
 """Nats per token: a larger config than the first below this has nothing left to gain."""
-NUM_REFINED = 3
+NUM_REFINED = 2
 """Of these budgets, the smallest, whose best configs are refined at high effort: there is most to gain there."""
 EVOLUTION = ((2, 8), (16, 2))
 """(segments, entrants) of each stage. The text is of the calibration split, so that the search split still judges."""

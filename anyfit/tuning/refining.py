@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ WINDOW = 256
 class Settings:
     """`num_segments` that the matrices are solved again on; how far they are then tuned."""
 
-    num_segments: int = 64
+    num_segments: int = 32
     tuning: signround.Settings = field(default_factory=signround.Settings)
 
 
@@ -116,10 +117,11 @@ class Refinery:
 
     def _tune(self, stored: PreTrainedModel, entries: Mapping[str, Stored], progress: Progress) -> signround.Tuned:
         grids = {name: entry.matrix(self._original) for name, entry in entries.items() if isinstance(entry.format_, GridFormat)}
-        settings = self._settings.tuning
-        with torch.no_grad():
-            text = Reference.of(self._original, _windows(self._calibration, settings.num_segments))
-        return signround.tune(stored, grids, text, self._held_out, settings=settings, progress=progress)
+        return signround.tune(stored, grids, self._text, self._held_out, settings=self._settings.tuning, progress=progress)
+
+    @cached_property
+    def _text(self) -> Reference:
+        return Reference.of(self._original, _windows(self._calibration, self._settings.tuning.num_segments))
 
 
 class _Solver:
