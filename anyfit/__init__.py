@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from anyfit.core.budget import Budget as Budget
     from anyfit.core.errors import UserError as UserError
     from anyfit.family.family import Family as Family
+    from anyfit.refinement import refine as refine
 
 _HOMES = {
     "fit": "anyfit.api",
     "plan": "anyfit.api",
     "evaluate": "anyfit.api",
+    "refine": "anyfit.refinement",
     "Family": "anyfit.family.family",
     "Budget": "anyfit.core.budget",
     "UserError": "anyfit.core.errors",

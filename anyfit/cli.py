@@ -301,7 +301,7 @@ def export(
 def refine(
     family: options.FamilyPath,
     budget: options.Budgets,
-    model: Annotated[str | None, typer.Option(help="The original, where it isn't where it was.")] = None,
+    model: Annotated[str | None, typer.Option(help="The original: a folder or hub id. Not needed for the embedded model.")] = None,
     json_: options.Json = False,
 ) -> Answer:
     """Solve the matrices of one size again for each other: closer to the original at the same bytes, in a minute or so."""
@@ -311,9 +311,16 @@ def refine(
 
     opened = Family.open(family)
     made = refined(opened, budget, model=model, progress=to_stderr())
-    document = {"kept": made.kept, "before": made.before.to_json(), "after": made.after.to_json(), "config": made.point.config.to_json()}
+    document = {
+        "kept": made.kept,
+        "already": made.already,
+        "before": made.before.to_json(),
+        "after": made.after.to_json(),
+        "config": made.point.config.to_json(),
+    }
     change = f"KL on the search text {made.before.kl_mean:.3g} before, {made.after.kl_mean:.3g} after"
-    return Answer(document, (change + ("" if made.kept else ": left as it was"), summary.described(opened, made.point)))
+    outcome = "It was refined before." if made.already else change + ("" if made.kept else ": no better, left as it was")
+    return Answer(document, (outcome, summary.described(opened, made.point)))
 
 
 @_command

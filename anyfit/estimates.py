@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,9 @@ from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import quantizers
 from anyfit.tasks.language import kept_bytes
 from anyfit.tuning.refining import WINDOW, Settings
+
+_ROWS = 128
+"""Of a matrix, that encoding is timed on."""
 
 
 def saturation(run: Fit) -> Saturation | None:
@@ -55,7 +59,7 @@ def memory(run: Fit) -> int:
 
 @torch.inference_mode()
 def seconds(run: Fit) -> float:
-    """From one matrix in one format and two segments' length of text, scaled to all of them."""
+    """From some rows in each format and two segments' length of text, scaled to all of them."""
     text = torch.zeros(2, run.settings.length, dtype=torch.int64)
     began = time.perf_counter()
     run.model(input_ids=text, use_cache=False)
@@ -63,17 +67,29 @@ def seconds(run: Fit) -> float:
     sizes = {name: run.segments.num_tokens(name) for name in PURPOSES}
     probing = NUM_PROBE_SEGMENTS * run.settings.length * len(run.space.decisions)
     measuring = (sizes["search"] + sizes["report"]) * (NUM_FINALISTS + 2 * len(run.space.formats()))
-    weight = max((w for w in run.weights if w.block is not None), key=lambda w: w.num_weights)
-    format_ = all_formats.get(next(d for d in run.space.decisions if weight in d.unit.weights).choices[-1].name)
-    quantizer = quantizers.get(run.recipe.quantizer)
-    began = time.perf_counter()
-    prepared = quantizer.prepare(InputStatistics.unknown(weight.shape[1]))
-    quantizer.encode(torch.zeros(weight.shape), prepared, format_)
-    per_weight = (time.perf_counter() - began) / weight.num_weights
-    encoding = sum(len(d.choices) * d.unit.num_weights for d in run.space.decisions)
+    encoding = _encoding(run)
     writing = generated.READINGS * run.segments.num_pending
     reading = writing + sizes["calibration"] + probing + measuring + (_more_effort(run, sizes) if run.effort.refines else 0)
-    return per_token * reading + per_weight * encoding
+    return per_token * reading + encoding
+
+
+def _encoding(run: Fit) -> float:
+    """Seconds to encode everything, from some rows of the largest matrix in each format."""
+    weight = max((w for w in run.weights if w.block is not None), key=lambda w: w.num_weights)
+    rows = torch.randn(_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    quantizer = quantizers.get(run.recipe.quantizer)
+    prepared = quantizer.prepare(InputStatistics.unknown(weight.shape[1]))
+    num_weights = Counter[str]()
+    for decision in run.space.decisions:
+        for choice in decision.choices:
+            num_weights[choice.name] += decision.unit.num_weights
+    total = 0.0
+    for choice in next(d for d in run.space.decisions if weight in d.unit.weights).choices:
+        quantizer.encode(rows[:1], prepared, all_formats.get(choice.name))  # what is compiled, or read from disk, is so only once
+        began = time.perf_counter()
+        quantizer.encode(rows, prepared, all_formats.get(choice.name))
+        total += (time.perf_counter() - began) / rows.numel() * num_weights[choice.name]
+    return total
 
 
 def _more_effort(run: Fit, sizes: Mapping[str, int]) -> int:

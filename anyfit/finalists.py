@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +22,8 @@ from anyfit.scores.table import Table
 from anyfit.searchers.evolution import Fitness, Settings, Stage, evolve
 from anyfit.searchers.exact import Solver, hull
 from anyfit.tasks.language import Quality, Reference, kl, measure
-from anyfit.tuning.refining import Refinery, Stored
+from anyfit.tuning.coded import Stored
+from anyfit.tuning.refining import Refinery
 
 NUM_FINALISTS = 7
 """Budgets, evenly spaced in the logarithm of the size, whose best configs are measured; besides, one for the size
@@ -52,6 +53,7 @@ class Finalists:
     calibration: torch.Tensor
     effort: Effort
     progress: Progress
+    _texts: dict[int, Reference] = field(default_factory=dict, repr=False)
 
     @property
     def space(self) -> Space:
@@ -114,8 +116,9 @@ class Finalists:
         return Config.from_json(found)
 
     def _fitness(self, num_segments: int) -> Fitness:
-        reference = Reference.of(self.references["search"].logits, self.calibration[:num_segments])
-        return lambda config: kl(self.elastic.set(config), reference)
+        if num_segments not in self._texts:
+            self._texts[num_segments] = Reference.of(self.references["search"].logits, self.calibration[:num_segments])
+        return lambda config: kl(self.elastic.set(config), self._texts[num_segments])
 
     def _point(self, config: Config, uniform: str | None) -> Point:
         path = self.store.folder / "points" / f"{config.digest}.json"
@@ -151,7 +154,7 @@ class Finalists:
 
 def refined(point: Point, quality: Mapping[str, Quality]) -> Point:
     """The point as it is once refined; as it was where that didn't help on the search split."""
-    better = replace(point, search=quality["search"], report=quality["report"], refined=True)
+    better = replace(point, search=quality["search"], report=quality["report"], unrefined=_measured(point))
     return better if _measured(better) < _measured(point) else point
 
 

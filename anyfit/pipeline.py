@@ -275,4 +275,7 @@ class Fit:
 
 def versions() -> dict[str, str]:
     """Of everything whose change could change a family's bytes."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "gguf")}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy", "numba", "scipy", "gguf")},
+    }

@@ -7,6 +7,7 @@ choose it. At high effort, `fit` does the same to its smallest finalists.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
-from anyfit.core.errors import ModelError
+from anyfit.core.errors import FamilyError, ModelError, OutputError
 from anyfit.core.files import sha256, write_json
 from anyfit.family.family import Family, with_points
 from anyfit.family.manifest import NAME, Point
@@ -34,11 +35,15 @@ from anyfit.zoo import MODEL
 
 @dataclass(frozen=True)
 class Refined:
-    """What came of it: quality on the search text before and after, and the point that the family has now."""
+    """What came of it: quality on the search text before and after, and the point that the family has now.
+
+    `already`: it was refined before, and nothing was done.
+    """
 
     point: Point
     before: Quality
     after: Quality
+    already: bool = False
 
     @property
     def kept(self) -> bool:
@@ -55,14 +60,17 @@ def refine(
 ) -> Refined:
     """Refine the config that `budget` chooses; the family's folder gains a file and a point where that helps.
 
-    `model`: the original, where it isn't at the place any more that the family was made from. Raises `ModelError` where it
-    isn't the very one. A config that is refined already is left alone.
+    `model`: the original, a folder or hub id; needed unless it is the embedded one or what the family was named after still
+    lies at hand. Raises `ModelError` where it isn't the very one. A config that is refined already is left alone. `family`
+    is up to date afterwards.
     """
     progress = progress or Silent()
     chosen = family.select_unrefined(budget)
     if chosen.refined:
         assert chosen.search is not None
-        return Refined(chosen, chosen.search, chosen.search)
+        return Refined(chosen, chosen.search, chosen.search, already=True)
+    if not os.access(family.path, os.W_OK):
+        raise OutputError(f"{family.path} can't be written to.", remedy="Copy the family to a folder of yours, and refine it there.")
     checkpoint = _original(family, model)
     original, stored = checkpoint.load(), family.extract(chosen.config)
     text = family.text()
@@ -85,17 +93,31 @@ def refine(
 def _original(family: Family, model: str | Path | None) -> Checkpoint:
     trusted = family.manifest.trust_remote_code
     place = model if model is not None else MODEL if family.original.embedded else family.original.name
-    checkpoint = Checkpoint.open(place, trust_remote_code=trusted)
+    try:
+        checkpoint = Checkpoint.open(place, trust_remote_code=trusted)
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ModelError(f"The original of {family.path} isn't at hand: {error.problem}", remedy="Name it with --model.") from error
     if checkpoint.digest != family.original.digest:
         raise ModelError(
             f"{checkpoint.name} isn't the network that {family.path} was made of: its content differs.",
-            remedy="Name the original with --model.",
+            remedy="Name that very network with --model."
+            if model is None
+            else "Name the folder or hub id that the family was fitted from.",
         )
     return checkpoint
 
 
 def _keep(family: Family, point: Point, data: dict[str, Tensor]) -> None:
-    """Write the matrices, then the manifest that names them: killed in between, the family is as it was."""
+    """Write the matrices, then the manifest that names them: killed in between, the family is as it was.
+
+    What was refined since the family was opened stays.
+    """
+    made_of = family.provenance
+    family.reload()
+    if family.provenance != made_of:
+        raise FamilyError(f"{family.path} has become another family meanwhile.", remedy="Refine it again.")
     name = refined_file(point.config)
     (family.path / REFINED).mkdir(exist_ok=True)
     Store(family.path).write_tensors(name, data)
@@ -103,4 +125,5 @@ def _keep(family: Family, point: Point, data: dict[str, Tensor]) -> None:
     files = {**family.manifest.files, name: sha256(family.path / name)}
     manifest = with_points(family.manifest, [*others, point], files)
     write_json(family.path / NAME, manifest.to_json())
-    write_page(Family(family.path, manifest), family.path / "report.html")
+    family.reload()
+    write_page(family, family.path / "report.html")

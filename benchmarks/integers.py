@@ -18,7 +18,8 @@ from anyfit.progress import Silent
 from anyfit.quantizers import quantizers
 from anyfit.tasks.language import Reference
 from anyfit.tuning import signround
-from anyfit.tuning.refining import Refinery, Settings, Stored
+from anyfit.tuning.coded import Stored
+from anyfit.tuning.refining import Refinery, Settings
 
 REFINING = Settings(num_segments=128, tuning=signround.Settings(num_segments=800, lean=0.98))
 """As long as AutoRound takes for this network."""

@@ -124,3 +124,17 @@ def test_windows_are_cut_evenly() -> None:
     windows = _windows(tokens, 5)
     assert windows.shape == (5, 200) and torch.equal(windows.flatten()[:600], tokens[0])
     assert _windows(torch.arange(64).reshape(2, 32), 9).shape == (2, 32)
+
+
+def test_nothing_to_refine_in_floats(tiny: Path, text: Path, tmp_path: Path) -> None:
+    family = anyfit.fit(tiny, data=text, output=tmp_path / "floats", effort="high", **{**SMALL, "formats": ("F16", "BF16")})
+    assert not any(point.refined for point in family.points)
+    made = anyfit.refine(family, "100%", model=tiny)
+    assert not made.kept and not made.already
+
+
+def test_a_family_of_refined_points_only(tiny: Path, text: Path, tmp_path: Path) -> None:
+    family = anyfit.fit(tiny, data=text, output=tmp_path / "one", effort="high", **{**SMALL, "formats": ("Q2_K",)})
+    assert all(point.refined for point in family.points)
+    assert family.expected(family.points[0].predicted) == pytest.approx(family.points[0].unrefined)
+    assert family.export("100%", tmp_path / "one.gguf").point.refined

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from anyfit import Family
 from anyfit.architectures import architecture_of
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.errors import ModelError
+from anyfit.core.errors import FamilyError, ModelError
 from anyfit.core.units import Weight
 from anyfit.progress import Silent
 from anyfit.refinement import refine
@@ -72,19 +73,20 @@ def test_targets_are_the_least_squares_answer(tiny: Path) -> None:
 
 def test_a_refined_size_is_closer_and_exported_as_it_is(family: Family, tiny: Path, tmp_path: Path) -> None:
     budget = f"{family.space.bytes_(family.space.smallest())} B"
-    before = family.select(budget)
+    before, digest, num_points = family.select(budget), family.digest, len(family.points)
+    plain = family.extract(before.config)
     made = refine(family, budget, model=tiny)
     assert made.kept and made.after.kl_mean < made.before.kl_mean
     again = Family.open(family.path)
     chosen = again.select(budget)
     assert chosen.refined and chosen.config == before.config and chosen.bytes_ == before.bytes_
-    assert again.digest != family.digest
+    assert again.digest == family.digest != digest
     export = again.export(budget, tmp_path / "refined.gguf")
     assert export.bytes_ == before.bytes_ and all(check.passed for check in export.checks)
     name = "model.layers.0.self_attn.o_proj.weight"
-    assert not torch.equal(again.extract(budget).get_parameter(name), family.extract(before.config).get_parameter(name))
+    assert not torch.equal(again.extract(budget).get_parameter(name), plain.get_parameter(name))
     others = [point for point in again.points if point.config != chosen.config]
-    assert not any(point.refined for point in others) and len(others) == len(family.points) - (before in family.points)
+    assert not any(point.refined for point in others) and len(others) == num_points - (before.search is not None)
     assert not refine(again, budget, model=tiny).kept, "there is nothing to do twice"
     larger = f"{sum(map(family.space.bytes_, (family.space.smallest(), family.space.largest()))) // 2} B"
     assert not again.select_unrefined(larger).refined, "a smaller refined config doesn't keep a larger one from being refined"
@@ -95,3 +97,29 @@ def test_only_the_very_original_will_do(family: Family, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="content differs"):
         refine(family, "90%", model=other)
     assert not (family.path / "refined").exists()
+
+
+def test_two_sizes_of_one_family(family: Family, tiny: Path) -> None:
+    sizes = sorted(map(family.space.bytes_, (family.space.smallest(), family.space.largest())))
+    for budget in (f"{sizes[0]} B", f"{sum(sizes) // 2} B"):
+        assert refine(family, budget, model=tiny).kept
+        assert refine(family, budget, model=tiny).already
+    assert sum(point.refined for point in Family.open(family.path).points) == 2
+    assert {path.name for path in (family.path / "refined").iterdir()} == {
+        f"{p.config.digest}.safetensors" for p in family.points if p.refined
+    }
+
+
+def test_a_family_that_became_another_is_left_alone(family: Family, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = (family.path / "family.json").read_bytes()
+    monkeypatch.setattr(Family, "reload", lambda self: setattr(self, "manifest", replace(self.manifest, provenance={"seed": 5})))
+    with pytest.raises(FamilyError, match="another family"):
+        refine(family, f"{family.space.bytes_(family.space.smallest())} B", model=tiny)
+    assert (family.path / "family.json").read_bytes() == data
+
+
+def test_without_the_original_it_is_asked_for(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="isn't at hand") as raised:
+        refine(family, "90%")
+    assert "--model" in raised.value.remedy

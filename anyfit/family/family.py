@@ -74,6 +74,12 @@ class Family:
         path = Path(path)
         return cls(path, Manifest.read(path))
 
+    def reload(self) -> None:
+        """See what has been written to the folder since it was opened."""
+        self.manifest = Manifest.read(self.path)
+        self._store = Store(self.path, self.manifest.files)
+        self.__dict__.pop("frontier", None)
+
     @property
     def name(self) -> str:
         return self.path.name.removesuffix(".family")
@@ -160,7 +166,7 @@ class Family:
 
     def expected(self, predicted: float) -> float:
         """The divergence that configs with this predicted one were measured to have, interpolated."""
-        rows = sorted((max(p.predicted, 1e-12), max(_measured(p), 1e-12)) for p in self.points if not p.refined)
+        rows = sorted((max(p.predicted, 1e-12), max(p.plain_kl, 1e-12)) for p in self.points)
         x, y = np.log(np.array(rows)).T
         return float(np.exp(np.interp(np.log(max(predicted, 1e-12)), x, isotonic_regression(y).x)))
 

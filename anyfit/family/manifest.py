@@ -25,8 +25,8 @@ class Point:
     """One config with its exact costs, its predicted divergence, and what was measured of it.
 
     `uniform` is the setting's name where every unit has the same format. `search` is the quality on the split
-    that configs are chosen by, `report` on the split that nothing was chosen by; None where not measured. `refined`:
-    the config has matrices of its own, solved again for each other.
+    that configs are chosen by, `report` on the split that nothing was chosen by; None where not measured. `unrefined`:
+    where the config has matrices of its own, solved again for each other, the mean KL on the search split before.
     """
 
     config: Config
@@ -36,7 +36,17 @@ class Point:
     uniform: str | None = None
     search: Quality | None = None
     report: Quality | None = None
-    refined: bool = False
+    unrefined: float | None = None
+
+    @property
+    def refined(self) -> bool:
+        return self.unrefined is not None
+
+    @property
+    def plain_kl(self) -> float:
+        """Mean KL on the search split of the variants that a measured config is made of, before any refining."""
+        assert self.search is not None
+        return self.search.kl_mean if self.unrefined is None else self.unrefined
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,7 @@ def _point_to_json(point: Point) -> dict[str, Any]:
         "uniform": point.uniform,
         "search": point.search and point.search.to_json(),
         "report": point.report and point.report.to_json(),
-        "refined": point.refined,
+        "unrefined": point.unrefined,
     }
 
 
@@ -196,5 +206,5 @@ def _point_from_json(data: Mapping[str, Any]) -> Point:
         uniform=data["uniform"],
         search=data["search"] and Quality.from_json(data["search"]),
         report=data["report"] and Quality.from_json(data["report"]),
-        refined=data["refined"],
+        unrefined=data["unrefined"],
     )

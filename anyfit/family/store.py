@@ -26,7 +26,7 @@ from anyfit.elastic.model import Decoded
 from anyfit.formats import formats
 from anyfit.quantizers.base import Encoded
 from anyfit.targets.base import Target, Variants
-from anyfit.tuning.refining import Stored
+from anyfit.tuning.coded import Stored
 
 VARIANTS, SOURCE, PASSTHROUGH, TEXT = "variants", "source", "passthrough.safetensors", "text.safetensors"
 REFINED = "refined"

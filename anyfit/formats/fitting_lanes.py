@@ -34,7 +34,16 @@ EXPONENT = np.int32(0x7F800000)
 ZERO, ONE, TWO, EIGHT_THOUSAND = np.float32(0), np.float32(1), np.float32(2), np.float32(2**13)
 INFINITE = np.float32(np.inf)
 
-compiled: Any = njit(nogil=True, cache=True, error_model="numpy", no_cfunc_wrapper=True)
+
+def compiled(function: Any) -> Any:
+    """Compile a function on its first call; kept on disk where there is a place that can be written to."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no such place
+        return njit(**options)(function)
+
+
 inlined: Any = njit(inline="always", error_model="numpy")
 """For pieces of one compiled function: on their own, they would be compiled twice."""
 

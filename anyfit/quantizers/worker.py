@@ -10,8 +10,7 @@ import torch
 def one_thread() -> ThreadPoolExecutor:
     """A worker that computes with one thread, whatever torch uses elsewhere.
 
-    Fitting scales and rounding columns are long chains of small operations, which lose more by being split
-    than they gain (and two such workers lose more to Python's lock). And so the bytes of the variants don't
-    depend on the number of threads.
+    Compiled loops share their rows out to threads themselves; what is left are small operations, which lose more by being
+    split than they gain. And so the bytes of the variants don't depend on the number of threads.
     """
     return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))

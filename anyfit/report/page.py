@@ -104,8 +104,8 @@ def _labels(marks: list[dict[str, Any]]) -> list[Label]:
 
 
 def _prediction_chart(family: Family) -> dict[str, Any] | None:
-    """Predicted against measured KL of every config but refined ones, on the search split; None where there is too little."""
-    measured = [(point.predicted, point.search.kl_mean, point) for point in family.points if point.search and not point.refined]
+    """Predicted against measured KL of every config, unrefined, on the search split; None where there is too little to compare."""
+    measured = [(point.predicted, point.plain_kl, point) for point in family.points]
     pairs = [pair for pair in measured if pair[0] > 0 and pair[1] > 0]
     if len(pairs) < 3:
         return None

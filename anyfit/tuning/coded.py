@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from anyfit.formats.base import GridFormat, Scales
+from anyfit.core.units import Weight
+from anyfit.formats.base import Format, GridFormat, Scales
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,28 @@ class Matrix:
         """The inverse of `placed`, for a gradient of the network's parameter too."""
         values = parameter.T if self.transposed else parameter
         return values if self.order is None else values[self.order]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix of a configuration: `data` uint8 (outputs, row_bytes), rows in the target's `order` (outputs,), None where equal."""
+
+    weight: Weight
+    format_: Format
+    data: Tensor
+    order: Tensor | None
+
+    def matrix(self, original: PreTrainedModel) -> Matrix:
+        """As tuning wants it. The format must be a grid."""
+        assert isinstance(self.format_, GridFormat)
+        values = original.get_parameter(self.weight.name).detach().float()
+        values = values.T if self.weight.transposed else values
+        values = values.contiguous() if self.order is None else values[self.order]
+        return Matrix(Coded(self.format_, *self.format_.read(self.data)), values, self.order, self.weight.transposed)
+
+    def values(self) -> Tensor:
+        """Decoded, as the network's parameter."""
+        decoded = self.format_.decode(self.data)
+        if self.order is not None:
+            decoded = torch.empty_like(decoded).index_copy_(0, self.order, decoded)
+        return decoded.T if self.weight.transposed else decoded

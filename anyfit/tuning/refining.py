@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from anyfit.architectures.base import Architecture
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.units import Weight
-from anyfit.formats.base import Format, GridFormat
+from anyfit.formats.base import GridFormat
 from anyfit.progress import Progress
 from anyfit.quantizers.base import Quantizer
 from anyfit.quantizers.worker import one_thread
 from anyfit.tasks.language import Reference, kl
 from anyfit.tuning import signround
-from anyfit.tuning.coded import Coded, Matrix
+from anyfit.tuning.coded import Stored
 from anyfit.tuning.sequential import resolve
 
 WINDOW = 256
@@ -37,31 +37,6 @@ class Settings:
 
     num_segments: int = 32
     tuning: signround.Settings = field(default_factory=signround.Settings)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A matrix of a configuration: `data` uint8 (outputs, row_bytes), rows in the target's `order` (outputs,), None where equal."""
-
-    weight: Weight
-    format_: Format
-    data: Tensor
-    order: Tensor | None
-
-    def matrix(self, original: PreTrainedModel) -> Matrix:
-        """As tuning wants it. The format must be a grid."""
-        assert isinstance(self.format_, GridFormat)
-        values = original.get_parameter(self.weight.name).detach().float()
-        values = values.T if self.weight.transposed else values
-        values = values.contiguous() if self.order is None else values[self.order]
-        return Matrix(Coded(self.format_, *self.format_.read(self.data)), values, self.order, self.weight.transposed)
-
-    def values(self) -> Tensor:
-        """Decoded, as the network's parameter."""
-        decoded = self.format_.decode(self.data)
-        if self.order is not None:
-            decoded = torch.empty_like(decoded).index_copy_(0, self.order, decoded)
-        return decoded.T if self.weight.transposed else decoded
 
 
 @dataclass(frozen=True)
@@ -94,6 +69,8 @@ class Refinery:
         """`stored` runs as the configuration of `matrices` does, and is left with the refined values."""
         given = {entry.weight.name: entry for entry in matrices}
         before = kl(stored, self._held_out)
+        if not any(isinstance(entry.format_, GridFormat) for entry in matrices):
+            return Refined({}, before, before)  # floating-point numbers have nothing to choose
         solver = _Solver(self._quantizer, given)
         resolve(
             stored,
