@@ -148,7 +148,7 @@ def weights(columns: int) -> Tensor:
 def test_compiled_without_a_place_to_keep_it(tmp_path: Path) -> None:
     """As in a container that is read-only: every process compiles anew."""
     code = (
-        "import numba.core.caching as c; c._CacheImpl._locator_classes = [];"
+        "import numba.core.caching as c; c.CacheImpl._locator_classes = [];"
         "import torch; from anyfit.formats import formats; from anyfit.quantizers.rtn import encode_nearest;"
         "f = formats.get('Q8_0'); w = torch.ones(1, 32); print(f.decode(encode_nearest(f, w, torch.ones(32))).sum())"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 import anyfit
-from anyfit import Family
+from anyfit import Family, refinement
 from anyfit.architectures import architecture_of
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import FamilyError, ModelError
 from anyfit.core.units import Weight
+from anyfit.family.manifest import Point
 from anyfit.progress import Silent
 from anyfit.refinement import refine
+from anyfit.tasks.language import Quality
 from anyfit.testing.models import save_tiny, tiny_text
 from anyfit.tuning.sequential import resolve
 
@@ -99,10 +101,16 @@ def test_only_the_very_original_will_do(family: Family, tmp_path: Path) -> None:
     assert not (family.path / "refined").exists()
 
 
-def test_two_sizes_of_one_family(family: Family, tiny: Path) -> None:
+def test_two_sizes_of_one_family(family: Family, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are kept, whether they help a random network or not."""
+
+    def kept(point: Point, quality: Mapping[str, Quality]) -> Point:
+        return replace(point, search=quality["search"], report=quality["report"], unrefined=point.search.kl_mean)
+
+    monkeypatch.setattr(refinement, "refined", kept)
     sizes = sorted(map(family.space.bytes_, (family.space.smallest(), family.space.largest())))
-    for budget in (f"{sizes[0]} B", f"{sum(sizes) // 2} B"):
-        assert refine(family, budget, model=tiny).kept
+    for budget in (f"{sizes[0]} B", f"{(7 * sizes[0] + sizes[1]) // 8} B"):
+        assert refine(family, budget, model=tiny).point.refined
         assert refine(family, budget, model=tiny).already
     assert sum(point.refined for point in Family.open(family.path).points) == 2
     assert {path.name for path in (family.path / "refined").iterdir()} == {
