@@ -3,13 +3,12 @@
 Same networks, same calibration tokens, same evaluation. What peers make is kept in build/frontier/ and made again only
 where what it was made from has changed.
 
-    python benchmarks/frontier.py [--assets FOLDER] [--environments FOLDER] [--only SUBJECT] [--peers NAME,NAME] [--fresh]
+    python benchmarks/frontier.py [--assets FOLDER] [--environments FOLDER] [--only SUBJECT] [--peers NAME,NAME] [--keep HOW]
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import shutil
 import sys
@@ -17,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -27,13 +25,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from integers import integer_section
 from peers import environments, presets
-from peers.results import Outcome, Refused, Result, evaluate, kept, kl_cell, perplexity_rise
+from peers.results import Keep, Outcome, Refused, Result, evaluate, kept, kl_cell, our_code, perplexity_rise
 from peers.subjects import EMBEDDED, LARGE, SMALL, Subject, subjects
 from scipy.stats import spearmanr
 from scores import random_configs
 from table import FOLDER, Row, Section, finish_page
 
-import anyfit
 from anyfit import Family, pipeline, refinement
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
@@ -56,7 +53,7 @@ NUM_SOME = 32
 """Report segments that random configs are measured on."""
 LOWEST_MIXED_GAIN, MOST_BITS_OFF = 0.10, 0.75
 RECIPE, EFFORT = "gptq", Effort.HIGH
-REFINED_BITS = (2.2, 2.7, 3.3, 4.3)
+REFINED_BITS = (2.7, 3.5)
 """Of the presets nearest to these sizes, anyfit's model is also refined."""
 
 
@@ -77,7 +74,7 @@ class Comparison:
     pairs: Sequence[Pair]
 
 
-def family(subject: Subject, *, fresh: bool) -> Family:
+def family(subject: Subject, *, keep: Keep) -> Family:
     """One run for all budgets, over the subject's own tokens; kept for as long as our code stays as it is.
 
     It is made for llama.cpp, but for a network that was padded to whole groups: its short rows leave few types there,
@@ -87,19 +84,10 @@ def family(subject: Subject, *, fresh: bool) -> Family:
     text = subject.segments
     counts = (len(text.calibration), len(text.search), len(text.report))
     wanted = pipeline.Settings(target.name, target.menu(EFFORT), RECIPE, text.calibration.shape[1], *counts, 0, EFFORT)
-    output = subject.work / f"{target.name}-{_our_code()}.family"
-    if fresh or not is_family(output):
-        Fit(subject.checkpoint, text, wanted, Silent()).run(output, restart=fresh, force=True)
+    output = subject.work / f"{target.name}-{our_code()}.family"
+    if keep is Keep.FRESH or not is_family(output):
+        Fit(subject.checkpoint, text, wanted, Silent()).run(output, restart=keep is Keep.FRESH, force=True)
     return Family.open(output)
-
-
-@cache
-def _our_code() -> str:
-    """A hash of all our source files."""
-    found = hashlib.sha256()
-    for path in sorted(Path(anyfit.__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def matched(subject: Subject, fitted: Family, size: int) -> Result | Refused:
@@ -117,13 +105,13 @@ def matched(subject: Subject, fitted: Family, size: int) -> Result | Refused:
     return Result("anyfit", f"{size} B", export.bytes_, export.bits, quality, losses, export.seconds)
 
 
-def pairs(subject: Subject, fitted: Family, theirs: Iterable[Outcome], *, fresh: bool) -> Iterator[Pair]:
+def pairs(subject: Subject, fitted: Family, theirs: Iterable[Outcome], *, keep: Keep) -> Iterator[Pair]:
     """Each outcome beside anyfit's; measured once for each size of each family."""
     for outcome in theirs:
         ours = None
         if isinstance(outcome, Result):
             path, size = subject.work / "anyfit" / f"{fitted.digest[:16]}-{outcome.bytes_}.json", outcome.bytes_
-            found = kept(path, {"family": fitted.digest}, lambda size=size: matched(subject, fitted, size), fresh=fresh)
+            found = kept(path, {"family": fitted.digest}, lambda size=size: matched(subject, fitted, size), keep=keep)
             ours = found if isinstance(found, Result) else None
         pair = Pair(outcome, ours)
         print("  ".join(pair_row(subject, pair).cells), flush=True)
@@ -278,8 +266,8 @@ def family_section(comparisons: Sequence[Comparison]) -> Section:
 
 def theirs(subject: Subject, peer: str, args: argparse.Namespace) -> Iterator[Outcome]:
     if peer == presets.PEER:
-        return presets.outcomes(subject, fresh=args.fresh)
-    return environments.outcomes(subject, peer, args.environments, fresh=args.fresh)
+        return presets.outcomes(subject, keep=args.keep)
+    return environments.outcomes(subject, peer, args.environments, keep=args.keep)
 
 
 def compared(subject: Subject, args: argparse.Namespace) -> list[Comparison]:
@@ -289,9 +277,10 @@ def compared(subject: Subject, args: argparse.Namespace) -> list[Comparison]:
         own = subject if peer == presets.PEER else subject.padded
         split.setdefault(own.name, (own, []))[1].append(peer)
     comparisons = []
+    ours = Keep.FRESH if args.keep is Keep.FRESH else Keep.REUSE
     for own, peers in split.values():
-        fitted = family(own, fresh=args.fresh)
-        found = [pair for peer in peers for pair in pairs(own, fitted, theirs(own, peer, args), fresh=args.fresh)]
+        fitted = family(own, keep=ours)
+        found = [pair for peer in peers for pair in pairs(own, fitted, theirs(own, peer, args), keep=ours)]
         comparisons.append(Comparison(own, fitted, found))
     return comparisons
 
@@ -316,7 +305,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, default=Path("build/peers"), help="where each peer's environment is, by its name")
     parser.add_argument("--only", choices=(EMBEDDED, LARGE, SMALL), default=None, help="a single subject")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help="some of " + ",".join(PEERS))
-    parser.add_argument("--fresh", action="store_true", help="make again what is kept of earlier runs")
+    parser.add_argument(
+        "--keep", type=Keep, default=Keep.REUSE, help="reuse what peers made in earlier runs, make it fresh, or take only that"
+    )
     args = parser.parse_args()
     if unknown := set(args.peers) - set(PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
@@ -336,7 +327,7 @@ def main() -> int:
         comparisons += made
         sections += [peers_section(comparison) for comparison in made]
         if subject.name == SMALL and "autoround" in args.peers:
-            sections.append(integer_section(subject.padded, theirs(subject.padded, "autoround", args)))
+            sections.append(integer_section(subject.padded, theirs(subject.padded, "autoround", args), keep=args.keep))
     picture(comparisons, FOLDER / "frontier.png")
     plain = [c for c in comparisons if not c.subject.is_padded]
     sections += [family_section(plain), refined_section([c for c in plain if c.subject.name != SMALL])]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from peers import environments
-from peers.results import Outcome, Refused, Result, evaluate, kl_cell, perplexity_rise
+from peers.results import Keep, Outcome, Refused, Result, evaluate, kept, kl_cell, our_code, perplexity_rise
 from peers.subjects import Subject
 from table import Row, Section
 
@@ -51,14 +51,18 @@ def integer_model(subject: Subject, bits: int, group: int) -> Result:
     return Result("anyfit", format_.name, size, 8 * size / subject.num_parameters, quality, losses, seconds)
 
 
-def integer_section(subject: Subject, theirs: Iterable[Outcome]) -> Section:
+def integer_section(subject: Subject, theirs: Iterable[Outcome], *, keep: Keep) -> Section:
     """Plain integer groups against AutoRound's at the same bits: perplexity and CPU seconds."""
     rows = []
     for (bits, group), outcome in zip(environments.LAYOUTS, theirs, strict=True):
         if isinstance(outcome, Refused):
             rows.append(Row((f"w{bits} g{group}", "", "", "", "", "", f"made none: {outcome.reason}")))
             continue
-        ours = integer_model(subject, bits, group)
+        key = {"model": subject.checkpoint.digest, "text": subject.segments.digest, "code": our_code(), "settings": repr(REFINING)}
+        path = subject.work / "anyfit" / f"integers-{bits}-{group}.json"
+        again = Keep.FRESH if keep is Keep.FRESH else Keep.REUSE
+        ours = kept(path, key, lambda b=bits, g=group: integer_model(subject, b, g), keep=again)
+        assert isinstance(ours, Result)
         rise, error = perplexity_rise(outcome, ours)
         cells = (
             f"w{bits} g{group}", f"{bits + (16 + bits) / group:.2f} / {formats.get(ours.setting).bits:.2f}",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peers.presets import BENCHMARKS
-from peers.results import Outcome, Refused, Result, evaluate, kept
+from peers.results import NOT_RUN, Keep, Outcome, Refused, Result, evaluate, kept
 from peers.subjects import Subject
 
 ENVIRONMENTS = ("autoround", "gptqmodel", "llmcompressor", "hqq")
@@ -39,7 +39,7 @@ class Made:
     seconds: float
 
 
-def outcomes(subject: Subject, peer: str, environments: Path, *, fresh: bool) -> Iterator[Outcome]:
+def outcomes(subject: Subject, peer: str, environments: Path, *, keep: Keep) -> Iterator[Outcome]:
     """One peer at every layout. `subject` must be one whose rows are whole groups."""
     program = BENCHMARKS / "peers" / f"{'environments' if peer == ROUNDING else peer}.py"
     key = {
@@ -50,9 +50,9 @@ def outcomes(subject: Subject, peer: str, environments: Path, *, fresh: bool) ->
     }
     for bits, group in LAYOUTS:
         path = subject.work / peer / f"{bits}-{group}.json"
-        yield kept(
-            path, {**key, "bits": bits, "group": group}, lambda b=bits, g=group: _outcome(subject, peer, b, g, environments), fresh=fresh
-        )
+        own = {**key, "bits": bits, "group": group}
+        found = kept(path, own, lambda b=bits, g=group: _outcome(subject, peer, b, g, environments), keep=keep)
+        yield found or Refused(peer, f"w{bits} g{group}", NOT_RUN)
 
 
 def installed(environment: Path) -> list[str]:

@@ -24,7 +24,7 @@ from anyfit.progress import Silent
 from anyfit.targets import targets
 from anyfit.targets.gguf_layout import file_name
 from anyfit.targets.llamacpp import read_model
-from peers.results import Outcome, Refused, Result, evaluate, kept
+from peers.results import NOT_RUN, Keep, Outcome, Refused, Result, evaluate, kept
 from peers.subjects import Subject
 
 PEER = "llama.cpp"
@@ -36,7 +36,7 @@ BENCHMARKS = Path(__file__).parent.parent
 _FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def outcomes(subject: Subject, *, fresh: bool) -> Iterator[Outcome]:
+def outcomes(subject: Subject, *, keep: Keep) -> Iterator[Outcome]:
     """Every preset; two that come to the same tensors are both listed."""
     source, importance = subject.work / "original.gguf", subject.work / "importance.npz"
     key: dict[str, Any] = {
@@ -51,10 +51,12 @@ def outcomes(subject: Subject, *, fresh: bool) -> Iterator[Outcome]:
             np.savez(importance, **importance_vectors(subject))
         return quantised(subject, source, importance, preset)
 
-    if fresh:
+    if keep is Keep.FRESH:
         source.unlink(missing_ok=True)
     for preset in PRESETS:
-        yield kept(subject.work / PEER / f"{preset}.json", {**key, "preset": preset}, lambda name=preset: make(name), fresh=fresh)
+        path = subject.work / PEER / f"{preset}.json"
+        found = kept(path, {**key, "preset": preset}, lambda name=preset: make(name), keep=keep)
+        yield found or Refused(PEER, preset, NOT_RUN)
 
 
 def write_original(subject: Subject, path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import anyfit
 from anyfit.core.files import read_json, write_json
 from anyfit.tasks.language import Quality, measure
 from peers.subjects import Subject
@@ -53,6 +57,7 @@ class Refused:
 
 
 Outcome = Result | Refused
+NOT_RUN = "not run"
 
 
 def evaluate(model: PreTrainedModel, subject: Subject) -> tuple[Quality, tuple[float, ...]]:
@@ -68,11 +73,21 @@ def evaluate(model: PreTrainedModel, subject: Subject) -> tuple[Quality, tuple[f
     return measure(logits, subject.reference), tuple(losses)
 
 
-def kept(path: Path, key: dict[str, Any], make: Callable[[], Outcome], *, fresh: bool) -> Outcome:
-    """The outcome at `path` if it was made from the same `key`, otherwise a new one, which is kept there."""
-    found = None if fresh else read_json(path)
+class Keep(Enum):
+    """What to do about outcomes of earlier runs: take those that there are, make all anew, or take nothing else."""
+
+    REUSE = "reuse"
+    FRESH = "fresh"
+    ONLY = "only"
+
+
+def kept(path: Path, key: dict[str, Any], make: Callable[[], Outcome], *, keep: Keep) -> Outcome | None:
+    """The outcome at `path` if it was made from the same `key`, otherwise a new one, which is kept there; or None."""
+    found = None if keep is Keep.FRESH else read_json(path)
     if found is not None and found["key"] == key:
         return Refused(**found["refused"]) if "refused" in found else Result.from_json(found["result"])
+    if keep is Keep.ONLY:
+        return None
     outcome = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"key": key, **({"refused": asdict(outcome)} if isinstance(outcome, Refused) else {"result": outcome.to_json()})})
@@ -89,3 +104,12 @@ def perplexity_rise(theirs: Result, ours: Result) -> tuple[float, float]:
 def kl_cell(result: Result) -> str:
     """Mean KL and its standard error, as tables have it."""
     return f"{result.quality.kl_mean:.5f} ± {result.quality.kl_stderr:.5f}"
+
+
+@cache
+def our_code() -> str:
+    """A hash of all our source files."""
+    found = hashlib.sha256()
+    for path in sorted(Path(anyfit.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
