@@ -41,7 +41,7 @@ from anyfit.quantizers import gptq
 from anyfit.quantizers.base import Quantizer
 from anyfit.quantizers.rtn import RoundToNearest
 from anyfit.tasks.language import Reference
-from anyfit.tuning import sequential, signround
+from anyfit.tuning import refining, sequential, signround
 from anyfit.tuning.coded import Coded, Matrix
 
 FORMATS = ("Q2_K", "Q3_K", "Q4_K")
@@ -139,7 +139,14 @@ def in_order(start: str, share: float) -> Make:
         for name, part in lab.made[start, format_.name].items():
             stored.get_parameter(name).copy_(format_.decode(part))
         sequential.resolve(
-            stored, lab.original, lab.architecture, lab.subject.block_weights, lab.calibration, encode, share=share, progress=Silent()
+            stored,
+            lab.original,
+            lab.architecture,
+            lab.subject.block_weights,
+            lab.calibration[: refining.Settings().num_segments],
+            encode,
+            share=share,
+            progress=Silent(),
         )
         return lab.original, data
 
