@@ -91,10 +91,14 @@ def family(subject: Subject, *, keep: Keep) -> Family:
 
 
 def matched(subject: Subject, fitted: Family, size: int) -> Result | Refused:
-    """The family's model within `size` bytes, written, read back and measured."""
+    """The family's model within `size` bytes, written, read back and measured; refined first where the network is padded."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"model{targets.get(fitted.target).suffix}")
         try:
+            if subject.is_padded:
+                fitted = Family.open(shutil.copytree(fitted.path, Path(folder, "copy.family")))
+                refinement.refine(fitted, f"{size} B", model=subject.folder)
+                fitted = Family.open(fitted.path)
             export = fitted.export(f"{size} B", path, check=False)
         except BudgetError as error:
             return Refused("anyfit", f"{size} B", error.problem)
@@ -111,7 +115,9 @@ def pairs(subject: Subject, fitted: Family, theirs: Iterable[Outcome], *, keep: 
         ours = None
         if isinstance(outcome, Result):
             path, size = subject.work / "anyfit" / f"{fitted.digest[:16]}-{outcome.bytes_}.json", outcome.bytes_
-            found = kept(path, {"family": fitted.digest}, lambda size=size: matched(subject, fitted, size), keep=keep)
+            found = kept(
+                path, {"family": fitted.digest, "refined": subject.is_padded}, lambda size=size: matched(subject, fitted, size), keep=keep
+            )
             ours = found if isinstance(found, Result) else None
         pair = Pair(outcome, ours)
         print("  ".join(pair_row(subject, pair).cells), flush=True)
@@ -291,7 +297,8 @@ def remarks() -> tuple[str, ...]:
         "gets the same calibration tokens. Bytes are all that is stored: of llama.cpp and anyfit the GGUF file with its tokenizer, "
         "or the weight files where anyfit writes a folder; of the "
         "others their quantised linears by formula (codes, 16-bit scales, zero points) and 16 bits for every other number, or their own "
-        "file where that is smaller. Bits are those of all tensors over all parameters. anyfit's budget is the peer's bytes.",
+        "file where that is smaller. Bits are those of all tensors over all parameters. anyfit's budget is the peer's bytes, and its model is "
+        "what the family (fitted at high effort) gives for it at once; only for the padded network was each size refined first.",
         f"A row holds where anyfit's KL is at most half of a llama.cpp preset's up to {HALF_UP_TO_BITS:.0f} bits, not higher beyond; not "
         "higher than any other peer's; and where its perplexity is not higher than the peer's by more than the standard error of the "
         "difference over segments.",

@@ -48,6 +48,8 @@ def outcomes(subject: Subject, peer: str, environments: Path, *, keep: Keep) -> 
         "program": program.read_text(encoding="utf-8"),
         "version": torch.__version__ if peer == ROUNDING else installed(environments / peer),
     }
+    if peer == ROUNDING and keep is Keep.ONLY:
+        keep = Keep.REUSE  # it takes no time
     for bits, group in LAYOUTS:
         path = subject.work / peer / f"{bits}-{group}.json"
         own = {**key, "bits": bits, "group": group}
