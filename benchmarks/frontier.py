@@ -297,8 +297,8 @@ def remarks() -> tuple[str, ...]:
         "gets the same calibration tokens. Bytes are all that is stored: of llama.cpp and anyfit the GGUF file with its tokenizer, "
         "or the weight files where anyfit writes a folder; of the "
         "others their quantised linears by formula (codes, 16-bit scales, zero points) and 16 bits for every other number, or their own "
-        "file where that is smaller. Bits are those of all tensors over all parameters. anyfit's budget is the peer's bytes, and its model is "
-        "what the family (fitted at high effort) gives for it at once; only for the padded network was each size refined first.",
+        "file where that is smaller. Bits are those of all tensors over all parameters. anyfit's budget is the peer's bytes, and its "
+        "model is what the family (fitted at high effort) gives for it at once; only for the padded network was each size refined first.",
         f"A row holds where anyfit's KL is at most half of a llama.cpp preset's up to {HALF_UP_TO_BITS:.0f} bits, not higher beyond; not "
         "higher than any other peer's; and where its perplexity is not higher than the peer's by more than the standard error of the "
         "difference over segments.",
