@@ -59,7 +59,7 @@ class Network:
         format_ = formats.get(name)
         if isinstance(format_, CastFormat):
             return format_.encode(0.02 * torch.randn(shape, generator=rng))
-        groups = (shape[0], shape[1] // 32)
+        groups = (shape[0], shape[1] // format_.group)
         codes = torch.randint(0, len(format_.levels), shape, generator=rng, dtype=torch.uint8)
         scale = (0.1 * torch.randn(groups, generator=rng) / len(format_.levels)).half()
         zero = torch.randint(0, len(format_.levels), groups, generator=rng, dtype=torch.uint8)
