@@ -18,7 +18,7 @@ from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
 from anyfit.core.errors import FamilyError, ModelError, OutputError
-from anyfit.core.files import sha256, write_json
+from anyfit.core.files import locked, sha256, write_json
 from anyfit.family.family import Family, with_points
 from anyfit.family.manifest import NAME, Point
 from anyfit.family.store import REFINED, Store, refined_file, stored_matrices
@@ -112,8 +112,13 @@ def _original(family: Family, model: str | Path | None) -> Checkpoint:
 def _keep(family: Family, point: Point, data: dict[str, Tensor]) -> None:
     """Write the matrices, then the manifest that names them: killed in between, the family is as it was.
 
-    What was refined since the family was opened stays.
+    What was refined since the family was opened, by another process too, stays.
     """
+    with locked(family.path):
+        _add(family, point, data)
+
+
+def _add(family: Family, point: Point, data: dict[str, Tensor]) -> None:
     made_of = family.provenance
     family.reload()
     if family.provenance != made_of:

@@ -91,11 +91,11 @@ def family(subject: Subject, *, keep: Keep) -> Family:
 
 
 def matched(subject: Subject, fitted: Family, size: int) -> Result | Refused:
-    """The family's model within `size` bytes, written, read back and measured; refined first where the network is padded."""
+    """The family's model within `size` bytes, written, read back and measured; refined first where the network is tiny."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"model{targets.get(fitted.target).suffix}")
         try:
-            if subject.is_padded:
+            if subject.is_tiny:
                 fitted = Family.open(shutil.copytree(fitted.path, Path(folder, "copy.family")))
                 refinement.refine(fitted, f"{size} B", model=subject.folder)
                 fitted = Family.open(fitted.path)
@@ -116,7 +116,7 @@ def pairs(subject: Subject, fitted: Family, theirs: Iterable[Outcome], *, keep: 
         if isinstance(outcome, Result):
             path, size = subject.work / "anyfit" / f"{fitted.digest[:16]}-{outcome.bytes_}.json", outcome.bytes_
             found = kept(
-                path, {"family": fitted.digest, "refined": subject.is_padded}, lambda size=size: matched(subject, fitted, size), keep=keep
+                path, {"family": fitted.digest, "refined": subject.is_tiny}, lambda size=size: matched(subject, fitted, size), keep=keep
             )
             ours = found if isinstance(found, Result) else None
         pair = Pair(outcome, ours)
@@ -298,7 +298,8 @@ def remarks() -> tuple[str, ...]:
         "or the weight files where anyfit writes a folder; of the "
         "others their quantised linears by formula (codes, 16-bit scales, zero points) and 16 bits for every other number, or their own "
         "file where that is smaller. Bits are those of all tensors over all parameters. anyfit's budget is the peer's bytes, and its "
-        "model is what the family (fitted at high effort) gives for it at once; only for the padded network was each size refined first.",
+        "model is what the family (fitted at high effort) gives for it at once; only of the 260K network, padded or "
+        "not, was each size refined first (`anyfit refine --budget`, a minute each).",
         f"A row holds where anyfit's KL is at most half of a llama.cpp preset's up to {HALF_UP_TO_BITS:.0f} bits, not higher beyond; not "
         "higher than any other peer's; and where its perplexity is not higher than the peer's by more than the standard error of the "
         "difference over segments.",

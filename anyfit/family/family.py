@@ -24,7 +24,7 @@ from anyfit.family.manifest import NAME, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Store, decoder
 from anyfit.progress import Progress, Silent
 from anyfit.report.card import model_card
-from anyfit.searchers.exact import solve
+from anyfit.searchers.exact import Solver
 from anyfit.targets import targets
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.transformers import write_dense
@@ -76,9 +76,9 @@ class Family:
 
     def reload(self) -> None:
         """See what has been written to the folder since it was opened."""
-        self.manifest = Manifest.read(self.path)
-        self._store = Store(self.path, self.manifest.files)
-        self.__dict__.pop("frontier", None)
+        path, manifest = self.path, Manifest.read(self.path)
+        vars(self).clear()
+        Family.__init__(self, path, manifest)
 
     @property
     def name(self) -> str:
@@ -148,8 +148,7 @@ class Family:
 
     def _best(self, budget: str | Iterable[str] | Budget, measured: Iterable[Point]) -> Point:
         budget = self.budget(budget)
-        config = solve(self.space, self.manifest.table, budget)
-        found = self.point(config)
+        found = self.point(self._solver.solve(budget))
         rivals = [p for p in measured if budget.allows({"bytes": p.bytes_, "bits": p.bits})]
         best = min(rivals, key=_measured, default=None)
         if best is None or found in rivals:
@@ -166,9 +165,18 @@ class Family:
 
     def expected(self, predicted: float) -> float:
         """The divergence that configs with this predicted one were measured to have, interpolated."""
+        return float(np.exp(np.interp(np.log(max(predicted, 1e-12)), *self._calibrated)))
+
+    @cached_property
+    def _calibrated(self) -> tuple[np.ndarray, np.ndarray]:
+        """Logarithms of predicted and of measured divergences, both rising."""
         rows = sorted((max(p.predicted, 1e-12), max(p.plain_kl, 1e-12)) for p in self.points)
         x, y = np.log(np.array(rows)).T
-        return float(np.exp(np.interp(np.log(max(predicted, 1e-12)), x, isotonic_regression(y).x)))
+        return x, isotonic_regression(y).x
+
+    @cached_property
+    def _solver(self) -> Solver:
+        return Solver(self.space, self.manifest.table)
 
     @cached_property
     def source(self) -> Source:

@@ -39,6 +39,11 @@ class Subject:
     """Where everything that is made of it is kept."""
     is_padded: bool = False
 
+    @property
+    def is_tiny(self) -> bool:
+        """Refining takes it so little time that it is done at every size."""
+        return self.name.startswith(SMALL)
+
     @cached_property
     def checkpoint(self) -> Checkpoint:
         return Checkpoint.open(self.folder)
