@@ -18,7 +18,7 @@ PEER_hqq := hqq==0.2.8.post1
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-effort bench-family bench-formats bench-frontier bench-scores bench-zoo peers clean
+.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-effort bench-family bench-formats bench-frontier bench-kill bench-scale bench-scores bench-zoo peers clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -64,6 +64,12 @@ bench-formats: $(VENV)/.llamacpp  ## Uniform formats against llama.cpp's own qua
 
 bench-frontier: $(VENV)/.llamacpp $(if $(PEERS),,peers)  ## Every size against the peers. ASSETS=FOLDER adds models, PEERS=FOLDER has their environments.
 	$(BIN)/python benchmarks/frontier.py --environments $(or $(PEERS),$(PEER_VENVS)) $(if $(ASSETS),--assets "$(ASSETS)")
+
+bench-kill: $(VENV)/.installed  ## A hundred kills and some full disks: the same bytes in the end.
+	$(BIN)/python benchmarks/kill.py
+
+bench-scale: $(VENV)/.installed $(if $(PEERS),,peers)  ## Memory, time and disk of large networks; five formats against the peers' one.
+	$(BIN)/python benchmarks/scale.py --environments $(or $(PEERS),$(PEER_VENVS))
 
 bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
 	$(BIN)/python benchmarks/scores.py

@@ -16,10 +16,11 @@ from anyfit.calibration.data import PURPOSES, Segments, held_out, is_named, load
 from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import Budget
+from anyfit.core.budget import BYTES, Budget
 from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.core.files import refuse_existing
+from anyfit.core.memory import free as memory_free
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
 from anyfit.pipeline import Fit, Settings
@@ -33,6 +34,8 @@ from anyfit.zoo import DATA, MODEL
 
 NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 16, 32
 LONGEST_SEGMENT = 2048
+SHARE_OF_FREE = 0.75
+"""Of the memory that nobody uses, what a fit may take unless it is told."""
 
 Data = str | Path | Sequence[str | Path] | None
 
@@ -57,24 +60,41 @@ def fit(
     output: str | Path | None = None,
     force: bool = False,
     restart: bool = False,
+    memory: str | None = None,
     progress: Progress | None = None,
     **wishes: Unpack[Wishes],
 ) -> Family:
     """Turn a network into a family, the folder `output`; `wishes` are those of `prepare`.
 
+    `memory`: what the process may use, such as "8GB" (default: three quarters of what is free). A run that would take
+    more is refused before it starts.
+
     A run that was killed is continued by the same call; `restart` throws away what it had done. An existing
     `output` is only replaced with `force`. Raises `UserError`s, before any long work.
     """
-    progress = progress or Silent()
+    progress, limit = progress or Silent(), _memory_limit(memory)
     name = "default" if model is None else Path(model).name
     output = Path(output) if output is not None else Path(f"{name}.family")
     refuse_existing(output, force=force, ours=is_family, inputs=_inputs(model, wishes.get("data")))
     run = prepare(model, progress=progress, **wishes)
     run.checkpoint.check_finite(progress)
+    if limit is not None:
+        estimates.require_memory(run, limit)
     for note in run.notes():
         progress.note(note)
     run.run(output, restart=restart, force=force)
     return Family.open(output)
+
+
+def _memory_limit(text: str | None) -> int | None:
+    """In bytes; None where nothing was said and the system doesn't say what it has."""
+    if text is None:
+        free = memory_free()
+        return None if free is None else int(SHARE_OF_FREE * free)
+    limits = dict(Budget.parse(text).limits)
+    if limits.keys() != {BYTES}:
+        raise UserError(f"The memory limit {text!r} is not in bytes.", remedy="Write a number and a unit, for example 8GB.")
+    return int(limits[BYTES])
 
 
 def prepare(
@@ -194,6 +214,7 @@ def plan(
     if budget is not None:
         require(space, Budget.parse(budget, original_bytes=run.checkpoint.bytes_))
     run.checkpoint.check_finite(progress)
+    needs = estimates.needs(run)
     return Plan(
         model=run.checkpoint.name,
         target=run.settings.target,
@@ -203,9 +224,9 @@ def plan(
         original_bytes=run.checkpoint.bytes_,
         smallest_bytes=space.bytes_(space.smallest()),
         largest_bytes=space.bytes_(space.largest()),
-        memory_bytes=estimates.memory(run),
-        disk_bytes=sum(c.stored_bytes for d in space.decisions for c in d.choices) + space.fixed_bytes,
-        seconds=estimates.seconds(run),
+        memory_bytes=needs.memory,
+        disk_bytes=needs.disk,
+        seconds=needs.seconds,
         coverage=run.coverage(),
         notes=run.notes(),
         saturation=estimates.saturation(run) if saturation else None,

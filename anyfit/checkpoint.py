@@ -177,6 +177,10 @@ class Checkpoint:
         """The network on the meta device: names, shapes and ties, no numbers."""
         return network.skeleton(self.config, trust_remote_code=self.trust_remote_code)
 
+    def frame(self) -> PreTrainedModel:
+        """The network without its numbers, but with the buffers that no file stores."""
+        return network.frame(self.config, trust_remote_code=self.trust_remote_code)
+
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The original, ready to run: in evaluation mode, without gradients."""
         return network.assemble(self.skeleton(), self.folder, {name: self.read(name) for name in self._stored}, dtype)

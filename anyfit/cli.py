@@ -218,6 +218,10 @@ def fit(
     length: options.Length = None,
     segments: options.Segments = None,
     effort: options.EffortName = Effort.NORMAL,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the run may use, `8GB`; refused at once if that isn't enough. Default: three quarters of what is free."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which segments of the text are drawn.")] = 0,
     trust_remote_code: options.RemoteCode = False,
     force: options.Force = False,
@@ -244,6 +248,7 @@ def fit(
         trust_remote_code=trust_remote_code,
         force=force,
         restart=restart,
+        memory=memory,
         progress=to_stderr(),
     )
     return Answer(summary.family_json(family), (_headline(family), tables.frontier(family), _page(family), *_next(family)))

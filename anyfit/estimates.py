@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from anyfit.calibration import generated
+from anyfit.calibration.collect import Moments, observed
 from anyfit.calibration.data import PURPOSES
 from anyfit.calibration.saturation import Saturation, saturate
 from anyfit.calibration.statistics import InputStatistics
+from anyfit.core.budget import BYTES, describe
+from anyfit.core.errors import UserError
+from anyfit.core.memory import Peak, release
 from anyfit.core.units import Weight
+from anyfit.encoding import NUMBERS_AT_ONCE
+from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import quantizers
-from anyfit.tasks.language import kept_bytes
+from anyfit.streaming import TOKENS_AT_ONCE, States, Stream, batches
+from anyfit.tasks.language import Reference, measure
 from anyfit.tuning.refining import WINDOW, Settings
 
-_ROWS = 128
-"""Of a matrix, that encoding is timed on."""
+T = TypeVar("T")
 
 
 def saturation(run: Fit) -> Saturation | None:
@@ -43,53 +54,161 @@ def saturation(run: Fit) -> Saturation | None:
     return saturate(run.model, run.architecture, matrices, run.segments, stored, seed=run.settings.seed, progress=run.progress)
 
 
-def memory(run: Fit) -> int:
-    """Peak bytes beyond the interpreter's own: the larger of calibrating and measuring."""
+@dataclass(frozen=True)
+class Needs:
+    """What a fit would take. `memory`: peak bytes of the process, the interpreter's own included; `disk`: peak bytes while it
+    lasts; `seconds`: of this machine."""
+
+    memory: int
+    disk: int
+    seconds: float
+
+
+def needs(run: Fit) -> Needs:
+    """Known by doing each kind of work once, on the largest block and on as much text as is read together."""
+    with tempfile.TemporaryDirectory() as folder:
+        rehearsal = _Rehearsal(run, Path(folder))
+        peak = Peak()
+        seconds = rehearsal.seconds()
+        memory = peak.bytes_
+    if run.effort.refines or run.segments.num_pending:
+        memory = max(memory, _in_memory(run))
+    return Needs(memory, disk(run), seconds)
+
+
+def require_memory(run: Fit, limit: int) -> None:
+    """Raises `UserError` where a fit would take more than `limit` bytes of memory. Networks that are small for it aren't rehearsed."""
+    if _surely(run) <= limit:
+        return
+    needed = needs(run).memory
+    if needed <= limit:
+        return
+    whole = " --effort normal doesn't hold the whole network in memory." if run.effort.refines else ""
+    whole += " With text of yours (--data) the model needn't write any, which takes it whole." if run.segments.num_pending else ""
+    raise UserError(
+        f"Fitting {run.checkpoint.name} takes {describe(BYTES, needed)} of memory, and {describe(BYTES, limit)} may be used.",
+        remedy=f"Say --memory {math.ceil(needed / 10**7) / 100:.2f}GB where there is as much.{whole}",
+    )
+
+
+def _surely(run: Fit) -> int:
+    """Bytes that are enough in any case: many times what a block and its widest input hold."""
+    sizes = Counter[int | None]()
+    for weight in run.weights:
+        sizes[weight.block] += weight.num_weights
+    widest = max(weight.shape[1] for weight in run.weights)
+    logits = 4 * run.checkpoint.config.vocab_size * max(TOKENS_AT_ONCE, run.settings.length)
+    streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits
+    return max(streamed, _in_memory(run)) if run.effort.refines or run.segments.num_pending else streamed
+
+
+def _in_memory(run: Fit) -> int:
+    """Of what only works with the whole network in memory: writing text, and refining."""
     model = 4 * run.space.num_parameters
-    widths = {w.input: w.shape[1] for w in run.weights if w.input is not None}
-    moments = sum(8 * width**2 for width in widths.values())
-    solving = max(24 * w.shape[1] ** 2 + 16 * w.num_weights for w in run.weights)
-    vocabulary = run.checkpoint.config.vocab_size
-    references = sum(kept_bytes(run.segments.num_tokens(name), vocabulary) for name in ("search", "report"))
     writing = generated.memory(run.checkpoint.config, run.settings.length) if run.segments.num_pending else 0
     # Beside the networks, tuning holds levels, latents, values, gradients and what they are made of.
-    tuning = 6 * model if run.effort.refines else 0
-    return max(model + writing, model + moments + solving, 2 * model + tuning + references)
+    refining = model + 6 * model if run.effort.refines else 0
+    return Peak().bytes_ + model + max(writing, refining)
 
 
-@torch.inference_mode()
-def seconds(run: Fit) -> float:
-    """From some rows in each format and two segments' length of text, scaled to all of them."""
-    text = torch.zeros(2, run.settings.length, dtype=torch.int64)
+def disk(run: Fit) -> int:
+    """The family, and the hidden states of the stage that has the most of them."""
+    family = sum(c.stored_bytes for d in run.space.decisions for c in d.choices) + run.space.fixed_bytes
+    blocks = run.architecture.num_blocks(run.checkpoint.skeleton())
+    tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
+    probing = (blocks + 2) * min(tokens["search"], NUM_PROBE_SEGMENTS * run.settings.length)
+    measuring = 2 * (tokens["search"] + tokens["report"])
+    return family + 4 * run.checkpoint.config.hidden_size * max(2 * tokens["calibration"], probing, measuring)
+
+
+class _Rehearsal:
+    """Every stage of a fit on a little of everything, timed."""
+
+    def __init__(self, run: Fit, folder: Path) -> None:
+        self.run = run
+        self.store = Store(folder)
+        self.stream = Stream(run.checkpoint, run.architecture, folder / "states")
+        length = run.settings.length
+        segments = max(1, TOKENS_AT_ONCE // length)
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(run.checkpoint.config.vocab_size, (segments, length), generator=generator)
+
+    def seconds(self) -> float:
+        run, stream = self.run, self.stream
+        tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
+        sizes = Counter(w.block for w in run.weights for _ in range(w.num_weights // 1024) if w.block is not None)
+        block = max(sizes, key=lambda index: sizes[index])
+        states, embedding = _timed(lambda: stream.embedded(self.tokens, stream.original))
+        weights = [weight for weight in run.weights if weight.block == block]
+        into = stream.states(states.length, states.width)
+        with observed(stream.model, run.architecture, weights) as moments:
+            _, calibrating = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
+        _, forward = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
+        encoding = self._encoding(weights, moments)
+        gradients = _timed(lambda: self._backward(block, states, into))[1]
+        head = self._head(into)
+        each = self.tokens.numel()
+        num_configs = NUM_FINALISTS + 2 * len(run.space.formats())
+        reading = embedding + head + stream.num_blocks * forward
+        probed = NUM_PROBE_SEGMENTS * run.settings.length
+        held_out = tokens["search"] + tokens["report"]
+        total = encoding + tokens["calibration"] / each * (embedding + stream.num_blocks * calibrating)
+        total += probed / each * (3 * reading + stream.num_blocks * gradients)
+        total += held_out / each * (num_configs + 1) * reading
+        total += generated.READINGS * run.segments.num_pending / each * reading
+        return total + (_more_effort(run, tokens) / each * reading if run.effort.refines else 0)
+
+    def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:
+        """Seconds to encode everything: the inputs of one block, and some rows on each of them in each format."""
+        run, quantizer = self.run, quantizers.get(self.run.recipe.quantizer)
+        encoding = run.encoding(self.store, self.stream, self.tokens)
+        costs: dict[tuple[int, str], float] = {}
+        preparing: dict[int, float] = {}
+        by_input = {weight.input: weight for weight in reversed(weights) if weight.input is not None}
+        # The widest last: what it holds is then held beside nothing else, as in the run itself.
+        for weight in sorted(by_input.values(), key=lambda w: w.shape[1]):
+            columns = weight.shape[1]
+            statistics = moments.pop(str(weight.input)).statistics(weight.name)
+            if columns in preparing:
+                continue
+            prepared, preparing[columns] = _timed(lambda: quantizer.prepare(statistics))  # noqa: B023 (called at once)
+            rows = encoding.rows(weight, slice(min(weight.shape[0], max(1, NUMBERS_AT_ONCE // columns))))
+            for name in encoding.choices[weight.name]:
+                quantizer.encode(rows[:1], prepared, all_formats.get(name))  # what is compiled, or read from disk, is so only once
+                _, spent = _timed(lambda: quantizer.encode(rows, prepared, all_formats.get(name)))  # noqa: B023
+                costs[columns, name] = spent / rows.numel()
+            release()
+        total = sum(preparing[min(preparing, key=lambda c: abs(c - w.shape[1]))] for w in self._distinct_inputs())
+        for decision in run.space.decisions:
+            for weight in decision.unit.weights:
+                columns = min(preparing, key=lambda c: abs(c - weight.shape[1]))
+                known = {name: cost for (width, name), cost in costs.items() if width == columns}
+                rest = max(known.values(), default=0.0)
+                total += sum(known.get(choice.name, rest) for choice in decision.choices) * weight.num_weights
+        return total
+
+    def _distinct_inputs(self) -> list[Weight]:
+        return list({weight.input: weight for weight in self.run.weights if weight.input is not None}.values())
+
+    def _backward(self, block: int, states: States, gradients: States) -> None:
+        """What the score takes of one block."""
+        with self.stream.block(block, self.stream.original) as run, torch.enable_grad():
+            for segments in batches(self.tokens):
+                hidden = states.read(segments).requires_grad_()
+                run(self.tokens[segments], hidden).backward(gradients.read(segments))
+
+    def _head(self, final: States) -> float:
+        """Seconds to measure what the last block makes of the tokens against the original."""
+        predictions = self.stream.predictions(self.tokens, self.stream.original, final)
+        reference = Reference.of(predictions, self.tokens, kept_bytes=0)
+        other = self.stream.predictions(self.tokens, self.stream.original, final)
+        return _timed(lambda: measure(other, reference))[1]
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
     began = time.perf_counter()
-    run.model(input_ids=text, use_cache=False)
-    per_token = (time.perf_counter() - began) / text.numel()
-    sizes = {name: run.segments.num_tokens(name) for name in PURPOSES}
-    probing = NUM_PROBE_SEGMENTS * run.settings.length * len(run.space.decisions)
-    measuring = (sizes["search"] + sizes["report"]) * (NUM_FINALISTS + 2 * len(run.space.formats()))
-    encoding = _encoding(run)
-    writing = generated.READINGS * run.segments.num_pending
-    reading = writing + sizes["calibration"] + probing + measuring + (_more_effort(run, sizes) if run.effort.refines else 0)
-    return per_token * reading + encoding
-
-
-def _encoding(run: Fit) -> float:
-    """Seconds to encode everything, from some rows of the largest matrix in each format."""
-    weight = max((w for w in run.weights if w.block is not None), key=lambda w: w.num_weights)
-    rows = torch.randn(_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    quantizer = quantizers.get(run.recipe.quantizer)
-    prepared = quantizer.prepare(InputStatistics.unknown(weight.shape[1]))
-    num_weights = Counter[str]()
-    for decision in run.space.decisions:
-        for choice in decision.choices:
-            num_weights[choice.name] += decision.unit.num_weights
-    total = 0.0
-    for choice in next(d for d in run.space.decisions if weight in d.unit.weights).choices:
-        quantizer.encode(rows[:1], prepared, all_formats.get(choice.name))  # what is compiled, or read from disk, is so only once
-        began = time.perf_counter()
-        quantizer.encode(rows, prepared, all_formats.get(choice.name))
-        total += (time.perf_counter() - began) / rows.numel() * num_weights[choice.name]
-    return total
+    found = work()
+    return found, time.perf_counter() - began
 
 
 def _more_effort(run: Fit, sizes: Mapping[str, int]) -> int:

@@ -8,19 +8,23 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
 from anyfit.core.files import read_json, write_json
+from anyfit.core.memory import release
 from anyfit.core.space import Space
 from anyfit.elastic.model import ElasticModel
+from anyfit.elastic.stream import ElasticStream
 from anyfit.family.manifest import Point
 from anyfit.family.store import Store, refined_file
 from anyfit.progress import Progress
 from anyfit.scores.table import Table
 from anyfit.searchers.evolution import Fitness, Settings, Stage, evolve
 from anyfit.searchers.exact import Solver, hull
+from anyfit.streaming import Numbers, Predictions
 from anyfit.tasks.language import Quality, Reference, kl, measure
 from anyfit.tuning.coded import Stored
 from anyfit.tuning.refining import Refinery
@@ -43,21 +47,37 @@ WORK = ("points", "evolved")
 class Finalists:
     """One run's finalists. What is measured, evolved and refined is kept in the journal's folder, and not done twice.
 
-    `references`: the original's predictions on the search and the report split; `calibration` (segments, length).
+    `in_memory` makes a network of which high effort runs many configs on little text, and which it refines. `texts`: the
+    search and the report split; `calibration`: text that neither holds. (segments, length) each.
     """
 
     store: Store
     table: Table
-    elastic: ElasticModel
-    references: Mapping[str, Reference]
-    calibration: torch.Tensor
+    elastic: ElasticStream
+    in_memory: Callable[[], ElasticModel]
+    texts: Mapping[str, Tensor]
+    calibration: Tensor
     effort: Effort
     progress: Progress
-    _texts: dict[int, Reference] = field(default_factory=dict, repr=False)
+    _evolving: dict[int, Reference] = field(default_factory=dict, repr=False)
 
     @property
     def space(self) -> Space:
         return self.elastic.space
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """The original's predictions on each text."""
+        predictions = self._predictions(self.elastic.original)
+        return {name: Reference.of(predictions, tokens) for name, tokens in self.texts.items()}
+
+    def _predictions(self, numbers: Numbers) -> Predictions:
+        """Of a network on all texts, which are read in one pass."""
+        return self.elastic.stream.predictions(torch.cat(list(self.texts.values())), numbers)
+
+    @cached_property
+    def _network(self) -> ElasticModel:
+        return self.in_memory()
 
     @cached_property
     def _solver(self) -> Solver:
@@ -74,6 +94,7 @@ class Finalists:
         with self.progress.stage("measure finalists", len(candidates)) as stage:
             for config, uniform in candidates.items():
                 points.append(self._point(config, uniform))
+                release()
                 stage.advance()
         return points
 
@@ -116,16 +137,18 @@ class Finalists:
         return Config.from_json(found)
 
     def _fitness(self, num_segments: int) -> Fitness:
-        if num_segments not in self._texts:
-            self._texts[num_segments] = Reference.of(self.references["search"].logits, self.calibration[:num_segments])
-        return lambda config: kl(self.elastic.set(config), self._texts[num_segments])
+        if num_segments not in self._evolving:
+            text = self.calibration[:num_segments]
+            self._evolving[num_segments] = Reference.of(self.elastic.stream.predictions(text, self.elastic.original), text)
+        return lambda config: kl(self._network.set(config), self._evolving[num_segments])
 
     def _point(self, config: Config, uniform: str | None) -> Point:
         path = self.store.folder / "points" / f"{config.digest}.json"
         found = read_json(path)
         if found is None:
-            model = self.elastic.set(config)
-            found = {name: measure(model, reference).to_json() for name, reference in self.references.items()}
+            references = self.references
+            predictions = self._predictions(self.elastic.numbers(config))
+            found = {name: measure(predictions, reference).to_json() for name, reference in references.items()}
             write_json(path, found)
         return Point(
             config=config,
@@ -141,7 +164,7 @@ class Finalists:
         path = self.store.folder / "points" / f"{point.config.digest}-refined.json"
         found = read_json(path)
         if found is None:
-            with self.elastic.lent(point.config) as model:
+            with self._network.lent(point.config) as model:
                 made = refinery.refine(model, stored(point.config), self.progress)
                 quality = {name: measure(model, reference) for name, reference in self.references.items()}
             better = refined(point, quality)

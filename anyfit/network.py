@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
@@ -62,6 +63,13 @@ def skeleton(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrained
     """The network on the meta device, ties in place, in evaluation mode and without gradients."""
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)
+
+
+def frame(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The network in float32 with its parameters on the meta device and its buffers real, as transformers computes them."""
+    with quiet(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
 

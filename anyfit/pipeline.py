@@ -5,47 +5,44 @@ from __future__ import annotations
 import platform
 import shutil
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
 from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import uncovered
-from anyfit.calibration.collect import collect
 from anyfit.calibration.data import PURPOSES, Segments
-from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint, Source
 from anyfit.core.effort import Effort
-from anyfit.core.errors import ModelError, UserError
-from anyfit.core.files import remove, sha256, write_json, written_aside
+from anyfit.core.files import output_error, remove, sha256, write_json, written_aside
 from anyfit.core.space import Space, coverage
 from anyfit.core.units import Weight
 from anyfit.elastic.model import ElasticModel
+from anyfit.elastic.stream import ElasticStream
+from anyfit.encoding import Encoding
 from anyfit.family.journal import Journal
 from anyfit.family.manifest import NAME, Manifest, Original, Point
-from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Store, decoder, stored_matrices
+from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
 from anyfit.finalists import WORK, Finalists
-from anyfit.formats import formats
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
-from anyfit.quantizers.base import Encoded
-from anyfit.quantizers.worker import one_thread
 from anyfit.recipes import recipes
 from anyfit.scores import sensitivities
 from anyfit.scores.table import Table
+from anyfit.streaming import Stream
 from anyfit.targets import targets
 from anyfit.tasks.language import Reference
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
-"""Search segments that sensitivities are measured on: each unit costs one pass over them."""
+"""Search segments that sensitivities are measured on."""
+STATES = "states"
+"""The journal's folder of hidden states; what a killed run left there is of no use."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,7 @@ class Fit:
         self.target = targets.get(settings.target)
         self.recipe = recipes.get(settings.recipe)
         self.effort = settings.effort
+        self._stream: Stream | None = None
 
     @property
     def key(self) -> dict[str, Any]:
@@ -107,71 +105,44 @@ class Fit:
     def space(self) -> Space:
         return self.target.space(self.source, self.weights, self.settings.formats)
 
-    @cached_property
-    def _second(self) -> PreTrainedModel:
-        return self.checkpoint.load()
+    def stream(self, store: Store) -> Stream:
+        """The network as it runs block by block, its states in the store's folder."""
+        if self._stream is None:
+            self._stream = Stream(self.checkpoint, self.architecture, store.folder / STATES)
+        return self._stream
 
-    def elastic(self, store: Store) -> ElasticModel:
-        """A second copy of the network, which runs as any config; the first stays the original."""
-        return ElasticModel(self._second, self.space, decoder(store.variant, self.target, self.source))
+    def elastic(self, store: Store) -> ElasticStream:
+        """The network as any config, block by block."""
+        return ElasticStream(self.stream(store), self.space, Decoder(store.variant, self.target, self.source))
+
+    def elastic_model(self, store: Store) -> ElasticModel:
+        """A second copy of the network in memory, which runs as any config; the first stays the original."""
+        return ElasticModel(self.checkpoint.load(), self.space, Decoder(store.variant, self.target, self.source))
 
     def run(self, output: Path, *, restart: bool, force: bool) -> None:
         """Make the family at `output`. Raises `UserError`s only; what is finished is kept for the next run."""
         with Journal.open(output, self.key, restart=restart, force=force) as journal:
             store = Store(journal.folder)
-            self.encode(store)
-            table = self.score(store)
-            original, points = self.finalists(store, table)
-            self.keep_source(store)
-            self.close(journal, self.manifest(store, table, original, points))
+            remove(store.folder / STATES)
+            try:
+                self.encode(store)
+                table = self.score(store)
+                original, points = self.finalists(store, table)
+                self.keep_source(store)
+                self.close(journal, self.manifest(store, table, original, points))
+            except OSError as error:
+                raise output_error(error, output) from error
+            finally:
+                self._stream = None
 
     def encode(self, store: Store) -> None:
         """Every variant of every matrix. One factorisation per distinct input, shared by all its matrices."""
-        todo = [group for group in self._groups() if not all(store.has(weight.name) for weight in group)]
-        if not todo:
-            return
-        weights = [weight for group in todo for weight in group]
-        statistics = collect(self.model, self.architecture, weights, self.segments.calibration, progress=self.progress)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        with one_thread() as pool, self.progress.stage("encode", len(weights)) as stage:
-            for group in todo:
-                columns, input_ = group[0].shape[1], group[0].input
-                seen = statistics[input_] if input_ else InputStatistics.unknown(columns)
-                prepared = quantizers.get(self.recipe.quantizer).prepare(seen)
-                matrices = [self._matrix(parameters[weight.name], weight) for weight in group]
-                encode = partial(self._encode, torch.cat(matrices), ", ".join(weight.name for weight in group), prepared)
-                names = self._choices(group[0])
-                variants = dict(zip(names, pool.map(encode, names), strict=True))
-                first = 0
-                for weight, matrix in zip(group, matrices, strict=True):
-                    rows = slice(first, first + len(matrix))
-                    store.write(weight.name, {name: variant.rows(rows) for name, variant in variants.items()})
-                    first = rows.stop
-                    stage.advance(detail=weight.name)
+        self.encoding(store, self.stream(store), self.segments.calibration).run()
 
-    def _groups(self) -> list[list[Weight]]:
-        """Neighbours that read the same input and have the same choices: encoded as one matrix, being rows of one."""
-        weights = [weight for decision in self.space.decisions for weight in decision.unit.weights]
-        groups = groupby(weights, key=lambda weight: (weight.input or weight.name, self._choices(weight)))
-        return [list(group) for _, group in groups]
-
-    def _choices(self, weight: Weight) -> tuple[str, ...]:
-        decision = next(d for d in self.space.decisions if weight in d.unit.weights)
-        return tuple(choice.name for choice in decision.choices)
-
-    def _encode(self, matrix: Tensor, name: str, prepared: Any, format_: str) -> Encoded:
-        try:
-            return quantizers.get(self.recipe.quantizer).encode(matrix, prepared, formats.get(format_))
-        except UserError as error:
-            rest = ",".join(other for other in self.settings.formats if other != format_)
-            raise ModelError(f"{name} can't be stored as {format_}: {error.problem}", remedy=f"Leave it out: --formats {rest}.") from error
-
-    def _matrix(self, parameter: Tensor, weight: Weight) -> Tensor:
-        """(outputs, inputs) float32, rows in the target's order."""
-        matrix = parameter.detach().float()
-        matrix = matrix.T if weight.transposed else matrix
-        order = self.target.row_order(self.source, weight)
-        return matrix[order] if order is not None else matrix.contiguous()
+    def encoding(self, store: Store, stream: Stream, tokens: Tensor) -> Encoding:
+        """The encoding of this run's space with these tokens, (segments, length)."""
+        quantizer = quantizers.get(self.recipe.quantizer)
+        return Encoding(stream, self.space, self.target, self.source, quantizer, store, tokens, self.progress)
 
     def score(self, store: Store) -> Table:
         """The additive table: measured sensitivities times each choice's own output error."""
@@ -179,8 +150,8 @@ class Fit:
         if path.exists():
             return Table.load(path)
         errors = self.errors(store)
-        reference = Reference.of(self.model, self.segments.search[:NUM_PROBE_SEGMENTS])
-        sensitivity = sensitivities.get(self.recipe.score).measure(self.elastic(store), reference, errors, self.progress)
+        tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
+        sensitivity = sensitivities.get(self.recipe.score).measure(self.elastic(store), tokens, errors, self.progress)
         table = Table(sensitivity, errors)
         table.save(path)
         return table
@@ -195,10 +166,18 @@ class Fit:
 
     def finalists(self, store: Store, table: Table) -> tuple[Original, list[Point]]:
         """Optima along the frontier and every uniform setting, measured on both held-out splits; with more effort, refined."""
-        references = {name: Reference.of(self.model, getattr(self.segments, name)) for name in ("search", "report")}
-        elastic = self.elastic(store)
-        finalists = Finalists(store, table, elastic, references, self.segments.calibration, self.effort, self.progress)
-        points = finalists.points()
+        texts = {name: getattr(self.segments, name) for name in ("search", "report")}
+        finalists = Finalists(
+            store,
+            table,
+            self.elastic(store),
+            lambda: self.elastic_model(store),
+            texts,
+            self.segments.calibration,
+            self.effort,
+            self.progress,
+        )
+        points, references = finalists.points(), finalists.references
         if self.effort.refines:
             refinery = self._refinery(references["search"])
             points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
@@ -268,7 +247,7 @@ class Fit:
         manifest = with_points(manifest, manifest.points, hashes)
         write_json(journal.folder / NAME, manifest.to_json())
         write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        for name in ("table.json", *WORK):
+        for name in ("table.json", STATES, *WORK):
             remove(journal.folder / name)
         journal.finish()
 

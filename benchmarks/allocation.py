@@ -26,6 +26,7 @@ from anyfit.core.config import Config
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.elastic.model import ElasticModel
+from anyfit.elastic.stream import ElasticStream
 from anyfit.family.store import Store
 from anyfit.pipeline import Fit
 from anyfit.progress import Silent
@@ -65,6 +66,7 @@ class Bench:
     """The embedded default, encoded, with what is measured on it."""
 
     fit: Fit
+    streamed: ElasticStream
     elastic: ElasticModel
     errors: dict[str, dict[str, float]]
     report: list[Reference]
@@ -74,7 +76,7 @@ class Bench:
     @classmethod
     def of(cls, fit: Fit, store: Store) -> Bench:
         report = [Reference.of(fit.model, segment[None]) for segment in fit.segments.report]
-        return cls(fit, fit.elastic(store), fit.errors(store), report)
+        return cls(fit, fit.elastic(store), fit.elastic_model(store), fit.errors(store), report)
 
     def fitness(self, num_segments: int) -> Fitness:
         """KL on the first segments of the search split."""
@@ -93,13 +95,9 @@ class Bench:
         return np.array([kl(model, segment) for segment in self.report])
 
     def table(self, score: str) -> Table:
-        """The additive table with this score's sensitivities. The network must be the original when it is asked."""
-        found = sensitivities.get(score).measure(self.elastic, self._reference(), self.errors, Silent())
+        """The additive table with this score's sensitivities."""
+        found = sensitivities.get(score).measure(self.streamed, self.fit.segments.search[:SOME], self.errors, Silent())
         return Table(found, self.errors)
-
-    def _reference(self) -> Reference:
-        self.fitness(SOME)
-        return self._references[SOME]
 
     def uniform(self, budget: Budget) -> Config:
         """The one that measures best within the budget, or the smallest."""

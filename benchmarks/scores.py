@@ -52,9 +52,9 @@ def main() -> int:
         store = Store(Path(folder))
         fit.encode(store)
         errors = fit.errors(store)
-        elastic = fit.elastic(store)
-        probing = Reference.of(fit.model, fit.segments.search[:NUM_PROBE_SEGMENTS])
-        tables = {name: Table(sensitivities.get(name).measure(elastic, probing, errors, Silent()), errors) for name in sensitivities}
+        streamed, probing = fit.elastic(store), fit.segments.search[:NUM_PROBE_SEGMENTS]
+        tables = {name: Table(sensitivities.get(name).measure(streamed, probing, errors, Silent()), errors) for name in sensitivities}
+        elastic = fit.elastic_model(store)
         reference = Reference.of(fit.model, fit.segments.report)
         configs = random_configs(fit.space, np.random.default_rng(0))
         measured = np.array([kl(elastic.set(config), reference) for config in configs])

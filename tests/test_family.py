@@ -95,23 +95,23 @@ def test_a_killed_run_continues_to_the_same_bytes(
     family: Family, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, encoded = tmp_path / "killed.family", []
-    write = pipeline.Store.write
+    writing = pipeline.Store.writing
 
     def killing(limit: int) -> Any:
-        def counted(store: pipeline.Store, weight: str, variants: Any) -> None:
+        def counted(store: pipeline.Store, weight: str, shapes: Any) -> Any:
             if len(encoded) == limit:
                 raise KeyboardInterrupt
             encoded.append(weight)
-            write(store, weight, variants)
+            return writing(store, weight, shapes)
 
         return counted
 
     for limit in (3, 9):
-        monkeypatch.setattr(pipeline.Store, "write", killing(limit))
+        monkeypatch.setattr(pipeline.Store, "writing", killing(limit))
         with pytest.raises(KeyboardInterrupt):
             anyfit.fit(tiny, data=text, output=output, **SMALL)
         assert not output.exists()
-    monkeypatch.setattr(pipeline.Store, "write", killing(10**6))
+    monkeypatch.setattr(pipeline.Store, "writing", killing(10**6))
     assert anyfit.fit(tiny, data=text, output=output, **SMALL).digest == family.digest
     again = len(encoded) - len(set(encoded))
     assert again <= 2 * 2, "of what was finished, only matrices that are encoded with an unfinished one are computed again"

@@ -14,7 +14,7 @@ from anyfit.formats.base import SPAN, GridFormat, Scales
 from anyfit.quantizers import gptq as gptq_module
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import output_errors
-from anyfit.quantizers.gptq import Factor, column_order, inverse_factor
+from anyfit.quantizers.gptq import Factor, column_order, inverse_factor, invert_lower
 from anyfit.testing.quantizers import check_quantizer
 
 GRIDS = ("Q2_K", "Q4_K", "Q6_K", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4", "int3_asym", "int4_sym")
@@ -159,16 +159,24 @@ def test_error_is_the_mean_squared_output_error() -> None:
 
 def test_factor_inverts_the_damped_hessian() -> None:
     hessian = correlated(64).hessian.double()
-    factor, notes = inverse_factor(hessian)
+    factor, notes = inverse_factor(hessian, torch.arange(64))
     damped = hessian + gptq_module.DAMPING * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
-    assert torch.allclose(factor.T @ factor @ damped, torch.eye(64, dtype=torch.float64), atol=1e-8)
+    assert torch.allclose(factor.T.double() @ factor.double() @ damped, torch.eye(64, dtype=torch.float64), atol=1e-5)
     assert not notes and torch.equal(factor, factor.triu())
+
+
+def test_a_triangular_matrix_is_inverted_in_its_place() -> None:
+    lower = torch.randn(1200, 1200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril() / 30
+    lower.diagonal().fill_(1)
+    found = lower.clone()
+    invert_lower(found)
+    assert torch.allclose(found @ lower, torch.eye(1200, dtype=torch.float64), atol=1e-8) and torch.equal(found, found.tril())
 
 
 def test_damping_escalates_and_says_so() -> None:
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[0, 1] = hessian[1, 0] = 1.2
-    factor, notes = inverse_factor(hessian)
+    factor, notes = inverse_factor(hessian, torch.arange(32))
     assert factor.isfinite().all() and "damping raised to" in notes[0]
 
 

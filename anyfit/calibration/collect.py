@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -15,8 +16,10 @@ from anyfit.core.errors import DataError
 from anyfit.core.units import Weight
 from anyfit.progress import Progress
 
+_ROWS_AT_ONCE = 512
 
-class _Moments:
+
+class Moments:
     """Running sum of x xᵀ of one input, float64 across batches."""
 
     def __init__(self, columns: int) -> None:
@@ -25,18 +28,26 @@ class _Moments:
 
     def add(self, x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        self.total += (x.T @ x).double()
+        # Some rows at a time: the square of a wide input isn't held in three types at once.
+        for start in range(0, len(self.total), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            self.total[rows] += x[:, rows].T @ x
         self.count += len(x)
 
     def statistics(self, name: str) -> InputStatistics:
-        if not torch.isfinite(self.total).all():
+        """Uses less memory than the moments: these may be dropped afterwards."""
+        if not self.count:
+            return InputStatistics.unknown(len(self.total))
+        hessian = torch.empty(self.total.shape)
+        for start in range(0, len(self.total), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            torch.div(self.total[rows], self.count, out=hessian[rows])
+        if not hessian.sum().isfinite():
             raise DataError(
                 f"The calibration text makes the inputs of {name} overflow.",
                 remedy="The model may be broken in float32: check that it predicts text at all.",
             )
-        if not self.count:
-            return InputStatistics.unknown(len(self.total))
-        return InputStatistics((self.total / self.count).float(), self.count)
+        return InputStatistics(hessian, self.count)
 
 
 def collect(
@@ -72,27 +83,33 @@ def collect_growing(
 
     The model must not be run while this is being iterated.
     """
-    moments: dict[str, _Moments] = {}
+    with observed(model, architecture, weights) as moments, progress.stage("calibrate", sizes[-1]) as stage:
+        for start, stop in pairwise([0, *sizes]):
+            for batch in tokens[start:stop].split(batch_size):
+                model(input_ids=batch, use_cache=False)
+                stage.advance(len(batch))
+            yield {name: entry.statistics(name) for name, entry in moments.items()}
+
+
+@contextmanager
+def observed(model: PreTrainedModel, architecture: Architecture, weights: Iterable[Weight]) -> Iterator[dict[str, Moments]]:
+    """The moments of everything that these matrices multiply while the block lasts, by input name; each is observed once."""
+    moments: dict[str, Moments] = {}
     handles = []
     for weight in weights:
         if weight.input is None or weight.input in moments:
             continue
-        moments[weight.input] = _Moments(weight.shape[1])
+        moments[weight.input] = Moments(weight.shape[1])
         module = model.get_submodule(architecture.hook_path(weight))
         handles.append(module.register_forward_pre_hook(_observer(moments[weight.input])))
     try:
-        with progress.stage("calibrate", sizes[-1]) as stage:
-            for start, stop in pairwise([0, *sizes]):
-                for batch in tokens[start:stop].split(batch_size):
-                    model(input_ids=batch, use_cache=False)
-                    stage.advance(len(batch))
-                yield {name: entry.statistics(name) for name, entry in moments.items()}
+        yield moments
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _observer(moments: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _observer(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         moments.add(inputs[0])
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyfit.core.config import Config
-from anyfit.core.space import Decision, Space
+from anyfit.core.space import Space
 from anyfit.core.units import Weight
 
-Decoded = Callable[[Weight, str], Tensor]
-"""(weight, format name) to its decoded values: float32, in the checkpoint's own shape and row order."""
+
+class Decoded(Protocol):
+    """Variants as numbers: float32, in the checkpoint's own shape and row order."""
+
+    def __call__(self, weight: Weight, format_: str, /) -> Tensor:
+        """A whole matrix in a format."""
+
+    def rows(self, weight: Weight, format_: str, which: Tensor | slice, /) -> Tensor:
+        """Some rows of the embedding or the head."""
 
 
 class ElasticModel:
@@ -51,18 +59,3 @@ class ElasticModel:
             yield self.set(config)
         finally:
             self._now.clear()
-
-    @contextmanager
-    def disturbed(self, decision: Decision, choice: str) -> Iterator[PreTrainedModel]:
-        """The network with this one unit at `choice` and everything else as it was."""
-        parameters = [self._parameters[weight.name] for weight in decision.unit.weights]
-        kept = [parameter.detach().clone() for parameter in parameters]
-        try:
-            with torch.no_grad():
-                for weight, parameter in zip(decision.unit.weights, parameters, strict=True):
-                    parameter.copy_(self._decoded(weight, choice))
-            yield self.model
-        finally:
-            with torch.no_grad():
-                for parameter, values in zip(parameters, kept, strict=True):
-                    parameter.copy_(values)

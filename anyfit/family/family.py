@@ -21,7 +21,7 @@ from anyfit.core.errors import FamilyError, OutputError
 from anyfit.core.files import refuse_existing, written_aside
 from anyfit.core.space import Space
 from anyfit.family.manifest import NAME, Manifest, Original, Point
-from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Store, decoder
+from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store
 from anyfit.progress import Progress, Silent
 from anyfit.report.card import model_card
 from anyfit.searchers.exact import Solver
@@ -212,7 +212,7 @@ class Family:
 
     def _weights(self, config: Config) -> dict[str, torch.Tensor]:
         """Every decided matrix, decoded, by name."""
-        decoded = decoder(self.variants(config), targets.get(self.target), self.source)
+        decoded = Decoder(self.variants(config), targets.get(self.target), self.source)
         return {w.name: decoded(w, config[decision.key]) for decision in self.space.decisions for w in decision.unit.weights}
 
     def export(

@@ -7,9 +7,12 @@ export is a copy. Files are opened lazily; each is compared with its hash before
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +25,6 @@ from anyfit.core.errors import FamilyError
 from anyfit.core.files import sha256, written_aside
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
-from anyfit.elastic.model import Decoded
 from anyfit.formats import formats
 from anyfit.quantizers.base import Encoded
 from anyfit.targets.base import Target, Variants
@@ -30,6 +32,8 @@ from anyfit.tuning.coded import Stored
 
 VARIANTS, SOURCE, PASSTHROUGH, TEXT = "variants", "source", "passthrough.safetensors", "text.safetensors"
 REFINED = "refined"
+_HEADER_BYTES = 1 << 14
+"""Of a file of variants, kept for its header."""
 
 
 class Store:
@@ -43,13 +47,13 @@ class Store:
     def has(self, weight: str) -> bool:
         return self._variants(weight).is_file()
 
-    def write(self, weight: str, variants: Mapping[str, Encoded]) -> None:
-        """All variants of one matrix; their errors and notes travel in the file's metadata."""
-        notes = {name: {"error": v.error, "notes": list(v.notes)} for name, v in variants.items()}
-        with written_aside(self._variants(weight)) as aside:
-            save_file(
-                {name: v.data.contiguous() for name, v in variants.items()}, aside, metadata={"variants": json.dumps(notes, sort_keys=True)}
-            )
+    @contextmanager
+    def writing(self, weight: str, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Writing]:
+        """Write the variants of one matrix, {format: (rows, row_bytes)}, in any pieces; it is there when the block ends."""
+        with written_aside(self._variants(weight)) as aside, aside.open("wb") as file:
+            writing = Writing(file, shapes)
+            yield writing
+            writing.close()
 
     def errors(self, weight: str) -> dict[str, float]:
         """{format: expected squared output error} of one matrix."""
@@ -116,6 +120,39 @@ class Store:
         self._checked.add(name)
 
 
+class Writing:
+    """A safetensors file of variants, written some rows at a time. Errors and notes travel in its metadata.
+
+    The header, which holds them, is written last, into a place that was kept for it.
+    """
+
+    def __init__(self, file: BinaryIO, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self._file, self._shapes = file, shapes
+        sizes = [rows * row_bytes for rows, row_bytes in shapes.values()]
+        ends = list(accumulate(sizes))
+        self._places = {name: (end - size, end) for name, end, size in zip(shapes, ends, sizes, strict=True)}
+        self._errors = dict.fromkeys(shapes, 0.0)
+        self._notes: dict[str, dict[str, None]] = {name: {} for name in shapes}
+
+    def put(self, name: str, first: int, encoded: Encoded) -> None:
+        """Rows from `first` on of one variant."""
+        assert encoded.data.shape[1] == self._shapes[name][1], (name, encoded.data.shape)
+        self._file.seek(_HEADER_BYTES + self._places[name][0] + first * encoded.data.shape[1])
+        self._file.write(encoded.data.contiguous().numpy().data)
+        self._errors[name] += encoded.error
+        self._notes[name] |= dict.fromkeys(encoded.notes)
+
+    def close(self) -> None:
+        about = {name: {"error": self._errors[name], "notes": list(self._notes[name])} for name in self._shapes}
+        header: dict[str, Any] = {"__metadata__": {"variants": json.dumps(about, sort_keys=True)}}
+        for name, shape in self._shapes.items():
+            header[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": list(self._places[name])}
+        text = json.dumps(header).encode().ljust(_HEADER_BYTES - 8)
+        assert len(text) == _HEADER_BYTES - 8, "more notes than there is room for"
+        self._file.seek(0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+
 def refined_file(config: Config) -> str:
     """Where a family keeps the matrices that were solved again for one config."""
     return f"{REFINED}/{config.digest}.safetensors"
@@ -130,16 +167,23 @@ def stored_matrices(variants: Variants, space: Space, config: Config, target: Ta
     ]
 
 
-def decoder(variants: Variants, target: Target, source: Source) -> Decoded:
-    """A function from (weight, format name) to decoded values as the checkpoint holds them, float32."""
+@dataclass(frozen=True)
+class Decoder:
+    """Variants as numbers: an `elastic.model.Decoded`."""
 
-    def decoded(weight: Weight, format_: str) -> Tensor:
-        values = formats.get(format_).decode(variants(weight.name, format_))
-        order = target.row_order(source, weight)
+    variants: Variants
+    target: Target
+    source: Source
+
+    def __call__(self, weight: Weight, format_: str) -> Tensor:
+        values = formats.get(format_).decode(self.variants(weight.name, format_))
+        order = self.target.row_order(self.source, weight)
         if order is not None:
             original = torch.empty_like(values)
             original[order] = values
             values = original
         return values.T.contiguous() if weight.transposed else values
 
-    return decoded
+    def rows(self, weight: Weight, format_: str, which: Tensor | slice) -> Tensor:
+        assert self.target.row_order(self.source, weight) is None and not weight.transposed, weight
+        return formats.get(format_).decode(self.variants(weight.name, format_)[which])

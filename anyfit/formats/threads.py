@@ -7,6 +7,7 @@ and they take several times as long to compile.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -17,9 +18,10 @@ from numba import config
 def each(work: Callable[[slice], None], rows: int, at_least: int, most: int | None = None) -> None:
     """Call `work` with consecutive parts of `rows` rows, `at_least` and (but for that) at most `most` each, in any order.
 
-    No part may depend on another. As many threads as the environment's NUMBA_NUM_THREADS says, or as there are processors.
+    No part may depend on another. As many threads as the environment's NUMBA_NUM_THREADS says, or as there are processors;
+    only this one where `alone` was said.
     """
-    threads = config.NUMBA_NUM_THREADS
+    threads = 1 if getattr(_local, "alone", False) else config.NUMBA_NUM_THREADS
     parts = max(1, min(threads, rows // at_least))
     if most is not None:
         parts = max(parts, -(-rows // max(most, at_least)))
@@ -29,6 +31,14 @@ def each(work: Callable[[slice], None], rows: int, at_least: int, most: int | No
             work(part)
     else:
         list(_pool(threads).map(work, slices))
+
+
+def alone() -> None:
+    """From now on this thread shares nothing out: it is one of several that work side by side."""
+    _local.alone = True
+
+
+_local = threading.local()
 
 
 @cache

@@ -25,7 +25,8 @@ Differences from the paper, and why:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, jo
 from anyfit.formats.threads import each
 from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 from anyfit.quantizers.gptq_span import ROWS, VECTOR_ROWS, Grid, Order, Rows, round_rows
+from anyfit.quantizers.rtn import encode_nearest
 
 DAMPING = 0.05
+_INVERTED_AT_ONCE = 512
 COARSE_BITS, COARSE_PASSES = 4, 3
 """Formats of fewer bits a weight are solved so many times."""
 
@@ -68,11 +71,14 @@ class Factorised:
     dead: Tensor
     notes: tuple[str, ...]
 
+    lock: Lock = field(default_factory=Lock, repr=False)
+
     def factor(self, vector: int) -> Factor:
         """For formats that code `vector` columns together."""
-        if vector not in self.factors:
-            self.factors[vector] = factorise(self.statistics, vector)[0]
-        return self.factors[vector]
+        with self.lock:
+            if vector not in self.factors:
+                self.factors[vector] = factorise(self.statistics, vector)[0]
+            return self.factors[vector]
 
 
 class GPTQ(Quantizer):
@@ -89,24 +95,21 @@ class GPTQ(Quantizer):
         return Factorised(statistics, {1: factor}, (diagonal * compensated).sqrt(), dead, notes)
 
     def encode(self, weight: Tensor, prepared: Factorised, format_: Format) -> Encoded:
-        if isinstance(format_, CastFormat):
-            data = format_.encode(weight)
+        if isinstance(format_, GridFormat) and prepared.statistics.count:
+            codes, scales, errors = solve(format_, weight, prepared)
+            return Encoded(format_.pack(codes, scales), errors, prepared.notes)
+        if isinstance(format_, GridFormat):  # a table that is only looked up: no column can make good another's error
+            data = encode_nearest(format_, weight, prepared.importance)
         else:
-            assert isinstance(format_, GridFormat)
-            codes, scales = solve(format_, weight, prepared)
-            data = format_.pack(codes, scales)
-        errors = output_errors(weight - format_.decode(data), prepared.statistics.hessian)
-        return Encoded(data, errors, prepared.notes)
+            assert isinstance(format_, CastFormat)
+            data = format_.encode(weight)
+        return Encoded(data, output_errors(weight - format_.decode(data), prepared.statistics.hessian), prepared.notes)
 
 
 def factorise(statistics: InputStatistics, vector: int) -> tuple[Factor, tuple[str, ...]]:
     """The order of the columns and the factor for it, and a note where it took more damping than usual."""
-    diagonal = statistics.diagonal
-    hessian = statistics.hessian.double().clone()
-    hessian.diagonal()[diagonal == 0] = 1
-    order = column_order(diagonal, vector)
-    upper, notes = inverse_factor(hessian[order][:, order])
-    upper = upper.float()
+    order = column_order(statistics.diagonal, vector)
+    upper, notes = inverse_factor(statistics.hessian, order)
     blocks = upper.unflatten(0, (-1, vector)).unflatten(2, (-1, vector)).diagonal(dim1=0, dim2=2).movedim(2, 0)
     passed = torch.linalg.solve_triangular(blocks, torch.eye(vector).expand_as(blocks), upper=True)
     return Factor(order, upper, passed), notes
@@ -122,21 +125,42 @@ def column_order(diagonal: Tensor, vector: int = 1) -> Tensor:
     return (ordered[:, None] * vector + torch.arange(vector)).flatten()
 
 
-def inverse_factor(hessian: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """Upper U with (H + damping)⁻¹ = Uᵀ U, float64, and a note where it took more damping than usual."""
-    mean = hessian.diagonal().mean()
+def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Upper U, float32, with (H + damping)⁻¹ = Uᵀ U for the columns in `order`, and a note where it took more damping than usual.
+
+    With the columns reversed H = L Lᵀ, and U is L⁻¹ with rows and columns reversed. Computed in float64; beside `hessian`
+    (columns, columns) no more than two such squares of float64 are held at a time.
+    """
+    diagonal, backwards = hessian.diagonal()[order], order.flip(0)
+    dead = diagonal.flip(0) == 0
+    mean = diagonal.where(diagonal != 0, 1).double().mean()
     damping = DAMPING
     while True:
-        damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype)
+        damped = hessian[backwards][:, backwards].double()
+        damped.diagonal()[dead] = 1
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
-                break
+        del damped
+        if not failed and lower.sum().isfinite():
+            break
         damping *= 2
         assert damping < 1e6, "no damping makes the second moments positive definite: they are not finite"
+    invert_lower(lower)
     notes = (f"damping raised to {damping:.0%} of the mean diagonal",) if damping > DAMPING else ()
-    return upper, notes
+    return lower.float().flip(0, 1), notes
+
+
+def invert_lower(matrix: Tensor) -> None:
+    """Put the inverse of a lower triangular matrix in its place, half by half."""
+    size = len(matrix)
+    if size <= _INVERTED_AT_ONCE:
+        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype), upper=False))
+        return
+    first, last = slice(size // 2), slice(size // 2, size)
+    below = torch.linalg.solve_triangular(matrix[last, last], matrix[last, first], upper=False)
+    matrix[last, first] = -torch.linalg.solve_triangular(matrix[first, first], below, upper=False, left=False)
+    invert_lower(matrix[first, first])
+    invert_lower(matrix[last, last])
 
 
 @dataclass(frozen=True)
@@ -163,18 +187,17 @@ class Solution:
         return Solution(pick(self.codes, other.codes), scales, values, rounded)
 
 
-def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Tensor, Scales]:
-    """Codes (rows, columns) uint8 and the scales of all spans, both in storage order."""
+def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Tensor, Scales, Tensor]:
+    """Codes (rows, columns) uint8, the scales of all spans, both in storage order, and the errors, (rows,)."""
     hessian = prepared.statistics.hessian
     best = latest = _pass(format_, weight, prepared, None)
-    if format_.bits < COARSE_BITS:
-        error = output_errors(weight - best.values, hessian)
-        for _ in range(COARSE_PASSES - 1):
-            latest = _pass(format_, weight, prepared, latest.rounded)
-            new_error = output_errors(weight - latest.values, hessian)
-            best = best.with_rows(new_error < error, latest)
-            error = torch.minimum(error, new_error)
-    return best.codes, best.scales
+    error = output_errors(weight - best.values, hessian)
+    for _ in range(COARSE_PASSES - 1 if format_.bits < COARSE_BITS else 0):
+        latest = _pass(format_, weight, prepared, latest.rounded)
+        new_error = output_errors(weight - latest.values, hessian)
+        best = best.with_rows(new_error < error, latest)
+        error = torch.minimum(error, new_error)
+    return best.codes, best.scales, error
 
 
 def _pass(format_: GridFormat, weight: Tensor, prepared: Factorised, model: Tensor | None) -> Solution:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+from numba import config
+
+from anyfit.formats.threads import alone
+
+MOST_WORKERS = 8
+"""Each holds some pieces of matrices, so that their number counts in memory."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def one_thread() -> ThreadPoolExecutor:
@@ -14,3 +26,35 @@ def one_thread() -> ThreadPoolExecutor:
     split than they gain. And so the bytes of the variants don't depend on the number of threads.
     """
     return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+
+
+class Workers:
+    """Threads that each compute alone, on pieces of their own: the same results, whatever their number.
+
+    As many as the environment's NUMBA_NUM_THREADS says, or as there are processors, up to `MOST_WORKERS`.
+    """
+
+    def __init__(self) -> None:
+        self.number = min(MOST_WORKERS, config.NUMBA_NUM_THREADS)
+        self._pool = ThreadPoolExecutor(self.number, initializer=_begin)
+
+    def map(self, work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
+        """The results in order. Pieces are made and results kept no further ahead than the workers need."""
+        waiting: deque[Future[R]] = deque()
+        for piece in pieces:
+            waiting.append(self._pool.submit(work, piece))
+            if len(waiting) > self.number:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    alone()

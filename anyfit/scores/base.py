@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from anyfit.elastic.model import ElasticModel
+from torch import Tensor
+
+from anyfit.core.space import Decision
+from anyfit.elastic.stream import ElasticStream
 from anyfit.progress import Progress
-from anyfit.tasks.language import Reference
+from anyfit.streaming import States
+from anyfit.tasks.language import Reference, kl
 
 Errors = Mapping[str, Mapping[str, float]]
 """{unit: {choice: expected squared error of its outputs}}."""
 
 
 class Sensitivity(ABC):
-    """Stateless. The elastic model comes in, and is left, as the original."""
+    """Stateless."""
 
     name: str
 
     @abstractmethod
-    def measure(self, elastic: ElasticModel, reference: Reference, errors: Errors, progress: Progress) -> dict[str, float]:
-        """By unit name: expected KL of the outputs to the original's, per squared error of the unit's outputs."""
+    def measure(self, elastic: ElasticStream, tokens: Tensor, errors: Errors, progress: Progress) -> dict[str, float]:
+        """By unit name: expected KL of the outputs to the original's, per squared error of the unit's outputs.
+
+        `tokens` (segments, length): text to measure on.
+        """
 
 
 def probe(errors: Mapping[str, float]) -> str:
     """The choice to disturb a unit with: the one of median error among those that change it at all."""
     changed = sorted((error, name) for name, error in errors.items() if error > 0)
     return changed[len(changed) // 2][1] if changed else min(errors)
+
+
+def disturbance(
+    elastic: ElasticStream, decision: Decision, trace: Sequence[States], reference: Reference, errors: Mapping[str, float]
+) -> float:
+    """The divergence that the probe choice of one unit causes alone, per squared error. `trace`: the original's on the reference's text."""
+    choice, stream = probe(errors), elastic.stream
+    if not errors[choice] > 0:
+        return 0.0
+    numbers, first = elastic.disturbed(decision, choice), min(stream.first(weight) for weight in decision.unit.weights)
+    final = stream.final(reference.tokens, numbers, *((trace[first], first) if first >= 0 else ()))
+    return kl(stream.predictions(reference.tokens, numbers, final), reference) / errors[choice]

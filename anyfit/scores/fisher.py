@@ -4,67 +4,97 @@ To second order the divergence that an output error d of one matrix causes is ½
 g gᵀ over labels drawn from the network's own distribution and g the gradient of their log-likelihood by the
 outputs. With F taken as isotropic, the sensitivity is ½ mean |g|² / outputs. A table that is looked up has
 no product to hook; such units are measured as in `anyfit.scores.kl`.
+
+The pass goes back block after block, each run again from its inputs, so that its time grows with the number of blocks
+and its memory doesn't.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from anyfit.core.space import Decision
-from anyfit.elastic.model import ElasticModel
-from anyfit.progress import Progress
-from anyfit.scores.base import Errors, Sensitivity, probe
-from anyfit.tasks.language import Reference, kl
-
-BATCH = 4
+from anyfit.elastic.stream import ElasticStream
+from anyfit.progress import Progress, Stage
+from anyfit.scores.base import Errors, Sensitivity, disturbance
+from anyfit.streaming import POSITIONS_AT_ONCE, States, Stream, batches
+from anyfit.tasks.language import Reference
 
 
 class Fisher(Sensitivity):
     name = "fisher"
 
-    def measure(self, elastic: ElasticModel, reference: Reference, errors: Errors, progress: Progress) -> dict[str, float]:
-        products = [d for d in elastic.space.decisions if all(w.role != "embedding" for w in d.unit.weights)]
-        squares = _output_gradients(elastic, products, reference.tokens, progress)
+    def measure(self, elastic: ElasticStream, tokens: Tensor, errors: Errors, progress: Progress) -> dict[str, float]:
+        stream, decisions = elastic.stream, elastic.space.decisions
+        trace = stream.trace(tokens, elastic.original)
+        looked_up = [d for d in decisions if any(w.role == "embedding" for w in d.unit.weights)]
         found = {}
-        for decision in elastic.space.decisions:
-            name = decision.unit.name
-            if name in squares:
-                found[name] = squares[name]
-                continue
-            choice = probe(errors[name])
-            with elastic.disturbed(decision, choice) as model:
-                found[name] = kl(model, reference) / max(errors[name][choice], 1e-300)
-        return found
+        if looked_up:
+            reference = Reference.of(stream.predictions(tokens, elastic.original, trace[-1]), tokens)
+            found = {d.unit.name: disturbance(elastic, d, trace, reference, errors[d.unit.name]) for d in looked_up}
+        products = [d for d in decisions if d not in looked_up]
+        with _squares(stream, products) as totals, progress.stage("score", stream.num_blocks + 1) as stage:
+            _backward(stream, tokens, trace, stage)
+        num_predictions = tokens[:, 1:].numel()
+        return found | {name: 0.5 * total / num_predictions for name, total in totals.items()}
 
 
-def _output_gradients(elastic: ElasticModel, decisions: list[Decision], tokens: Tensor, progress: Progress) -> dict[str, float]:
-    """½ mean squared gradient per output, by unit."""
+def _backward(stream: Stream, tokens: Tensor, trace: list[States], stage: Stage) -> None:
+    """Of the log-likelihood of drawn labels, through the whole network. Uses up the trace."""
+    gradients = _from_labels(stream, tokens, trace.pop())
+    stage.advance(detail="head")
+    for index in reversed(range(stream.num_blocks)):
+        states = trace.pop()
+        with stream.block(index, stream.original) as run, torch.enable_grad():
+            for segments in batches(tokens):
+                hidden = states.read(segments).requires_grad_()
+                run(tokens[segments], hidden).backward(gradients.read(segments))
+                assert hidden.grad is not None
+                gradients.write(segments, hidden.grad)
+        stage.advance(detail=f"block {index}")
+    if stream.architecture.before:
+        with stream.embedding(stream.original) as embed, torch.enable_grad():
+            for segments in batches(tokens):
+                embed(tokens[segments]).backward(gradients.read(segments))
+
+
+def _from_labels(stream: Stream, tokens: Tensor, final: States) -> States:
+    """The gradients by the last block's outputs."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = stream.states(final.length, final.width)
+    with stream.head(stream.original) as run, torch.enable_grad():
+        for place in range(len(tokens)):
+            segment = slice(place, place + 1)
+            hidden = final.read(segment)
+            parts = []
+            for some in hidden[:, :-1].split(POSITIONS_AT_ONCE, 1):
+                some = some.clone().requires_grad_()
+                logits = run(some)[0].float()
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+                parts.append(some.grad)
+            gradients.write(segment, torch.cat([*parts, torch.zeros_like(hidden[:, -1:])], 1))
+    return gradients
+
+
+@contextmanager
+def _squares(stream: Stream, decisions: list[Decision]) -> Iterator[dict[str, float]]:
+    """While the block lasts: the summed squares of the gradients by each unit's outputs, over the number of outputs."""
     totals = {decision.unit.name: 0.0 for decision in decisions}
     handles = []
     for decision in decisions:
         for weight in decision.unit.weights:
-            module = elastic.model.get_submodule(weight.name.removesuffix(".weight"))
+            module = stream.model.get_submodule(weight.name.removesuffix(".weight"))
             handles.append(module.register_forward_hook(_hook(totals, decision.unit.name, weight.shape[0])))
-    generator = torch.Generator().manual_seed(0)
-    embedding = elastic.model.get_input_embeddings()
-    # Weights take no gradients; the graph starts at the embedded tokens.
-    handles.append(embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_()))
-    predicted = 0
     try:
-        with progress.stage("fisher", len(tokens)) as stage, torch.enable_grad():
-            for batch in tokens.split(BATCH):
-                logits = elastic.model(input_ids=batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-                predicted += len(labels)
-                stage.advance(len(batch))
+        yield totals
     finally:
         for handle in handles:
             handle.remove()
-    return {name: 0.5 * total / predicted for name, total in totals.items()}
 
 
 def _hook(totals: dict[str, float], name: str, outputs: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -72,7 +102,8 @@ def _hook(totals: dict[str, float], name: str, outputs: int) -> Callable[[nn.Mod
         def add(gradient: Tensor) -> None:
             totals[name] += float(gradient.float().square().sum()) / outputs
 
-        output.register_hook(add)
+        if output.requires_grad:
+            output.register_hook(add)
 
     return observe
 

@@ -1,30 +1,31 @@
 """Measured sensitivity: disturb one unit, look at the outputs of the whole network.
 
 For each unit the probe choice takes its place alone; the divergence that this causes, over the probe's own
-output error, is what the unit's other choices are scaled by. One pass over the reference tokens per unit.
+output error, is what the unit's other choices are scaled by. Each unit costs a pass over the text through its block
+and all later ones, so the time grows with the square of the number of blocks: `fisher` doesn't.
 """
 
 from __future__ import annotations
 
-from anyfit.elastic.model import ElasticModel
+from torch import Tensor
+
+from anyfit.elastic.stream import ElasticStream
 from anyfit.progress import Progress
-from anyfit.scores.base import Errors, Sensitivity, probe
-from anyfit.tasks.language import Reference, kl
+from anyfit.scores.base import Errors, Sensitivity, disturbance
+from anyfit.tasks.language import Reference
 
 
 class MeasuredKL(Sensitivity):
     name = "kl"
 
-    def measure(self, elastic: ElasticModel, reference: Reference, errors: Errors, progress: Progress) -> dict[str, float]:
-        found = {}
+    def measure(self, elastic: ElasticStream, tokens: Tensor, errors: Errors, progress: Progress) -> dict[str, float]:
+        stream, found = elastic.stream, {}
+        trace = stream.trace(tokens, elastic.original)
+        reference = Reference.of(stream.predictions(tokens, elastic.original, trace[-1]), tokens)
         with progress.stage("probe units", len(elastic.space.decisions)) as stage:
             for decision in elastic.space.decisions:
                 name = decision.unit.name
-                choice = probe(errors[name])
-                with elastic.disturbed(decision, choice) as model:
-                    divergence = kl(model, reference)
-                error = errors[name][choice]
-                found[name] = divergence / error if error > 0 else 0.0
+                found[name] = disturbance(elastic, decision, trace, reference, errors[name])
                 stage.advance(detail=name)
         return found
 

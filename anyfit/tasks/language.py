@@ -17,10 +17,10 @@ from anyfit.core.errors import ModelError
 Logits = Callable[[Tensor], Tensor]
 """Tokens (segments, length) int64 to the logits of each next token, (segments, length, vocabulary)."""
 
-KEPT_BYTES = 1_500_000_000
+KEPT_BYTES = 1 << 28
 """Reference distributions are kept up to this size; beyond it the original runs again for each measurement."""
-_BATCH_BYTES = 1 << 29
-_CHUNK_BYTES = 1 << 26
+_BATCH_BYTES = 1 << 27
+_CHUNK_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)

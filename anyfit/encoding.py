@@ -1,0 +1,222 @@
+"""Every variant of every matrix, block after block: what arrives at a block is seen, then its matrices are encoded.
+
+Hidden states, second moments and variants of one block exist at a time. What is finished is on disk: a run that was
+killed goes on at the block that it was in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyfit.calibration.collect import Moments, observed
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.checkpoint import Source
+from anyfit.core.errors import ModelError, UserError
+from anyfit.core.files import remove, written_aside
+from anyfit.core.memory import release
+from anyfit.core.space import Space
+from anyfit.core.units import Weight
+from anyfit.family.store import Store
+from anyfit.formats import formats
+from anyfit.progress import Progress, Stage
+from anyfit.quantizers.base import Encoded, Quantizer
+from anyfit.quantizers.worker import Workers
+from anyfit.streaming import States, Stream, batches
+from anyfit.targets.base import Target
+
+FOLDER = "calibration"
+"""Of the journal: what arrives at the block that is being encoded."""
+NUMBERS_AT_ONCE = 1 << 20
+"""Of a matrix, encoded together: whole rows. Fixed, so that results don't depend on the memory at hand."""
+
+Group = list[Weight]
+_Pieces = list[tuple[Weight, slice]]
+_Task = tuple[_Pieces, Tensor, str]
+"""Rows of matrices, their numbers, and the format that they are encoded in."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One run's encoding. `tokens` (segments, length): the calibration text."""
+
+    stream: Stream
+    space: Space
+    target: Target
+    source: Source
+    quantizer: Quantizer
+    store: Store
+    tokens: Tensor
+    progress: Progress
+
+    def run(self) -> None:
+        """Write what the store doesn't have yet."""
+        todo = self._todo()
+        if not todo:
+            return
+        weights = sum(len(group) for groups in todo.values() for group in groups)
+        with Workers() as workers, self.progress.stage("calibrate and encode", weights) as stage:
+            worker = _Worker(self, workers, stage)
+            index, states = self._begin(todo, worker)
+            for block in range(index, max(todo) + 1):
+                if block < self.stream.num_blocks:
+                    states = self._block(block, states, todo.get(block, []), worker)
+                else:
+                    self._after(states, todo[block], worker)
+        remove(self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        return self.store.folder / FOLDER
+
+    def _todo(self) -> dict[int, list[Group]]:
+        """What is missing, by where its input is seen; groups in the order of the network."""
+        found: dict[int, list[Group]] = {}
+        for group in self._groups():
+            if not all(self.store.has(weight.name) for weight in group):
+                found.setdefault(self.stream.seen(group[0]), []).append(group)
+        return found
+
+    def _groups(self) -> list[Group]:
+        """Neighbours that read the same input and have the same choices: encoded as one matrix, being rows of one."""
+        weights = [weight for decision in self.space.decisions for weight in decision.unit.weights]
+        groups = groupby(weights, key=lambda weight: (weight.input or weight.name, self.choices[weight.name]))
+        return [list(group) for _, group in groups]
+
+    @cached_property
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """{weight: its formats}."""
+        return {w.name: tuple(c.name for c in d.choices) for d in self.space.decisions for w in d.unit.weights}
+
+    def rows(self, weight: Weight, which: slice) -> Tensor:
+        """Of a matrix (outputs, inputs), float32: rows in the target's order."""
+        stored = self.stream.checkpoint.read(weight.name)
+        stored = stored.T if weight.transposed else stored
+        order = self._orders.get(weight.name)
+        return (stored[which] if order is None else stored[order[which]]).float().contiguous()
+
+    @cached_property
+    def _orders(self) -> dict[str, Tensor]:
+        source, weights = self.source, [weight for decision in self.space.decisions for weight in decision.unit.weights]
+        orders = {weight.name: self.target.row_order(source, weight) for weight in weights}
+        return {name: order for name, order in orders.items() if order is not None}
+
+    def _begin(self, todo: dict[int, list[Group]], worker: _Worker) -> tuple[int, States]:
+        """A block before all that is missing in the blocks, and what it reads."""
+        first, before = min([index for index in todo if index >= 0], default=0), todo.get(-1, [])
+        known = [index for index in range(first + 1) if self._path(index).is_file()]
+        if known and not any(group[0].input for group in before):
+            index, moments = known[-1], {}
+        else:
+            index = 0
+            with observed(self.stream.model, self.stream.architecture, _flat(before)) as moments, written_aside(self._path(0)) as aside:
+                self.stream.embedded(self.tokens, self.stream.original, aside)
+        worker.encode(before, moments)
+        return index, self._states(index)
+
+    def _block(self, index: int, states: States, groups: list[Group], worker: _Worker) -> States:
+        """Run a block and encode what it holds; its outputs."""
+        with observed(self.stream.model, self.stream.architecture, _flat(groups)) as moments, written_aside(self._path(index + 1)) as aside:
+            into = States(aside, states.length, states.width)
+            self.stream.advance(index, self.tokens, states, self.stream.original, into)
+        release()
+        worker.encode(groups, moments)
+        remove(states.path)
+        return self._states(index + 1)
+
+    def _after(self, states: States, groups: list[Group], worker: _Worker) -> None:
+        stream = self.stream
+        seen = observed(stream.model, stream.architecture, _flat(groups))
+        with seen as moments, stream.head(stream.original, logits=False) as run, torch.no_grad():
+            for segments in batches(self.tokens):
+                run(states.read(segments))
+        worker.encode(groups, moments)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index}.states"
+
+    def _states(self, index: int) -> States:
+        path = self._path(index)
+        return States(path, self.tokens.shape[1], path.stat().st_size // (4 * self.tokens.numel()))
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Encodes what it is given, pieces side by side."""
+
+    encoding: Encoding
+    workers: Workers
+    stage: Stage
+
+    def encode(self, groups: list[Group], moments: dict[str, Moments]) -> None:
+        """Uses up the moments."""
+        for group in groups:
+            columns, input_ = group[0].shape[1], group[0].input
+            statistics = moments.pop(input_).statistics(input_) if input_ else InputStatistics.unknown(columns)
+            prepared = self.encoding.quantizer.prepare(statistics)
+            release()
+            self._encode(group, prepared)
+            release()
+
+    def _encode(self, group: Group, prepared: Any) -> None:
+        store, columns = self.encoding.store, group[0].shape[1]
+        names = self.encoding.choices[group[0].name]
+        row_bytes = {name: formats.get(name).row_bytes(columns) for name in names}
+        with ExitStack() as stack:
+            files = {
+                w.name: stack.enter_context(store.writing(w.name, {n: (w.shape[0], size) for n, size in row_bytes.items()})) for w in group
+            }
+            encode = partial(self._variant, group, prepared)
+            for (pieces, _, name), encoded in self.workers.map(encode, self._tasks(group, names)):
+                first = 0
+                for weight, rows in pieces:
+                    files[weight.name].put(name, rows.start, encoded.rows(slice(first, first + rows.stop - rows.start)))
+                    first += rows.stop - rows.start
+        for weight in group:
+            self.stage.advance(detail=weight.name)
+
+    def _tasks(self, group: Group, names: Iterable[str]) -> Iterator[_Task]:
+        for pieces in _pieces(group):
+            matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces])
+            yield from ((pieces, matrix, name) for name in names)
+
+    def _variant(self, group: Group, prepared: Any, task: _Task) -> tuple[_Task, Encoded]:
+        _, matrix, format_ = task
+        try:
+            return task, self.encoding.quantizer.encode(matrix, prepared, formats.get(format_))
+        except UserError as error:
+            rest = ",".join(other for other in self.encoding.choices[group[0].name] if other != format_)
+            listed = ", ".join(weight.name for weight in group)
+            raise ModelError(
+                f"{listed} can't be stored as {format_}: {error.problem}", remedy=f"Leave it out: --formats {rest}."
+            ) from error
+
+
+def _pieces(group: Group) -> Iterator[_Pieces]:
+    """Rows of the group's matrices that are encoded together."""
+    most = max(1, NUMBERS_AT_ONCE // group[0].shape[1])
+    pieces: _Pieces = []
+    room = most
+    for weight in group:
+        start = 0
+        while start < weight.shape[0]:
+            rows = slice(start, min(weight.shape[0], start + room))
+            pieces.append((weight, rows))
+            start, room = rows.stop, room - (rows.stop - rows.start)
+            if not room:
+                yield pieces
+                pieces, room = [], most
+    if pieces:
+        yield pieces
+
+
+def _flat(groups: list[Group]) -> list[Weight]:
+    return [weight for group in groups for weight in group]
