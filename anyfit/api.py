@@ -21,6 +21,7 @@ from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.core.files import refuse_existing
 from anyfit.core.memory import free as memory_free
+from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
 from anyfit.pipeline import Fit, Settings
@@ -28,6 +29,7 @@ from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.searchers.exact import require
+from anyfit.streaming import num_batches
 from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, measure
 from anyfit.zoo import DATA, MODEL
@@ -79,7 +81,7 @@ def fit(
     run = prepare(model, progress=progress, **wishes)
     run.checkpoint.check_finite(progress)
     if limit is not None:
-        estimates.require_memory(run, limit)
+        estimates.require_memory(run, limit // run.group.size)
     for note in run.notes():
         progress.note(note)
     run.run(output, restart=restart, force=force)
@@ -136,10 +138,13 @@ def prepare(
     settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed, diligence)
     progress = progress or Silent()
     # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
-    run = Fit(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress)
+    run = Fit(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress, group())
     reason = runtime.supports(run.source)
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
+    most = num_batches(settings.num_calibration, length)
+    if run.group.size > most:
+        raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
     if not any(weight.block is not None for weight in run.weights):
         raise ModelError(f"{checkpoint.name} has no blocks.", remedy="Check num_hidden_layers in its config.json.")
     return run

@@ -27,7 +27,7 @@ from anyfit.core.errors import OutputError, UnknownNameError, UserError
 from anyfit.core.files import output_error
 from anyfit.core.registry import Registry
 from anyfit.formats import formats as all_formats
-from anyfit.progress import duration, to_stderr
+from anyfit.progress import duration, speaks, to_stderr
 from anyfit.recipes import recipes as all_recipes
 from anyfit.targets import targets as all_targets
 
@@ -88,7 +88,8 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
             if as_json:
                 _print_error("interrupted", kept)
             raise typer.Exit(INTERRUPTED) from None
-        _print(answer, as_json)
+        if speaks():
+            _print(answer, as_json)
 
     return guarded
 
@@ -162,6 +163,7 @@ def plan(
     effort: options.EffortName = Effort.NORMAL,
     saturation: Annotated[bool, typer.Option("--saturation", help="Also measure whether more text would help.")] = False,
     trust_remote_code: options.RemoteCode = False,
+    log_json: options.LogJson = False,
     json_: options.Json = False,
 ) -> Answer:
     """What a fit would need and offer: memory, disk, time, sizes, coverage. Writes nothing."""
@@ -182,7 +184,7 @@ def plan(
         segments=segments,
         effort=effort,
         trust_remote_code=trust_remote_code,
-        progress=to_stderr(),
+        progress=to_stderr(as_json=log_json),
     )
     rows = [
         ("model", f"{found.model}: {found.num_parameters:,} parameters, {describe(BYTES, found.original_bytes)}"),
@@ -226,6 +228,7 @@ def fit(
     trust_remote_code: options.RemoteCode = False,
     force: options.Force = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again, instead of going on with a stopped run.")] = False,
+    log_json: options.LogJson = False,
     json_: options.Json = False,
 ) -> Answer:
     """Turn a network into a family: one run, then any size in seconds."""
@@ -249,7 +252,7 @@ def fit(
         force=force,
         restart=restart,
         memory=memory,
-        progress=to_stderr(),
+        progress=to_stderr(as_json=log_json),
     )
     return Answer(summary.family_json(family), (_headline(family), tables.frontier(family), _page(family), *_next(family)))
 

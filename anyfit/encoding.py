@@ -7,7 +7,7 @@ killed goes on at the block that it was in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -25,6 +25,7 @@ from anyfit.core.files import remove, written_aside
 from anyfit.core.memory import release
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
+from anyfit.distributed import ALONE, Group
 from anyfit.family.store import Store
 from anyfit.formats import formats
 from anyfit.progress import Progress, Stage
@@ -38,7 +39,7 @@ FOLDER = "calibration"
 NUMBERS_AT_ONCE = 1 << 20
 """Of a matrix, encoded together: whole rows. Fixed, so that results don't depend on the memory at hand."""
 
-Group = list[Weight]
+Matrices = list[Weight]
 _Pieces = list[tuple[Weight, slice]]
 _Task = tuple[_Pieces, Tensor, str]
 """Rows of matrices, their numbers, and the format that they are encoded in."""
@@ -46,7 +47,10 @@ _Task = tuple[_Pieces, Tensor, str]
 
 @dataclass(frozen=True)
 class Encoding:
-    """One run's encoding. `tokens` (segments, length): the calibration text."""
+    """One run's encoding. `tokens` (segments, length): the calibration text, all of it.
+
+    Processes run the blocks on shares of the text, and encode shares of the matrices.
+    """
 
     stream: Stream
     space: Space
@@ -56,10 +60,12 @@ class Encoding:
     store: Store
     tokens: Tensor
     progress: Progress
+    group: Group = ALONE
 
     def run(self) -> None:
         """Write what the store doesn't have yet."""
         todo = self._todo()
+        self.group.wait()
         if not todo:
             return
         weights = sum(len(group) for groups in todo.values() for group in groups)
@@ -71,21 +77,30 @@ class Encoding:
                     states = self._block(block, states, todo.get(block, []), worker)
                 else:
                     self._after(states, todo[block], worker)
-        remove(self._folder)
+        self.group.wait()
+        if self.group.first:
+            remove(self.store.folder / FOLDER)
 
     @property
     def _folder(self) -> Path:
-        return self.store.folder / FOLDER
+        """For as many processes, as others have other shares."""
+        return self.store.folder / FOLDER / f"{self.group.rank + 1}-of-{self.group.size}"
 
-    def _todo(self) -> dict[int, list[Group]]:
+    @cached_property
+    def _share(self) -> Tensor:
+        """This process's part of the text, in the batches that one process would make."""
+        own = self.group.share(batches(self.tokens))
+        return self.tokens[own[0].start : own[-1].stop]
+
+    def _todo(self) -> dict[int, list[Matrices]]:
         """What is missing, by where its input is seen; groups in the order of the network."""
-        found: dict[int, list[Group]] = {}
+        found: dict[int, list[Matrices]] = {}
         for group in self._groups():
             if not all(self.store.has(weight.name) for weight in group):
                 found.setdefault(self.stream.seen(group[0]), []).append(group)
         return found
 
-    def _groups(self) -> list[Group]:
+    def _groups(self) -> list[Matrices]:
         """Neighbours that read the same input and have the same choices: encoded as one matrix, being rows of one."""
         weights = [weight for decision in self.space.decisions for weight in decision.unit.weights]
         groups = groupby(weights, key=lambda weight: (weight.input or weight.name, self.choices[weight.name]))
@@ -109,43 +124,49 @@ class Encoding:
         orders = {weight.name: self.target.row_order(source, weight) for weight in weights}
         return {name: order for name, order in orders.items() if order is not None}
 
-    def _begin(self, todo: dict[int, list[Group]], worker: _Worker) -> tuple[int, States]:
+    def _begin(self, todo: dict[int, list[Matrices]], worker: _Worker) -> tuple[int, States]:
         """A block before all that is missing in the blocks, and what it reads."""
         first, before = min([index for index in todo if index >= 0], default=0), todo.get(-1, [])
-        known = [index for index in range(first + 1) if self._path(index).is_file()]
+        kept = self.group.gathered([index for index in range(first + 1) if self._path(index).is_file()])
+        known = sorted(set.intersection(*map(set, kept)))
         if known and not any(group[0].input for group in before):
             index, moments = known[-1], {}
         else:
             index = 0
-            with observed(self.stream.model, self.stream.architecture, _flat(before)) as moments, written_aside(self._path(0)) as aside:
-                self.stream.embedded(self.tokens, self.stream.original, aside)
+            with self._observed(before) as moments, written_aside(self._path(0)) as aside:
+                self.stream.embedded(self._share, self.stream.original, aside)
         worker.encode(before, moments)
         return index, self._states(index)
 
-    def _block(self, index: int, states: States, groups: list[Group], worker: _Worker) -> States:
+    def _block(self, index: int, states: States, groups: list[Matrices], worker: _Worker) -> States:
         """Run a block and encode what it holds; its outputs."""
-        with observed(self.stream.model, self.stream.architecture, _flat(groups)) as moments, written_aside(self._path(index + 1)) as aside:
+        with self._observed(groups) as moments, written_aside(self._path(index + 1)) as aside:
             into = States(aside, states.length, states.width)
-            self.stream.advance(index, self.tokens, states, self.stream.original, into)
+            self.stream.advance(index, self._share, states, self.stream.original, into)
         release()
         worker.encode(groups, moments)
+        self.group.wait()
         remove(states.path)
         return self._states(index + 1)
 
-    def _after(self, states: States, groups: list[Group], worker: _Worker) -> None:
+    def _after(self, states: States, groups: list[Matrices], worker: _Worker) -> None:
         stream = self.stream
-        seen = observed(stream.model, stream.architecture, _flat(groups))
-        with seen as moments, stream.head(stream.original, logits=False) as run, torch.no_grad():
-            for segments in batches(self.tokens):
+        with self._observed(groups) as moments, stream.head(stream.original, logits=False) as run, torch.no_grad():
+            for segments in batches(self._share):
                 run(states.read(segments))
         worker.encode(groups, moments)
+        self.group.wait()
+
+    def _observed(self, groups: list[Matrices]) -> AbstractContextManager[dict[str, Moments]]:
+        weights = [weight for group in groups for weight in group]
+        return observed(self.stream.model, self.stream.architecture, weights, self.group)
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{index}.states"
 
     def _states(self, index: int) -> States:
         path = self._path(index)
-        return States(path, self.tokens.shape[1], path.stat().st_size // (4 * self.tokens.numel()))
+        return States(path, self.tokens.shape[1], path.stat().st_size // (4 * self._share.numel()))
 
 
 @dataclass(frozen=True)
@@ -156,17 +177,33 @@ class _Worker:
     workers: Workers
     stage: Stage
 
-    def encode(self, groups: list[Group], moments: dict[str, Moments]) -> None:
-        """Uses up the moments."""
+    def encode(self, groups: list[Matrices], moments: dict[str, Moments]) -> None:
+        """Uses up the moments. Each process encodes some of the groups, the largest shared out first."""
+        owners = self._owners(groups)
         for group in groups:
             columns, input_ = group[0].shape[1], group[0].input
+            owner = owners[group[0].name]
+            if input_:
+                moments[input_].add_up(self.encoding.group, owner)
+            if owner != self.encoding.group.rank:
+                moments.pop(str(input_), None)
+                self.stage.advance(len(group))
+                continue
             statistics = moments.pop(input_).statistics(input_) if input_ else InputStatistics.unknown(columns)
             prepared = self.encoding.quantizer.prepare(statistics)
             release()
             self._encode(group, prepared)
             release()
 
-    def _encode(self, group: Group, prepared: Any) -> None:
+    def _owners(self, groups: list[Matrices]) -> dict[str, int]:
+        """{first matrix of a group: the process that encodes it}."""
+        loads, owners = [0] * self.encoding.group.size, {}
+        for group in sorted(groups, key=lambda group: -sum(weight.num_weights for weight in group)):
+            owners[group[0].name] = loads.index(min(loads))
+            loads[owners[group[0].name]] += sum(weight.num_weights for weight in group)
+        return owners
+
+    def _encode(self, group: Matrices, prepared: Any) -> None:
         store, columns = self.encoding.store, group[0].shape[1]
         names = self.encoding.choices[group[0].name]
         row_bytes = {name: formats.get(name).row_bytes(columns) for name in names}
@@ -183,12 +220,12 @@ class _Worker:
         for weight in group:
             self.stage.advance(detail=weight.name)
 
-    def _tasks(self, group: Group, names: Iterable[str]) -> Iterator[_Task]:
+    def _tasks(self, group: Matrices, names: Iterable[str]) -> Iterator[_Task]:
         for pieces in _pieces(group):
             matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces])
             yield from ((pieces, matrix, name) for name in names)
 
-    def _variant(self, group: Group, prepared: Any, task: _Task) -> tuple[_Task, Encoded]:
+    def _variant(self, group: Matrices, prepared: Any, task: _Task) -> tuple[_Task, Encoded]:
         _, matrix, format_ = task
         try:
             return task, self.encoding.quantizer.encode(matrix, prepared, formats.get(format_))
@@ -200,7 +237,7 @@ class _Worker:
             ) from error
 
 
-def _pieces(group: Group) -> Iterator[_Pieces]:
+def _pieces(group: Matrices) -> Iterator[_Pieces]:
     """Rows of the group's matrices that are encoded together."""
     most = max(1, NUMBERS_AT_ONCE // group[0].shape[1])
     pieces: _Pieces = []
@@ -216,7 +253,3 @@ def _pieces(group: Group) -> Iterator[_Pieces]:
                 pieces, room = [], most
     if pieces:
         yield pieces
-
-
-def _flat(groups: list[Group]) -> list[Weight]:
-    return [weight for group in groups for weight in group]

@@ -88,15 +88,20 @@ class Finalists:
         # Exact optima first: where a uniform setting is one of them, it is then named as such.
         candidates: dict[Config, str | None] = dict.fromkeys(self._optima())
         if self.effort.refines:
+            if self.elastic.group.first:
+                for size in self._smallest():
+                    self._evolved(size)
+            self.elastic.group.wait()
             candidates |= dict.fromkeys(self._evolved(size) for size in self._smallest())
         candidates |= {self.space.uniform(name): name for name in self.space.formats()}
-        points = []
         with self.progress.stage("measure finalists", len(candidates)) as stage:
-            for config, uniform in candidates.items():
-                points.append(self._point(config, uniform))
-                release()
+            for index, (config, uniform) in enumerate(candidates.items()):
+                if self.elastic.group.owns(index):
+                    self._point(config, uniform)
+                    release()
                 stage.advance()
-        return points
+        self.elastic.group.wait()
+        return [self._point(config, uniform) for config, uniform in candidates.items()]
 
     def refined(self, points: list[Point], refinery: Refinery, stored: Callable[[Config], list[Stored]]) -> list[Point]:
         """The points, the best within each of the smallest budgets refined where that helps. `stored`: a config's matrices."""

@@ -34,4 +34,5 @@ EffortName = Annotated[
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Tell progress as one JSON document a line, on standard error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

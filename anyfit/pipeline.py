@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -22,8 +24,10 @@ from anyfit.core.effort import Effort
 from anyfit.core.files import output_error, remove, sha256, write_json, written_aside
 from anyfit.core.space import Space, coverage
 from anyfit.core.units import Weight
+from anyfit.distributed import ALONE, Group
 from anyfit.elastic.model import ElasticModel
 from anyfit.elastic.stream import ElasticStream
+from anyfit.encoding import FOLDER as CALIBRATION
 from anyfit.encoding import Encoding
 from anyfit.family.journal import Journal
 from anyfit.family.manifest import NAME, Manifest, Original, Point
@@ -63,11 +67,12 @@ class Settings:
 class Fit:
     """One run. Stages write into the journal's folder and skip what they find there."""
 
-    def __init__(self, checkpoint: Checkpoint, segments: Segments, settings: Settings, progress: Progress) -> None:
+    def __init__(self, checkpoint: Checkpoint, segments: Segments, settings: Settings, progress: Progress, group: Group = ALONE) -> None:
         self.checkpoint = checkpoint
         self.segments = segments
         self.settings = settings
         self.progress = progress
+        self.group = group
         self.target = targets.get(settings.target)
         self.recipe = recipes.get(settings.recipe)
         self.effort = settings.effort
@@ -108,12 +113,12 @@ class Fit:
     def stream(self, store: Store) -> Stream:
         """The network as it runs block by block, its states in the store's folder."""
         if self._stream is None:
-            self._stream = Stream(self.checkpoint, self.architecture, store.folder / STATES)
+            self._stream = Stream(self.checkpoint, self.architecture, store.folder / STATES / str(self.group.rank))
         return self._stream
 
     def elastic(self, store: Store) -> ElasticStream:
         """The network as any config, block by block."""
-        return ElasticStream(self.stream(store), self.space, Decoder(store.variant, self.target, self.source))
+        return ElasticStream(self.stream(store), self.space, Decoder(store.variant, self.target, self.source), self.group)
 
     def elastic_model(self, store: Store) -> ElasticModel:
         """A second copy of the network in memory, which runs as any config; the first stays the original."""
@@ -121,19 +126,32 @@ class Fit:
 
     def run(self, output: Path, *, restart: bool, force: bool) -> None:
         """Make the family at `output`. Raises `UserError`s only; what is finished is kept for the next run."""
-        with Journal.open(output, self.key, restart=restart, force=force) as journal:
+        with self._journal(output, restart=restart, force=force) as journal:
             store = Store(journal.folder)
-            remove(store.folder / STATES)
             try:
                 self.encode(store)
                 table = self.score(store)
                 original, points = self.finalists(store, table)
-                self.keep_source(store)
-                self.close(journal, self.manifest(store, table, original, points))
+                if self.group.first:
+                    self.keep_source(store)
+                    self.close(journal, self.manifest(store, table, original, points))
             except OSError as error:
                 raise output_error(error, output) from error
             finally:
                 self._stream = None
+        self.group.wait()
+
+    @contextmanager
+    def _journal(self, output: Path, *, restart: bool, force: bool) -> Iterator[Journal]:
+        """The first process opens the journal, the others join when it has."""
+        if not self.group.first:
+            self.group.wait()
+            yield Journal.joined(output)
+            return
+        with Journal.open(output, self.key, restart=restart, force=force) as journal:
+            remove(journal.folder / STATES)
+            self.group.wait()
+            yield journal
 
     def encode(self, store: Store) -> None:
         """Every variant of every matrix. One factorisation per distinct input, shared by all its matrices."""
@@ -142,18 +160,19 @@ class Fit:
     def encoding(self, store: Store, stream: Stream, tokens: Tensor) -> Encoding:
         """The encoding of this run's space with these tokens, (segments, length)."""
         quantizer = quantizers.get(self.recipe.quantizer)
-        return Encoding(stream, self.space, self.target, self.source, quantizer, store, tokens, self.progress)
+        return Encoding(stream, self.space, self.target, self.source, quantizer, store, tokens, self.progress, self.group)
 
     def score(self, store: Store) -> Table:
         """The additive table: measured sensitivities times each choice's own output error."""
         path = store.folder / "table.json"
-        if path.exists():
+        if self.group.told(path.exists()):
             return Table.load(path)
         errors = self.errors(store)
         tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
         sensitivity = sensitivities.get(self.recipe.score).measure(self.elastic(store), tokens, errors, self.progress)
         table = Table(sensitivity, errors)
-        table.save(path)
+        if self.group.first:
+            table.save(path)
         return table
 
     def errors(self, store: Store) -> dict[str, dict[str, float]]:
@@ -178,7 +197,7 @@ class Fit:
             self.progress,
         )
         points, references = finalists.points(), finalists.references
-        if self.effort.refines:
+        if self.effort.refines and self.group.first:
             refinery = self._refinery(references["search"])
             points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
         original = Original(
@@ -247,7 +266,7 @@ class Fit:
         manifest = with_points(manifest, manifest.points, hashes)
         write_json(journal.folder / NAME, manifest.to_json())
         write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        for name in ("table.json", STATES, *WORK):
+        for name in ("table.json", STATES, CALIBRATION, *WORK):
             remove(journal.folder / name)
         journal.finish()
 

@@ -5,6 +5,9 @@ Whoever does long work takes a `Progress` and knows nothing of terminals. Everyt
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -64,6 +67,52 @@ class Plain:
         print(text, file=self._stream, flush=True)
 
 
+class JsonLines:
+    """One JSON document a line, for machines: where a stage is, at most once in `EVERY` seconds, and remarks.
+
+    {"stage": "encode", "done": 3, "total": 12, "seconds": 4.2, "left": 12.6, "detail": "model.layers.0..."}; `left` is null
+    before anything is done.
+    """
+
+    EVERY = 1.0
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        lines = _Lines(self, name, total)
+        lines.tell()
+        yield lines
+        lines.done = total
+        lines.tell()
+
+    def note(self, text: str) -> None:
+        self.tell({"note": text})
+
+    def tell(self, document: dict[str, object]) -> None:
+        print(json.dumps(document, ensure_ascii=False), file=self._stream, flush=True)
+
+
+class _Lines:
+    def __init__(self, log: JsonLines, name: str, total: int) -> None:
+        self._log, self._name, self._total = log, name, total
+        self._began, self._told = time.monotonic(), -math.inf
+        self.done = 0
+
+    def advance(self, n: int = 1, detail: str = "") -> None:
+        self.done += n
+        if time.monotonic() - self._told >= JsonLines.EVERY:
+            self.tell(detail)
+
+    def tell(self, detail: str = "") -> None:
+        self._told = time.monotonic()
+        seconds = self._told - self._began
+        left = seconds / self.done * (self._total - self.done) if self.done else None
+        figures = {"done": self.done, "total": self._total, "seconds": round(seconds, 3), "left": left and round(left, 3)}
+        self._log.tell({"stage": self._name, **figures, "detail": detail})
+
+
 class Terminal:
     """A bar, the count, the part at hand and the time left for every open stage; a line for each finished one."""
 
@@ -114,9 +163,21 @@ class _Bar:
         self._bars.update(self._task, advance=n, detail=detail)
 
 
-def to_stderr() -> Progress:
-    """Bars where standard error is a terminal, one line a stage where it isn't."""
+def to_stderr(*, as_json: bool = False) -> Progress:
+    """Bars where standard error is a terminal, one line a stage where it isn't, JSON where that is asked.
+
+    Of several processes only the first speaks.
+    """
+    if not speaks():
+        return Silent()
+    if as_json:
+        return JsonLines(sys.stderr)
     return Terminal(sys.stderr) if sys.stderr.isatty() else Plain(sys.stderr)
+
+
+def speaks() -> bool:
+    """Whether this process is the only one of a run, or the first that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def duration(seconds: float) -> str:

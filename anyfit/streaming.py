@@ -81,6 +81,11 @@ class States:
             values.detach().float().contiguous().numpy().tofile(file)
 
 
+def num_batches(segments: int, length: int) -> int:
+    """How many `batches` make for so many segments."""
+    return -(-segments // max(1, TOKENS_AT_ONCE // length))
+
+
 def batches(tokens: Tensor) -> list[slice]:
     """Segments that go through a block together, for tokens (segments, length)."""
     at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from anyfit import api, cli
 from anyfit.core.errors import DataError, UserError
 from anyfit.family import Family
 from anyfit.formats import formats
-from anyfit.progress import Plain, Silent, duration
+from anyfit.progress import JsonLines, Plain, Silent, duration
 from anyfit.recipes import recipes
 from anyfit.targets import targets
 from anyfit.tasks import harness
@@ -287,6 +288,16 @@ def test_progress_without_a_terminal_is_one_line_a_stage(capsys: pytest.CaptureF
     lines = captured.err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("encode: 3 in ")
+
+
+def test_progress_for_machines_is_one_document_a_line() -> None:
+    stream = io.StringIO()
+    with JsonLines(stream).stage("encode", 4) as stage:
+        stage.advance(3, detail="q_proj")
+    JsonLines(stream).note("a remark")
+    first, *_, last, note = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert first["left"] is None and (first["stage"], first["done"], first["total"]) == ("encode", 0, 4)
+    assert last["done"] == 4 and last["left"] == 0 and note == {"note": "a remark"}
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (125, "2 min 05 s"), (12000, "3 h 20 min")])

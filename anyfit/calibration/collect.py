@@ -14,25 +14,38 @@ from anyfit.architectures.base import Architecture
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.errors import DataError
 from anyfit.core.units import Weight
+from anyfit.distributed import ALONE, Group, exact
 from anyfit.progress import Progress
 
 _ROWS_AT_ONCE = 512
 
 
 class Moments:
-    """Running sum of x xᵀ of one input, float64 across batches."""
+    """Running sum of x xᵀ of one input, float64 across batches, and exact: the same in any order of the batches.
 
-    def __init__(self, columns: int) -> None:
+    `agree`: what is called with the largest number of this process's first batch, and returns that of all batches' first.
+    """
+
+    def __init__(self, columns: int, agree: Callable[[float], float]) -> None:
         self.total = torch.zeros(columns, columns, dtype=torch.float64)
         self.count = 0
+        self._agree = agree
+        self._largest: float | None = None
 
     def add(self, x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
+        if self._largest is None:
+            self._largest = self._agree(float(x.square().sum(0).max()))
         # Some rows at a time: the square of a wide input isn't held in three types at once.
         for start in range(0, len(self.total), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            self.total[rows] += x[:, rows].T @ x
+            self.total[rows] += exact(x[:, rows].T @ x, self._largest)
         self.count += len(x)
+
+    def add_up(self, group: Group, owner: int) -> None:
+        """Over all processes, in the `owner`."""
+        group.add(self.total, owner)
+        self.count = sum(group.gathered(self.count))
 
     def statistics(self, name: str) -> InputStatistics:
         """Uses less memory than the moments: these may be dropped afterwards."""
@@ -92,14 +105,19 @@ def collect_growing(
 
 
 @contextmanager
-def observed(model: PreTrainedModel, architecture: Architecture, weights: Iterable[Weight]) -> Iterator[dict[str, Moments]]:
-    """The moments of everything that these matrices multiply while the block lasts, by input name; each is observed once."""
+def observed(
+    model: PreTrainedModel, architecture: Architecture, weights: Iterable[Weight], group: Group = ALONE
+) -> Iterator[dict[str, Moments]]:
+    """The moments of everything that these matrices multiply while the block lasts, by input name; each is observed once.
+
+    Those of this process's text; all processes of the `group` must run the same modules, each on some text.
+    """
     moments: dict[str, Moments] = {}
     handles = []
     for weight in weights:
         if weight.input is None or weight.input in moments:
             continue
-        moments[weight.input] = Moments(weight.shape[1])
+        moments[weight.input] = Moments(weight.shape[1], group.told)
         module = model.get_submodule(architecture.hook_path(weight))
         handles.append(module.register_forward_pre_hook(_observer(moments[weight.input])))
     try:

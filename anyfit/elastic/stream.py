@@ -10,6 +10,7 @@ from torch import Tensor
 from anyfit.core.config import Config
 from anyfit.core.space import Decision, Space
 from anyfit.core.units import Weight
+from anyfit.distributed import ALONE, Group
 from anyfit.elastic.model import Decoded
 from anyfit.streaming import Numbers, Stream
 
@@ -38,6 +39,7 @@ class ElasticStream:
     stream: Stream
     space: Space
     decoded: Decoded
+    group: Group = ALONE
 
     @property
     def original(self) -> Numbers:

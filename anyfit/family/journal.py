@@ -52,6 +52,11 @@ class Journal:
             _claim(folder, key)
             yield cls(folder, final, force=force)
 
+    @classmethod
+    def joined(cls, final: Path) -> Journal:
+        """Of a run that another process on this disk has opened."""
+        return cls(final.with_name(final.name + PARTIAL), final, force=False)
+
     def finish(self) -> None:
         """The folder takes its final name; what had this name before is gone, if that was allowed.
 

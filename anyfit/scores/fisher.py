@@ -11,7 +11,8 @@ and its memory doesn't.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,23 +30,34 @@ class Fisher(Sensitivity):
     name = "fisher"
 
     def measure(self, elastic: ElasticStream, tokens: Tensor, errors: Errors, progress: Progress) -> dict[str, float]:
-        stream, decisions = elastic.stream, elastic.space.decisions
-        trace = stream.trace(tokens, elastic.original)
+        decisions, group = elastic.space.decisions, elastic.group
         looked_up = [d for d in decisions if any(w.role == "embedding" for w in d.unit.weights)]
-        found = {}
-        if looked_up:
-            reference = Reference.of(stream.predictions(tokens, elastic.original, trace[-1]), tokens)
-            found = {d.unit.name: disturbance(elastic, d, trace, reference, errors[d.unit.name]) for d in looked_up}
         products = [d for d in decisions if d not in looked_up]
-        with _squares(stream, products) as totals, progress.stage("score", stream.num_blocks + 1) as stage:
-            _backward(stream, tokens, trace, stage)
-        num_predictions = tokens[:, 1:].numel()
-        return found | {name: 0.5 * total / num_predictions for name, total in totals.items()}
+        with _squares(elastic.stream, products) as squares, progress.stage("score", elastic.stream.num_blocks + 1) as stage:
+            _backward(elastic.stream, tokens, group.share(batches(tokens)), stage)
+        squares = [row for part in group.gathered(squares) for row in part]
+        found = {d.unit.name: _disturbed(elastic, d, tokens, errors) for i, d in enumerate(looked_up) if group.owns(i)}
+        found = {name: value for part in group.gathered(found) for name, value in part.items()}
+        for decision in products:
+            # An exact sum is the same in any order.
+            total = math.fsum(square for name, square in squares if name == decision.unit.name)
+            found[decision.unit.name] = 0.5 * total / tokens[:, 1:].numel()
+        return found
 
 
-def _backward(stream: Stream, tokens: Tensor, trace: list[States], stage: Stage) -> None:
-    """Of the log-likelihood of drawn labels, through the whole network. Uses up the trace."""
-    gradients = _from_labels(stream, tokens, trace.pop())
+def _disturbed(elastic: ElasticStream, decision: Decision, tokens: Tensor, errors: Errors) -> float:
+    """As in `anyfit.scores.kl`, of a unit whose place is before the first block."""
+    reference = Reference.of(elastic.stream.predictions(tokens, elastic.original), tokens)
+    return disturbance(elastic, decision, [], reference, errors[decision.unit.name])
+
+
+def _backward(stream: Stream, tokens: Tensor, share: Sequence[slice], stage: Stage) -> None:
+    """Of the log-likelihood of drawn labels, through the whole network, for some segments of the text."""
+    if not share:
+        return
+    first, tokens = share[0].start, tokens[share[0].start : share[-1].stop]
+    trace = stream.trace(tokens, stream.original)
+    gradients = _from_labels(stream, tokens, trace.pop(), first)
     stage.advance(detail="head")
     for index in reversed(range(stream.num_blocks)):
         states = trace.pop()
@@ -62,13 +74,12 @@ def _backward(stream: Stream, tokens: Tensor, trace: list[States], stage: Stage)
                 embed(tokens[segments]).backward(gradients.read(segments))
 
 
-def _from_labels(stream: Stream, tokens: Tensor, final: States) -> States:
-    """The gradients by the last block's outputs."""
-    generator = torch.Generator().manual_seed(0)
+def _from_labels(stream: Stream, tokens: Tensor, final: States, first: int) -> States:
+    """The gradients by the last block's outputs. Each segment, the first of which is number `first`, draws labels of its own."""
     gradients = stream.states(final.length, final.width)
     with stream.head(stream.original) as run, torch.enable_grad():
         for place in range(len(tokens)):
-            segment = slice(place, place + 1)
+            segment, generator = slice(place, place + 1), torch.Generator().manual_seed(first + place)
             hidden = final.read(segment)
             parts = []
             for some in hidden[:, :-1].split(POSITIONS_AT_ONCE, 1):
@@ -82,25 +93,25 @@ def _from_labels(stream: Stream, tokens: Tensor, final: States) -> States:
 
 
 @contextmanager
-def _squares(stream: Stream, decisions: list[Decision]) -> Iterator[dict[str, float]]:
-    """While the block lasts: the summed squares of the gradients by each unit's outputs, over the number of outputs."""
-    totals = {decision.unit.name: 0.0 for decision in decisions}
+def _squares(stream: Stream, decisions: list[Decision]) -> Iterator[list[tuple[str, float]]]:
+    """While the block lasts: (unit, summed squares of the gradients by its outputs, over their number), one for each product."""
+    found: list[tuple[str, float]] = []
     handles = []
     for decision in decisions:
         for weight in decision.unit.weights:
             module = stream.model.get_submodule(weight.name.removesuffix(".weight"))
-            handles.append(module.register_forward_hook(_hook(totals, decision.unit.name, weight.shape[0])))
+            handles.append(module.register_forward_hook(_hook(found, decision.unit.name, weight.shape[0])))
     try:
-        yield totals
+        yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(totals: dict[str, float], name: str, outputs: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _hook(found: list[tuple[str, float]], name: str, outputs: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            totals[name] += float(gradient.float().square().sum()) / outputs
+            found.append((name, float(gradient.float().square().sum()) / outputs))
 
         if output.requires_grad:
             output.register_hook(add)

@@ -23,11 +23,12 @@ class MeasuredKL(Sensitivity):
         trace = stream.trace(tokens, elastic.original)
         reference = Reference.of(stream.predictions(tokens, elastic.original, trace[-1]), tokens)
         with progress.stage("probe units", len(elastic.space.decisions)) as stage:
-            for decision in elastic.space.decisions:
+            for index, decision in enumerate(elastic.space.decisions):
                 name = decision.unit.name
-                found[name] = disturbance(elastic, decision, trace, reference, errors[name])
+                if elastic.group.owns(index):
+                    found[name] = disturbance(elastic, decision, trace, reference, errors[name])
                 stage.advance(detail=name)
-        return found
+        return {name: value for part in elastic.group.gathered(found) for name, value in part.items()}
 
 
 SENSITIVITY = MeasuredKL()

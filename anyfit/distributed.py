@@ -1,0 +1,102 @@
+"""Several processes that make one family. `torchrun --nproc-per-node N -m anyfit fit ...` starts them; they share one disk.
+
+Who does what follows from numbers alone, and sums are formed so that their order doesn't matter: the family is the same,
+byte by byte, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anyfit.core.errors import UserError
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=7)
+"""For one another. A process that fails ends all: torchrun sees to it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """All processes of a run, and which of them this is. By itself: one that does everything."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that decides, writes what is written once, and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of some items, neighbours."""
+        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
+    def owns(self, index: int) -> bool:
+        """Whether this process does the piece of work with this number."""
+        return index % self.size == self.rank
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if not self.alone:
+            dist.barrier()
+
+    def add(self, tensor: Tensor, to: int) -> None:
+        """Add up all processes' tensors, in place, in the process `to`; what is left in the others is of no use."""
+        if not self.alone:
+            dist.reduce(tensor, to)
+
+    def gathered(self, item: T) -> list[T]:
+        """What each process has, in order."""
+        if self.alone:
+            return [item]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, item)
+        return found
+
+    def told(self, item: T) -> T:
+        """What the first process has."""
+        if self.alone:
+            return item
+        found = [item]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+
+ALONE = Group()
+
+
+@cache
+def group() -> Group:
+    """As torchrun's environment says. Raises `UserError` where the processes don't find each other."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"The {size} processes don't find each other: {error}.", remedy="Start them with torchrun.") from error
+    atexit.register(dist.destroy_process_group)
+    return Group(dist.get_rank(), size)
+
+
+def exact(values: Tensor, largest: float) -> Tensor:
+    """Float64 numbers rounded to whole multiples of one power of two, so that adding up to 2048 such tensors, none of whose
+    numbers exceeds `largest` in magnitude, is exact in any order. What is lost is below 2⁻⁴¹ of `largest`."""
+    # Adding 1.5 * 2⁵² steps leaves no room for less than a step.
+    _, exponent = torch.frexp(torch.tensor(largest, dtype=torch.float64))
+    anchor = torch.ldexp(torch.tensor(1.5, dtype=torch.float64), exponent + 11)
+    return values.double().add_(anchor).sub_(anchor)

@@ -1,0 +1,109 @@
+"""Several processes make the very family that one makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import anyfit
+from anyfit.core.errors import UserError
+from anyfit.distributed import Group, exact
+from anyfit.encoding import FOLDER
+from anyfit.testing.models import save_tiny, tiny_text
+
+# Batches of one segment, so that there is something to share.
+PROGRAM = """
+import json, sys
+from anyfit import finalists, streaming
+streaming.TOKENS_AT_ONCE, finalists.NUM_FINALISTS = 32, 3
+import anyfit
+from anyfit.family.store import Store
+from anyfit.distributed import group
+if sys.argv[4] != "whole" and not group().first:
+    writing = Store.writing
+    def killing(store, weight, shapes):
+        if weight.startswith("model.layers.1"):
+            raise KeyboardInterrupt
+        return writing(store, weight, shapes)
+    Store.writing = killing
+anyfit.fit(sys.argv[1], data=sys.argv[2], output=sys.argv[3], formats=("Q8_0", "Q2_K"), length=32, segments=6, effort=sys.argv[5])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("several")
+    save_tiny(folder / "model", tie_word_embeddings=True)
+    (folder / "notes.txt").write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)))
+    (folder / "program.py").write_text(PROGRAM)
+    return folder
+
+
+def run(folder: Path, name: str, processes: int, *, how: str = "whole", effort: str = "low") -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    arguments = [str(folder / part) for part in ("program.py", "model", "notes.txt", name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *start, *arguments, how, effort], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
+
+
+def digest(path: Path) -> str:
+    return anyfit.Family.open(path).digest
+
+
+def test_the_same_family_whatever_the_number_of_processes_and_after_a_kill(folder: Path) -> None:
+    for name, processes in (("one.family", 1), ("two.family", 2)):
+        made = run(folder, name, processes)
+        assert made.returncode == 0, made.stderr
+    assert digest(folder / "two.family") == digest(folder / "one.family")
+    assert run(folder, "killed.family", 2, how="killed").returncode != 0
+    partial = folder / "killed.family.partial"
+    assert {path.name for path in (partial / FOLDER).iterdir()} == {"1-of-2", "2-of-2"}
+    # One process goes on with what two have begun.
+    made = run(folder, "killed.family", 1)
+    assert made.returncode == 0, made.stderr
+    assert digest(folder / "killed.family") == digest(folder / "one.family")
+    assert not partial.exists() and not (folder / "killed.family" / FOLDER).exists()
+
+
+def test_too_little_text_to_share(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyfit import api
+
+    monkeypatch.setattr(api, "group", lambda: Group(0, 3))
+    with pytest.raises(UserError, match="3 processes can't share 1 batches"):
+        api.prepare(folder / "model", data=folder / "notes.txt", length=32, segments=6)
+
+
+def test_shares_are_everything_once() -> None:
+    items = list(range(7))
+    for size in (1, 2, 3, 7, 9):
+        groups = [Group(rank, size) for rank in range(size)]
+        assert [item for group in groups for item in group.share(items)] == items
+        assert all(sum(group.owns(index) for group in groups) == 1 for index in items)
+
+
+def test_exact_sums_are_the_same_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(500, generator=generator) * 10 ** torch.randn(500, generator=generator) for _ in range(300)]
+    largest = max(float(part.abs().max()) for part in parts)
+    rounded = [exact(part, largest) for part in parts]
+    forwards, backwards = sum(rounded[1:], rounded[0]), sum(rounded[-2::-1], rounded[-1])
+    interleaved = sum(rounded[2::2], rounded[0]) + sum(rounded[3::2], rounded[1])
+    assert torch.equal(forwards, backwards) and torch.equal(forwards, interleaved)
+    assert (forwards - sum(part.double() for part in parts)).abs().max() < 300 * 2**-41 * largest
+
+
+def test_only_the_first_speaks(folder: Path, tmp_path: Path) -> None:
+    environment: dict[str, Any] = {**os.environ, "RANK": "1"}
+    command = [sys.executable, "-m", "anyfit", "targets", "--json"]
+    quiet = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    spoken = subprocess.run(command, capture_output=True, text=True, env={**environment, "RANK": "0"}, check=True)
+    assert not quiet.stdout and json.loads(spoken.stdout)

@@ -1,0 +1,62 @@
+"""What a fit would take, and refusing what is too much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import anyfit
+from anyfit import api, estimates
+from anyfit.core import memory
+from anyfit.core.errors import BudgetError, UserError
+from anyfit.testing.models import save_tiny, tiny_text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    save_tiny(folder / "model")
+    (folder / "notes.txt").write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)))
+    return folder
+
+
+def test_a_peak_is_seen_and_then_forgotten() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux counts anew")
+    before = memory.Peak().bytes_
+    held = np.ones(25_000_000)  # 200 MB
+    peak = memory.Peak()
+    assert peak.bytes_ >= before + 150e6
+    del held
+    memory.release()
+    assert memory.Peak().bytes_ < before + 100e6
+
+
+def test_free_memory_is_less_than_all() -> None:
+    free = memory.free()
+    assert free is None or 0 < free < 1e15
+
+
+def test_a_limit_that_is_too_low_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    wishes = {"data": folder / "notes.txt", "formats": ("Q8_0", "Q4_K"), "length": 32, "segments": 8}
+    with pytest.raises(UserError, match=r"takes .* of memory, and 50\.00 MB may be used\. Say --memory \d"):
+        anyfit.fit(folder / "model", output=tmp_path / "made.family", memory="50 MB", **wishes)
+    assert not list(tmp_path.iterdir())
+    needs = estimates.needs(api.prepare(folder / "model", **wishes))
+    assert 1e8 < needs.memory < 3e9 and needs.seconds > 0
+    anyfit.fit(folder / "model", output=tmp_path / "made.family", memory=f"{needs.memory * 2} B", **wishes)
+
+
+def test_a_limit_is_bytes() -> None:
+    with pytest.raises(UserError, match="not in bytes"):
+        anyfit.fit(memory="3 bits")
+    with pytest.raises(BudgetError, match="can't be read"):
+        anyfit.fit(memory="much")
+
+
+def test_refining_counts_the_whole_network(folder: Path) -> None:
+    wishes = {"data": folder / "notes.txt", "formats": ("Q8_0", "Q4_K"), "length": 32, "segments": 8}
+    low, high = (estimates.needs(api.prepare(folder / "model", effort=effort, **wishes)).memory for effort in ("low", "high"))
+    assert high > low
