@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from peers import environments
+from peers.results import our_code
 from peers.subjects import Subject
 from synthetic import Shape, write
 from table import Row, Section, finish_page
@@ -61,13 +62,18 @@ def text() -> Path:
     return path
 
 
-@cache
-def fitted(shape: Shape, formats: tuple[str, ...] = FEW, segments: int = SEGMENTS) -> Watched:
-    output = WORK / "made.family"
+def fitted(shape: Shape, formats: tuple[str, ...] = FEW, segments: int = SEGMENTS, *, again: bool = False) -> Watched:
+    """What a fit takes; known from an earlier run where our code is the same, unless it is to be made again."""
+    name = f"{shape.width}-{shape.num_blocks}-{shape.vocabulary}-{'-'.join(formats)}-{segments}"
+    kept, output = WORK / f"{our_code()}-{name}.json", WORK / f"{name}.family"
+    if kept.is_file() and not again:
+        return Watched(**json.loads(kept.read_text()))
     try:
-        return fit(model(shape), output, text(), formats, LENGTH, segments)
+        found = fit(model(shape), output, text(), formats, LENGTH, segments)
     finally:
         shutil.rmtree(output, ignore_errors=True)
+    kept.write_text(json.dumps(asdict(found)))
+    return found
 
 
 def billions(shape: Shape) -> float:
@@ -145,7 +151,7 @@ def size_section() -> Section:
     header = ("width", "blocks", "million parameters in blocks", "seconds", "seconds if it grew evenly")
     rows = []
     for shapes in (GROWING, WIDER):
-        found = [(shape.num_blocks, fitted(shape).seconds) for shape in shapes]
+        found = [(shape.num_blocks, _quickest(shape)) for shape in shapes]
         (few, short), (more, longer) = found[:2]
         for shape, (blocks, seconds) in zip(shapes, found, strict=True):
             even = short + (longer - short) / (more - few) * (blocks - few)
@@ -157,6 +163,11 @@ def size_section() -> Section:
     return Section("Time against size", header, rows, (remark,))
 
 
+def _quickest(shape: Shape) -> float:
+    """Seconds of the best of three runs: whatever else the machine does only adds."""
+    return min(fitted(shape, again=True).seconds for _ in range(3))
+
+
 def rival_section(folder: Path) -> Section:
     """Five formats from one run, and each rival's one 4-bit model, one after another."""
     header = ("who", "makes", "million weights encoded", "wall seconds", "seconds per million and format")
@@ -164,7 +175,7 @@ def rival_section(folder: Path) -> Section:
     checkpoint = Checkpoint.open(model(shape))
     segments = load(text(), checkpoint.tokenizer(), length=LENGTH, num_calibration=RIVAL_SEGMENTS, num_search=16, num_report=32, seed=0)
     subject = Subject(f"synthetic {shape.width}", model(shape), segments, WORK)
-    ours = fitted(shape, FIVE, RIVAL_SEGMENTS).stages["calibrate and encode"]
+    ours = fitted(shape, FIVE, RIVAL_SEGMENTS, again=True).stages["calibrate and encode"]
     own = sum(weight.num_weights for weight in subject.weights) / 1e6
     theirs = {}
     for peer in RIVALS:
@@ -172,7 +183,7 @@ def rival_section(folder: Path) -> Section:
         if not isinstance(made, str):
             outcome = json.loads((WORK / peer / "4-128" / "outcome.json").read_text())
             theirs[peer] = outcome["wall_seconds"]
-    again = fitted.__wrapped__(shape, FIVE, RIVAL_SEGMENTS).stages["calibrate and encode"]
+    again = fitted(shape, FIVE, RIVAL_SEGMENTS, again=True).stages["calibrate and encode"]
     ours = sorted((ours, again))[1]  # the slower one
     fastest = min(theirs.values(), default=float("nan"))
     rows = [Row(("anyfit", ", ".join(FIVE), f"{own:.0f}", f"{ours:.0f}", f"{ours / own / len(FIVE):.3f}"), holds=ours <= fastest)]
