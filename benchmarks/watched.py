@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,19 +21,24 @@ from typing import Any
 @dataclass(frozen=True)
 class Watched:
     """`memory`: peak bytes above `base`, which is the interpreter with torch; `disk`: peak bytes of the unfinished family;
-    `seconds` of the whole fit and of each of its `stages`."""
+    `seconds` of the whole fit and of each of its `stages`; `planned`: what `anyfit.plan` said before."""
 
     base: int
     memory: int
     disk: int
     seconds: float
     stages: dict[str, float]
+    planned: dict[str, float]
 
 
-def fit(model: Path, output: Path, data: Path, formats: Sequence[str], length: int, segments: int, effort: str = "low") -> Watched:
-    """Fit anew, in another process."""
-    wishes = {"data": str(data), "formats": list(formats), "length": length, "segments": segments, "effort": effort}
-    command = [sys.executable, __file__, "--model", str(model), "--output", str(output), "--wishes", json.dumps(wishes)]
+FEW_FINALISTS, FEW_HELD_OUT = 2, 8
+"""What is measured in the end, and on how many segments each, where that isn't what the benchmark is about."""
+
+
+def fit(model: Path | None, output: Path, *, few: bool = False, **wishes: Any) -> Watched:
+    """Plan, then fit anew, in another process. `few`: measure little in the end."""
+    command = [sys.executable, __file__, "--output", str(output), "--wishes", json.dumps(wishes), *(["--few"] if few else [])]
+    command += ["--model", str(model)] if model else []
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Watched(**json.loads(finished.stdout.splitlines()[-1]))
 
@@ -66,13 +71,22 @@ def main() -> None:
     import torch  # noqa: F401 (what memory is counted from)
 
     base = _status("VmRSS")
-    import anyfit
+    from anyfit import api, estimates, finalists
+    from anyfit.core.memory import Peak, release
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--wishes", type=json.loads)
+    parser.add_argument("--few", action="store_true")
     args = parser.parse_args()
+    if args.few:
+        finalists.NUM_FINALISTS = estimates.NUM_FINALISTS = FEW_FINALISTS
+        api.NUM_SEARCH = api.NUM_REPORT = FEW_HELD_OUT
+    plan = api.plan(args.model, **args.wishes)
+    planned = {"memory": plan.memory_bytes, "disk": plan.disk_bytes, "seconds": plan.seconds}
+    release()
+    peak = Peak()
     partial, stages, most = args.output.with_name(args.output.name + ".partial"), _Stages(), [0]
 
     def watch() -> None:
@@ -84,9 +98,9 @@ def main() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     began = time.perf_counter()
-    anyfit.fit(args.model, output=args.output, restart=True, force=True, progress=stages, **args.wishes)
+    api.fit(args.model, output=args.output, restart=True, force=True, progress=stages, **args.wishes)
     seconds = time.perf_counter() - began
-    print(json.dumps(asdict(Watched(base, _status("VmHWM") - base, max(most), seconds, stages.seconds))))
+    print(json.dumps(asdict(Watched(base, peak.bytes_ - base, max(most), seconds, stages.seconds, planned))))
 
 
 if __name__ == "__main__":
