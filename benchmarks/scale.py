@@ -90,7 +90,8 @@ def memory_section() -> Section:
     ]
     remark = (
         f"Llamas of random bfloat16 weights, {LARGE.width} wide; {', '.join(FEW)}, low effort, {SEGMENTS} segments of {LENGTH} tokens, "
-        f"{FEW_FINALISTS} finalists measured on {2 * FEW_HELD_OUT} segments. Holds up to {MOST_MEMORY / 1e9:.1f} GB, and where twice the blocks take the same within {MOST_DIFFERENCE:.0%}."
+        f"{FEW_FINALISTS} finalists measured on {2 * FEW_HELD_OUT} segments. Holds up to {MOST_MEMORY / 1e9:.1f} GB, and where twice the "
+        f"blocks take the same within {MOST_DIFFERENCE:.0%}."
     )
     return Section("Memory", header, rows, (remark,))
 
