@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ FEW_FINALISTS, FEW_HELD_OUT = 2, 8
 
 
 def fit(model: Path | None, output: Path, *, few: bool = False, **wishes: Any) -> Watched:
-    """Plan, then fit anew, in another process. `few`: measure little in the end."""
+    """Plan, then fit anew, in other processes. `few`: measure little in the end."""
     command = [sys.executable, __file__, "--output", str(output), "--wishes", json.dumps(wishes), *(["--few"] if few else [])]
     command += ["--model", str(model)] if model else []
-    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return Watched(**json.loads(finished.stdout.splitlines()[-1]))
+    planned, taken = (subprocess.run([*command, *more], check=True, stdout=subprocess.PIPE, text=True) for more in (["--plan"], []))
+    return Watched(**json.loads(taken.stdout.splitlines()[-1]), planned=json.loads(planned.stdout.splitlines()[-1]))
 
 
 class _Stages:
@@ -72,21 +72,21 @@ def main() -> None:
 
     base = _status("VmRSS")
     from anyfit import api, estimates, finalists
-    from anyfit.core.memory import Peak, release
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--wishes", type=json.loads)
     parser.add_argument("--few", action="store_true")
+    parser.add_argument("--plan", action="store_true")
     args = parser.parse_args()
     if args.few:
         finalists.NUM_FINALISTS = estimates.NUM_FINALISTS = FEW_FINALISTS
         api.NUM_SEARCH = api.NUM_REPORT = FEW_HELD_OUT
-    plan = api.plan(args.model, **args.wishes)
-    planned = {"memory": plan.memory_bytes, "disk": plan.disk_bytes, "seconds": plan.seconds}
-    release()
-    peak = Peak()
+    if args.plan:
+        plan = api.plan(args.model, **args.wishes)
+        print(json.dumps({"memory": plan.memory_bytes, "disk": plan.disk_bytes, "seconds": plan.seconds}))
+        return
     partial, stages, most = args.output.with_name(args.output.name + ".partial"), _Stages(), [0]
 
     def watch() -> None:
@@ -100,7 +100,8 @@ def main() -> None:
     began = time.perf_counter()
     api.fit(args.model, output=args.output, restart=True, force=True, progress=stages, **args.wishes)
     seconds = time.perf_counter() - began
-    print(json.dumps(asdict(Watched(base, peak.bytes_ - base, max(most), seconds, stages.seconds, planned))))
+    memory = _status("VmHWM") - base
+    print(json.dumps({"base": base, "memory": memory, "disk": max(most), "seconds": seconds, "stages": stages.seconds}))
 
 
 if __name__ == "__main__":

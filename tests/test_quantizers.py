@@ -14,7 +14,7 @@ from anyfit.formats.base import SPAN, GridFormat, Scales
 from anyfit.quantizers import gptq as gptq_module
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import output_errors
-from anyfit.quantizers.gptq import Factor, column_order, inverse_factor, invert_lower
+from anyfit.quantizers.gptq import Factor, column_order, factor_lower, inverse_factor, invert_lower
 from anyfit.testing.quantizers import check_quantizer
 
 GRIDS = ("Q2_K", "Q4_K", "Q6_K", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4", "int3_asym", "int4_sym")
@@ -163,6 +163,15 @@ def test_factor_inverts_the_damped_hessian() -> None:
     damped = hessian + gptq_module.DAMPING * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     assert torch.allclose(factor.T.double() @ factor.double() @ damped, torch.eye(64, dtype=torch.float64), atol=1e-5)
     assert not notes and torch.equal(factor, factor.triu())
+
+
+def test_a_matrix_is_factored_in_its_place() -> None:
+    hessian = correlated(1200).hessian.double() + 0.1 * torch.eye(1200)
+    found = hessian.clone()
+    assert factor_lower(found)
+    assert torch.allclose(found, torch.linalg.cholesky(hessian), rtol=1e-9, atol=1e-12)
+    hessian[700, 700] = -1
+    assert not factor_lower(hessian)
 
 
 def test_a_triangular_matrix_is_inverted_in_its_place() -> None:

@@ -41,7 +41,7 @@ from anyfit.quantizers.gptq_span import ROWS, VECTOR_ROWS, Grid, Order, Rows, ro
 from anyfit.quantizers.rtn import encode_nearest
 
 DAMPING = 0.05
-_INVERTED_AT_ONCE = 512
+_COLUMNS_AT_ONCE = 512
 COARSE_BITS, COARSE_PASSES = 4, 3
 """Formats of fewer bits a weight are solved so many times."""
 
@@ -129,19 +129,17 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, tuple[str, .
     """Upper U, float32, with (H + damping)⁻¹ = Uᵀ U for the columns in `order`, and a note where it took more damping than usual.
 
     With the columns reversed H = L Lᵀ, and U is L⁻¹ with rows and columns reversed. Computed in float64; beside `hessian`
-    (columns, columns) no more than two such squares of float64 are held at a time.
+    (columns, columns) only one such square of float64 is held.
     """
     diagonal, backwards = hessian.diagonal()[order], order.flip(0)
     dead = diagonal.flip(0) == 0
     mean = diagonal.where(diagonal != 0, 1).double().mean()
     damping = DAMPING
     while True:
-        damped = hessian[backwards][:, backwards].double()
-        damped.diagonal()[dead] = 1
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not failed and lower.sum().isfinite():
+        lower = hessian[backwards][:, backwards].double()
+        lower.diagonal()[dead] = 1
+        lower.diagonal().add_(damping * mean)
+        if factor_lower(lower):
             break
         damping *= 2
         assert damping < 1e6, "no damping makes the second moments positive definite: they are not finite"
@@ -150,10 +148,28 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, tuple[str, .
     return lower.float().flip(0, 1), notes
 
 
+def factor_lower(matrix: Tensor) -> bool:
+    """Put L of a symmetric matrix, L Lᵀ, in its place, some columns at a time; False where it isn't positive definite."""
+    size = len(matrix)
+    for start in range(0, size, _COLUMNS_AT_ONCE):
+        end = min(start + _COLUMNS_AT_ONCE, size)
+        corner, failed = torch.linalg.cholesky_ex(matrix[start:end, start:end])
+        if failed or not corner.sum().isfinite():
+            return False
+        matrix[start:end, start:end] = corner
+        below = torch.linalg.solve_triangular(corner.mT, matrix[end:, start:end], upper=True, left=False)
+        matrix[end:, start:end] = below
+        for first in range(end, size, _COLUMNS_AT_ONCE):
+            rest = below[first - end :]
+            matrix[first:, first : first + _COLUMNS_AT_ONCE].addmm_(rest, rest[:_COLUMNS_AT_ONCE].mT, alpha=-1)
+    matrix.tril_()
+    return True
+
+
 def invert_lower(matrix: Tensor) -> None:
     """Put the inverse of a lower triangular matrix in its place, half by half."""
     size = len(matrix)
-    if size <= _INVERTED_AT_ONCE:
+    if size <= _COLUMNS_AT_ONCE:
         matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype), upper=False))
         return
     first, last = slice(size // 2), slice(size // 2, size)
