@@ -110,7 +110,7 @@ def test_a_killed_run_does_not_run_finished_blocks_again(tmp_path: Path, monkeyp
     monkeypatch.setattr(Store, "writing", killing)
     with pytest.raises(KeyboardInterrupt):
         anyfit.fit(model, output=tmp_path / "killed.family", **wishes)
-    assert [path.name for path in (tmp_path / "killed.family.partial" / FOLDER).iterdir() if path.name < "3"] == ["2.states"]
+    assert [path.name for path in (tmp_path / "killed.family.partial" / FOLDER / "1-of-1").iterdir() if path.name < "3"] == ["2.states"]
     monkeypatch.setattr(Store, "writing", writing)
     killed = anyfit.fit(model, output=tmp_path / "killed.family", **wishes)
     at_once: Family = anyfit.fit(model, output=tmp_path / "whole.family", **wishes)
