@@ -13,5 +13,5 @@ RECIPE = Recipe(
         "see anyfit/quantizers/gptq.py."
     ),
     quantizer="gptq",
-    score="fisher",
+    score="kl",
 )

@@ -11,5 +11,5 @@ RECIPE = Recipe(
         "than GPTQ and clearly worse below five bits. Choose it as a baseline, or for a first look at a large model."
     ),
     quantizer="rtn",
-    score="fisher",
+    score="kl",
 )
