@@ -153,7 +153,10 @@ class _Rehearsal:
         probed = NUM_PROBE_SEGMENTS * run.settings.length
         held_out = tokens["search"] + tokens["report"]
         total = encoding + tokens["calibration"] / each * (embedding + stream.num_blocks * calibrating)
-        total += probed / each * (3 * reading + stream.num_blocks * gradients)
+        if run.recipe.score == "fisher":
+            total += probed / each * (3 * reading + stream.num_blocks * gradients)
+        else:  # each unit is a pass from its block on: half of one, on average
+            total += probed / each * reading * (1 + len(run.space.decisions) / 2)
         total += held_out / each * (num_configs + 1) * reading
         total += generated.READINGS * run.segments.num_pending / each * reading
         return total + (_more_effort(run, tokens) / each * reading if run.effort.refines else 0)
