@@ -6,7 +6,7 @@ killed goes on at the block that it was in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -178,29 +178,32 @@ class _Worker:
     stage: Stage
 
     def encode(self, groups: list[Matrices], moments: dict[str, Moments]) -> None:
-        """Uses up the moments. Each process encodes some of the groups, the largest shared out first."""
-        owners = self._owners(groups)
+        """Uses up the moments. Each process encodes what reads some of the inputs, the largest shared out first."""
+        readers: dict[str, list[Matrices]] = {}
         for group in groups:
-            columns, input_ = group[0].shape[1], group[0].input
-            owner = owners[group[0].name]
-            if input_:
-                moments[input_].add_up(self.encoding.group, owner)
-            if owner != self.encoding.group.rank:
-                moments.pop(str(input_), None)
-                self.stage.advance(len(group))
+            readers.setdefault(group[0].input or group[0].name, []).append(group)
+        owners = self._owners({key: sum(w.num_weights for group in own for w in group) for key, own in readers.items()})
+        for key, own in readers.items():
+            seen = moments.pop(key, None)
+            if seen:
+                seen.add_up(self.encoding.group, owners[key])
+            if owners[key] != self.encoding.group.rank:
+                self.stage.advance(sum(map(len, own)))
                 continue
-            statistics = moments.pop(input_).statistics(input_) if input_ else InputStatistics.unknown(columns)
+            statistics = seen.statistics(key) if seen else InputStatistics.unknown(own[0][0].shape[1])
+            del seen
             prepared = self.encoding.quantizer.prepare(statistics)
             release()
-            self._encode(group, prepared)
+            for group in own:
+                self._encode(group, prepared)
             release()
 
-    def _owners(self, groups: list[Matrices]) -> dict[str, int]:
-        """{first matrix of a group: the process that encodes it}."""
+    def _owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The process that takes each of these pieces of work."""
         loads, owners = [0] * self.encoding.group.size, {}
-        for group in sorted(groups, key=lambda group: -sum(weight.num_weights for weight in group)):
-            owners[group[0].name] = loads.index(min(loads))
-            loads[owners[group[0].name]] += sum(weight.num_weights for weight in group)
+        for key in sorted(sizes, key=lambda key: -sizes[key]):
+            owners[key] = loads.index(min(loads))
+            loads[owners[key]] += sizes[key]
         return owners
 
     def _encode(self, group: Matrices, prepared: Any) -> None:

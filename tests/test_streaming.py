@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import anyfit
+from anyfit import api
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.encoding import FOLDER
@@ -117,3 +119,15 @@ def test_a_killed_run_does_not_run_finished_blocks_again(tmp_path: Path, monkeyp
     calibrated = ran[: ran.index(3) + 1]
     assert calibrated == [0, 1, 2, 2, 3]
     assert killed.digest == at_once.digest
+
+
+def test_matrices_on_one_input_may_have_different_formats(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)))
+    fit = api.prepare(save_tiny(tmp_path / "model"), data=tmp_path / "notes.txt", formats=("Q8_0", "Q4_K", "Q2_K"), length=32, segments=8)
+    fewer = [replace(d, choices=d.choices[1:]) if "k_proj" in d.unit.name else d for d in fit.space.decisions]
+    vars(fit)["space"] = replace(fit.space, decisions=tuple(fewer))
+    store = Store(tmp_path / "made")
+    fit.encode(store)
+    names = {d.unit.name: set(store.errors(d.unit.weights[0].name)) for d in fit.space.decisions}
+    assert names == {d.unit.name: {choice.name for choice in d.choices} for d in fewer}
+    assert len({frozenset(own) for own in names.values()}) == 2
