@@ -18,6 +18,7 @@ from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
+import mixing
 import numpy as np
 import prepasses
 import torch
@@ -345,6 +346,7 @@ def main() -> int:
             sections += [
                 Section(f"{subject.name}: from plain rounding to the product", header, measured(lab, steps())),
                 Section(f"{subject.name}: the network rewritten first", header, measured(lab, rewritings())),
+                mixing.section(subject),
             ]
     sections.append(Section("Zero points of two-bit integers", ("network", "zero points", "KL", "change", "what became of it"), zeros))
     return finish_page("ablation", "What each part brings", "make bench-ablation ASSETS=FOLDER", sections, REMARKS)
