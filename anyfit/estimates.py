@@ -29,6 +29,7 @@ from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import quantizers
+from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, Stream, batches
 from anyfit.tasks.language import Reference, measure
 from anyfit.tuning.refining import WINDOW, Settings
@@ -153,10 +154,11 @@ class _Rehearsal:
         probed = NUM_PROBE_SEGMENTS * run.settings.length
         held_out = tokens["search"] + tokens["report"]
         total = encoding + tokens["calibration"] / each * (embedding + stream.num_blocks * calibrating)
+        backward, probes = 2 * reading + stream.num_blocks * gradients, num_probes(run.space.decisions)
         if run.recipe.score == "fisher":
-            total += probed / each * (3 * reading + stream.num_blocks * gradients)
-        else:  # each unit is a pass from its block on: half of one, on average
-            total += probed / each * reading * (1 + len(run.space.decisions) / 2)
+            total += probed / each * (reading + backward)
+        else:  # each probe is a pass from its block on: half of one, on average
+            total += probed / each * (reading * (1 + probes / 2) + (backward if probes < len(run.space.decisions) else 0))
         total += held_out / each * (num_configs + 1) * reading
         total += generated.READINGS * run.segments.num_pending / each * reading
         return total + (_more_effort(run, tokens) / each * reading if run.effort.refines else 0)

@@ -136,11 +136,11 @@ def _plan_row(name: str, taken: Watched) -> Row:
 
 def time_section() -> Section:
     """Where the time goes."""
-    header = ("network", "calibrate and encode", "score", "measure finalists", "the rest")
+    header = ("network", "calibrate and encode", "probe units", "backward pass", "measure finalists", "the rest")
     rows = []
     for shape in (HALF, LARGE):
         found = fitted(shape)
-        named = [found.stages[name] for name in header[1:4]]
+        named = [found.stages[name] for name in header[1:-1]]
         shares = [f"{seconds:.0f} s, {seconds / found.seconds:.0%}" for seconds in (*named, found.seconds - sum(named))]
         rows.append(Row((f"{billions(shape):.2f} billion parameters", *shares)))
     return Section("Where the time goes", header, rows)

@@ -24,6 +24,7 @@ from anyfit.family.store import Store
 from anyfit.pipeline import NUM_PROBE_SEGMENTS
 from anyfit.progress import Silent
 from anyfit.scores import sensitivities
+from anyfit.scores.kl import MeasuredKL
 from anyfit.scores.table import Table
 from anyfit.tasks.language import Reference, kl
 
@@ -53,7 +54,8 @@ def main() -> int:
         fit.encode(store)
         errors = fit.errors(store)
         streamed, probing = fit.elastic(store), fit.segments.search[:NUM_PROBE_SEGMENTS]
-        tables = {name: Table(sensitivities.get(name).measure(streamed, probing, errors, Silent()), errors) for name in sensitivities}
+        scores = {name: sensitivities.get(name) for name in sensitivities} | {"kl, every block": MeasuredKL(None)}
+        tables = {name: Table(score.measure(streamed, probing, errors, Silent()), errors) for name, score in scores.items()}
         elastic = fit.elastic_model(store)
         reference = Reference.of(fit.model, fit.segments.report)
         configs = random_configs(fit.space, np.random.default_rng(0))

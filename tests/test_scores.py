@@ -14,6 +14,8 @@ from anyfit.pipeline import Fit
 from anyfit.progress import Silent
 from anyfit.scores import sensitivities
 from anyfit.scores.base import probe
+from anyfit.scores.fisher import Fisher
+from anyfit.scores.kl import MeasuredKL, num_probes
 from anyfit.scores.table import Table
 from anyfit.tasks.language import Reference, kl
 from anyfit.testing.models import save_tiny, tiny_text
@@ -52,6 +54,34 @@ def test_prediction_ranks_units_as_measured(name: str, encoded: Encoded) -> None
         measured.append(kl(elastic.stream.predictions(tokens, elastic.disturbed(decision, "Q2_K")), reference))
     assert spearmanr(predicted, measured).statistic > 0.8
     assert 0.2 < np.sum(predicted) / np.sum(measured) < 5
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+    folder = tmp_path_factory.mktemp("deep")
+    (folder / "notes.txt").write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)))
+    model = save_tiny(folder / "model", "llama", num_hidden_layers=9)
+    fit = prepare(model, data=folder / "notes.txt", formats=("Q4_K", "Q2_K"), length=32, segments=8)
+    store = Store(folder)
+    fit.encode(store)
+    return fit, store
+
+
+def test_only_some_blocks_are_probed(deep: Encoded) -> None:
+    """Units of the others are near to what their own probes would have said, nearer than by gradients alone."""
+    fit, store = deep
+    errors, elastic, tokens = fit.errors(store), fit.elastic(store), fit.segments.search
+    some, every, fisher = (score.measure(elastic, tokens, errors, Silent()) for score in (MeasuredKL(3), MeasuredKL(None), Fisher()))
+    assert some.keys() == every.keys()
+    same = {name for name in every if some[name] == every[name]}
+    blocks = {name: decision.unit.weights[0].block for decision in fit.space.decisions for name in [decision.unit.name]}
+    assert {blocks[name] for name in same} == {None, 0, 4, 8}
+    apart = {
+        which: np.mean([abs(np.log(found[name] / every[name])) for name in every if name not in same])
+        for which, found in (("some", some), ("fisher", fisher))
+    }
+    assert apart["some"] < 0.7 * apart["fisher"]
+    assert num_probes(fit.space.decisions) == sum(1 for block in blocks.values() if block in (None, 0, 3, 5, 8))
 
 
 def test_probe_is_the_median_choice_that_changes_anything() -> None:

@@ -32,17 +32,20 @@ class Fisher(Sensitivity):
     def measure(self, elastic: ElasticStream, tokens: Tensor, errors: Errors, progress: Progress) -> dict[str, float]:
         decisions, group = elastic.space.decisions, elastic.group
         looked_up = [d for d in decisions if any(w.role == "embedding" for w in d.unit.weights)]
-        products = [d for d in decisions if d not in looked_up]
-        with _squares(elastic.stream, products) as squares, progress.stage("score", elastic.stream.num_blocks + 1) as stage:
-            _backward(elastic.stream, tokens, group.share(batches(tokens)), stage)
-        squares = [row for part in group.gathered(squares) for row in part]
         found = {d.unit.name: _disturbed(elastic, d, tokens, errors) for i, d in enumerate(looked_up) if group.owns(i)}
         found = {name: value for part in group.gathered(found) for name, value in part.items()}
-        for decision in products:
-            # An exact sum is the same in any order.
-            total = math.fsum(square for name, square in squares if name == decision.unit.name)
-            found[decision.unit.name] = 0.5 * total / tokens[:, 1:].numel()
-        return found
+        return found | information(elastic, [d for d in decisions if d not in looked_up], tokens, progress)
+
+
+def information(elastic: ElasticStream, products: Sequence[Decision], tokens: Tensor, progress: Progress) -> dict[str, float]:
+    """The sensitivity of units whose outputs are products, by unit name; text (segments, length)."""
+    group = elastic.group
+    with _squares(elastic.stream, products) as squares, progress.stage("backward pass", elastic.stream.num_blocks + 1) as stage:
+        _backward(elastic.stream, tokens, group.share(batches(tokens)), stage)
+    squares = [row for part in group.gathered(squares) for row in part]
+    # Exact sums are the same in any order.
+    totals = {d.unit.name: math.fsum(square for name, square in squares if name == d.unit.name) for d in products}
+    return {name: 0.5 * total / tokens[:, 1:].numel() for name, total in totals.items()}
 
 
 def _disturbed(elastic: ElasticStream, decision: Decision, tokens: Tensor, errors: Errors) -> float:
@@ -93,7 +96,7 @@ def _from_labels(stream: Stream, tokens: Tensor, final: States, first: int) -> S
 
 
 @contextmanager
-def _squares(stream: Stream, decisions: list[Decision]) -> Iterator[list[tuple[str, float]]]:
+def _squares(stream: Stream, decisions: Sequence[Decision]) -> Iterator[list[tuple[str, float]]]:
     """While the block lasts: (unit, summed squares of the gradients by its outputs, over their number), one for each product."""
     found: list[tuple[str, float]] = []
     handles = []
