@@ -111,6 +111,7 @@ def observed(
     """The moments of everything that these matrices multiply while the block lasts, by input name; each is observed once.
 
     Those of this process's text; all processes of the `group` must run the same modules, each on some text.
+    Meanwhile matrices are multiplied at the hardware's speed.
     """
     moments: dict[str, Moments] = {}
     handles = []
@@ -121,10 +122,28 @@ def observed(
         module = model.get_submodule(architecture.hook_path(weight))
         handles.append(module.register_forward_pre_hook(_observer(moments[weight.input])))
     try:
-        yield moments
+        with _bfloat16_products():
+            yield moments
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """On CPUs that multiply bfloat16 numbers, factors of float32 products are rounded to them; sums stay float32.
+
+    Twice to three times as fast. A moment's error is a thousandth of it, far below that of a sample of text.
+    """
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _observer(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
