@@ -71,6 +71,18 @@ class Source:
         """The network on the meta device: names, shapes and ties, no numbers."""
         return network.skeleton(self.config, trust_remote_code=self.trust_remote_code)
 
+    def frame(self) -> PreTrainedModel:
+        """The network without its numbers, but with the buffers that no file stores."""
+        return network.frame(self.config, trust_remote_code=self.trust_remote_code)
+
+    def tensors(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and stored type of every tensor that passes through."""
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in self.passthrough.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One of them in its stored type, by any of its parameter names."""
+        return self.passthrough[self.tied.get(name, name)]
+
     def build(self, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The network with these decided weights, by parameter name and in the checkpoint's orientation.
 

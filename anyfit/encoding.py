@@ -113,7 +113,7 @@ class Encoding:
 
     def rows(self, weight: Weight, which: slice) -> Tensor:
         """Of a matrix (outputs, inputs), float32: rows in the target's order."""
-        stored = self.stream.checkpoint.read(weight.name)
+        stored = self.stream.stored.read(weight.name)
         stored = stored.T if weight.transposed else stored
         order = self._orders.get(weight.name)
         return (stored[which] if order is None else stored[order[which]]).float().contiguous()

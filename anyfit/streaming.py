@@ -11,7 +11,7 @@ it always gives them. Looking up tokens reads the rows of these tokens; the head
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anyfit.architectures.base import Architecture
-from anyfit.checkpoint import Checkpoint
 from anyfit.core.units import Weight
 
 TOKENS_AT_ONCE = 1024
@@ -45,17 +44,33 @@ class Numbers(Protocol):
         """Some rows of the embedding or the head."""
 
 
+class Stored(Protocol):
+    """A network on disk: a `checkpoint.Checkpoint`, or a `checkpoint.Source`, which lacks the decided matrices."""
+
+    def frame(self) -> PreTrainedModel:
+        """Its parameters on the meta device, its buffers real."""
+
+    def skeleton(self) -> PreTrainedModel:
+        """On the meta device, ties in place."""
+
+    def tensors(self) -> Mapping[str, tuple[torch.Size, torch.dtype]]:
+        """What is stored, buffers included."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored type and orientation."""
+
+
 @dataclass(frozen=True)
 class Original:
-    """The checkpoint's own."""
+    """What is stored."""
 
-    checkpoint: Checkpoint
+    stored: Stored
 
     def matrix(self, weight: Weight) -> Tensor:
-        return self.checkpoint.read(weight.name).float()
+        return self.stored.read(weight.name).float()
 
     def rows(self, weight: Weight, which: Tensor | slice) -> Tensor:
-        return self.checkpoint.read(weight.name)[which].float()
+        return self.stored.read(weight.name)[which].float()
 
 
 class States:
@@ -114,18 +129,18 @@ class _Answer(Exception):  # noqa: N818 (it ends a run early, nothing is wrong)
 
 
 class Stream:
-    """One network, run by whoever calls. `folder` takes the hidden states.
+    """One network, run by whoever calls. `folder` takes the hidden states; `original`: its decided matrices, where they aren't stored.
 
     `model` is of the network's class. Its parameters are on the meta device while nothing runs, so hooks can be put on its
     modules as on any other.
     """
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, folder: Path) -> None:
-        self.checkpoint, self.architecture, self.folder = checkpoint, architecture, folder
-        self.model: PreTrainedModel = checkpoint.frame()
-        self.original = Original(checkpoint)
+    def __init__(self, stored: Stored, architecture: Architecture, folder: Path, original: Numbers | None = None) -> None:
+        self.stored, self.architecture, self.folder = stored, architecture, folder
+        self.model: PreTrainedModel = stored.frame()
+        self.original = original or Original(stored)
         self.num_blocks = architecture.num_blocks(self.model)
-        weights = list(architecture.weights(checkpoint.skeleton()))  # the frame's own parameters are not tied
+        weights = list(architecture.weights(stored.skeleton()))  # the frame's own parameters are not tied
         self._decided = {weight.name: weight for weight in weights}
         self._tables = {weight.role: weight for weight in weights if weight.role in ("embedding", "head")}
         self._job: _Job | None = None
@@ -140,10 +155,10 @@ class Stream:
         outside = [name for name in names if name not in inside and name not in tables]
         self._projections = [name for name in outside if name in self._decided]
         self._fill([name for name in outside if name not in self._decided], self.original)
-        stored = checkpoint.tensors()
+        present = stored.tensors()
         for name, buffer in self.model.named_buffers():
-            if name in stored:
-                buffer.copy_(checkpoint.read(name))
+            if name in present:
+                buffer.copy_(stored.read(name))
 
     # What runs.
 
@@ -264,7 +279,7 @@ class Stream:
     def _fill(self, names: Iterable[str], numbers: Numbers) -> None:
         for name in names:
             weight = self._decided.get(name)
-            self._put(name, numbers.matrix(weight) if weight else self.checkpoint.read(name).float())
+            self._put(name, numbers.matrix(weight) if weight else self.stored.read(name).float())
 
     def _put(self, name: str, values: Tensor) -> None:
         module, _, attribute = name.rpartition(".")

@@ -17,6 +17,7 @@ import torch
 import anyfit
 from anyfit import finalists, pipeline
 from anyfit.checkpoint import Checkpoint
+from anyfit.core import memory
 from anyfit.core.errors import BudgetError, FamilyError, ModelError, OutputError, UnknownNameError, UserError
 from anyfit.core.files import sha256
 from anyfit.family.family import Family
@@ -150,6 +151,15 @@ def test_extracted_model_equals_the_exported_file(family: Family, tmp_path: Path
     assert export.bytes_ == (tmp_path / "model.gguf").stat().st_size == family.space.bytes_(export.point.config)
     assert export.checks and all(check.passed for check in export.checks)
     assert (tmp_path / "model.README.md").exists()
+
+
+def test_a_reader_that_needs_the_whole_network_is_skipped_where_memory_lacks(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda: 1_000_000)
+    checks = {check.name: check for check in family.export("50%", tmp_path / "model.gguf").checks}
+    assert checks["transformers"].detail.startswith("skipped: it would hold the whole network in memory")
+    assert not checks["audit"].detail.startswith("skipped") and not checks["gguf package"].detail.startswith("skipped")
 
 
 def test_extract_at_the_largest_format_is_the_original(family: Family, tiny: Path) -> None:

@@ -41,7 +41,7 @@ def text(segments: int = 20, length: int = 128) -> Tensor:
 def test_logits_are_those_of_the_whole_network(name: str, tmp_path: Path) -> None:
     stream, tokens = streamed(save_tiny(tmp_path / "model", name.split()[0], **KINDS[name]), tmp_path / "states"), text()
     with torch.inference_mode():
-        expected = stream.checkpoint.load()(input_ids=tokens).logits
+        expected = stream.stored.load()(input_ids=tokens).logits
     assert torch.equal(stream.predictions(tokens, stream.original)(tokens), expected)
     names = {name for block in range(stream.num_blocks) for name in stream.names(block)}
     assert names and all(stream.model.get_parameter(name).device.type == "meta" for name in names), "no block stays"
@@ -52,16 +52,16 @@ def test_shards_of_halves(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model", max_shard_size="500KB")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     stream, tokens = streamed(tmp_path / "model", tmp_path / "states"), text(3, 16)
-    assert len(stream.checkpoint.files) > 2
+    assert len(stream.stored.files) > 2
     with torch.inference_mode():
-        expected = stream.checkpoint.load()(input_ids=tokens).logits
+        expected = stream.stored.load()(input_ids=tokens).logits
     assert torch.equal(stream.predictions(tokens, stream.original)(tokens), expected)
 
 
 def test_gradients_go_back_block_by_block(tmp_path: Path) -> None:
     """Of a sum of squares, by what the first block reads: against the whole network's own."""
     stream, tokens = streamed(save_tiny(tmp_path / "model", "llama"), tmp_path / "states"), text(2, 16)
-    model, read = stream.checkpoint.load(), {}
+    model, read = stream.stored.load(), {}
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: read.setdefault("x", output.requires_grad_()))
     model(input_ids=tokens).logits.square().sum().backward()
     trace = stream.trace(tokens, stream.original)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint, Source
@@ -23,6 +23,9 @@ from anyfit.core.errors import UnknownNameError
 from anyfit.core.files import sha256
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
+from anyfit.elastic import extracted
+from anyfit.elastic.extracted import Extracted
+from anyfit.family.store import Decoder
 from anyfit.formats import formats
 from anyfit.formats.base import CastFormat, Scales
 from anyfit.network import quiet
@@ -73,6 +76,9 @@ class Network:
         values = {w.name: formats.get(config.format(w.name)).decode(self.variant(w.name, config.format(w.name))) for w in self.weights}
         return {w.name: values[w.name].T.contiguous() if w.transposed else values[w.name] for w in self.weights}
 
+    def extracted(self, config: Config, folder: Path) -> Extracted:
+        return Extracted(self.source, config, Decoder(self.variant, TARGET, self.source), folder / "states")
+
     def write(self, path: Path, config: Config) -> int:
         return TARGET.write(path, self.source, self.space, config, self.variant)
 
@@ -104,7 +110,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {file.name: sha256(file) for file in folder.iterdir()}
 
 
-def read_here(path: Path, source: Source, model: PreTrainedModel) -> list[str]:
+def read_here(path: Path, source: Source, model: Extracted) -> list[str]:
     """What transformers' own loader finds wrong with a folder, in this process because starting one takes seconds."""
     with quiet():
         report, logits = transformers_reader.read(path, tokens(), transformers_check.PROBE, trust_remote_code=False)
@@ -120,13 +126,26 @@ def test_every_config_takes_exactly_the_bytes_that_were_predicted(network, kind,
         assert written == weight_bytes(tmp_path / str(index)) == net.space.bytes_(config)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_files_are_compared_with_is_the_extracted_model(network, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(extracted, "ROWS_AT_ONCE", 100)
+    net = network(kind)
+    config = net.config(seed=7)
+    model, found = net.source.build(net.decoded(config)), net.extracted(config, tmp_path)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert torch.equal(found.parameter(name), parameter)
+        assert torch.equal(torch.cat([rows for _, rows in found.rows(name)]), parameter)
+    with torch.no_grad():
+        assert torch.equal(found.logits(tokens())(tokens()), model(tokens()).logits)
+
+
 @needs_runtime
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_reads_every_kind_to_the_bit(network, kind, tmp_path):
     net = network(kind)
     config = net.config(seed=4)
     net.write(tmp_path / "folder", config)
-    assert read_here(tmp_path / "folder", net.source, net.source.build(net.decoded(config))) == []
+    assert read_here(tmp_path / "folder", net.source, net.extracted(config, tmp_path)) == []
 
 
 @needs_runtime
@@ -137,7 +156,7 @@ def test_a_table_in_8_bits_is_read_to_the_bit_with_and_without_a_tied_head(netwo
             table = net.space.decisions[0].unit.name
             config = Config.of_formats({**net.config(seed=5).formats, table: name})
             net.write(tmp_path / f"{kind} {name}", config)
-            assert read_here(tmp_path / f"{kind} {name}", net.source, net.source.build(net.decoded(config))) == []
+            assert read_here(tmp_path / f"{kind} {name}", net.source, net.extracted(config, tmp_path)) == []
 
 
 @needs_runtime
@@ -171,7 +190,7 @@ def test_check_loads_the_folder_in_a_process_without_anyfit(network, tmp_path):
     space = TARGET.space(net.source, net.weights, INTEGERS if MISSING is None else ["BF16"])
     config = Config({d.key: d.choices[-1].name for d in space.decisions})
     TARGET.write(tmp_path / "folder", net.source, space, config, net.variant)
-    checks = TARGET.check(tmp_path / "folder", net.source, config, net.source.build(net.decoded(config)), tokens())
+    checks = TARGET.check(tmp_path / "folder", net.source, config, net.extracted(config, tmp_path), tokens())
     assert [check.name for check in checks] == ["tensors", "values", "transformers", "logits", "tokenizer"]
     assert all(check.passed for check in checks), checks
 
@@ -183,7 +202,7 @@ def test_check_says_that_it_skipped_loading_where_compressed_tensors_is_missing(
     monkeypatch.setattr(transformers_check, "version", nowhere)
     net = network("llama")
     net.write(tmp_path / "folder", net.config(seed=2))
-    model = net.source.build(net.decoded(net.config(seed=2)))
+    model = net.extracted(net.config(seed=2), tmp_path)
     last = TARGET.check(tmp_path / "folder", net.source, net.config(seed=2), model, tokens())[-1]
     assert last.passed and "skipped" in last.detail and "anyfit[compressed]" in last.detail
     monkeypatch.setattr(transformers_check, "version", lambda package: "0.17.1")
@@ -219,7 +238,7 @@ def test_check_fails_for_a_damaged_file(network, damage, said, tmp_path):
     config = net.config(seed=3)
     net.write(tmp_path / "folder", config)
     damage(tmp_path / "folder" / "model.safetensors")
-    checks = TARGET.check(tmp_path / "folder", net.source, config, net.source.build(net.decoded(config)), tokens())
+    checks = TARGET.check(tmp_path / "folder", net.source, config, net.extracted(config, tmp_path), tokens())
     assert not checks[-1].passed and said in checks[-1].detail
 
 
@@ -233,7 +252,7 @@ def test_large_folders_are_split_and_still_take_the_predicted_bytes(network, tmp
         assert TARGET.write(folder, net.source, space, config, net.variant) == weight_bytes(folder) == space.bytes_(config)
         files = {file.name for file in folder.glob("*.safetensors")}
         assert len(files) > 3 and set(json.loads((folder / safetensors_file.INDEX).read_text())["weight_map"].values()) == files
-    assert read_here(folder, net.source, net.source.build(net.decoded(config))) == []
+    assert read_here(folder, net.source, net.extracted(config, tmp_path)) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,7 +262,7 @@ def test_the_dense_folder_equals_the_extracted_model_to_the_bit(network, kind, t
     size = write_dense(tmp_path / "folder", net.source, weights)
     assert size == weight_bytes(tmp_path / "folder")
     assert "quantization_config" not in json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert read_here(tmp_path / "folder", net.source, net.source.build(weights)) == []
+    assert read_here(tmp_path / "folder", net.source, net.extracted(net.config(seed=6), tmp_path)) == []
 
 
 def test_a_dense_folder_can_have_the_originals_type(network, tmp_path):
@@ -268,8 +287,8 @@ def test_a_folder_loaded_without_settings_loses_nothing(network, tmp_path):
             model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
             model(tokens())
         assert model.dtype == dtype
-        expected = net.source.build(net.decoded(config))
-        assert all(torch.equal(p, model.get_parameter(key)) for key, p in expected.named_parameters())
+        expected = net.extracted(config, tmp_path)
+        assert all(torch.equal(expected.parameter(key), model.get_parameter(key)) for key, _ in expected.skeleton.named_parameters())
 
 
 def test_refused_formats_say_why_and_what_takes_their_place(network):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError, OutputError
 from anyfit.core.files import refuse_existing, written_aside
 from anyfit.core.space import Space
+from anyfit.elastic.extracted import Extracted
 from anyfit.family.manifest import NAME, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store
 from anyfit.progress import Progress, Silent
@@ -267,7 +269,10 @@ class Family:
     def _check(self, target: Target, path: Path, point: Point, progress: Progress) -> tuple[Check, ...]:
         with progress.stage("check", 1) as stage:
             tokens = self.text()["search"][:2]
-            checks = target.check(path, self.source, point.config, self.extract(point.config), tokens)
+            decoder = Decoder(self.variants(point.config), target, self.source)
+            with tempfile.TemporaryDirectory() as folder:
+                extracted = Extracted(self.source, point.config, decoder, Path(folder))
+                checks = target.check(path, self.source, point.config, extracted, tokens)
             stage.advance()
         failed = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
         if failed:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
+from anyfit.elastic.extracted import Extracted
 
 Variants = Callable[[str, str], Tensor]
 """(weight name, format name) to the variant's bytes: uint8 (rows, row_bytes), rows in the target's order."""
@@ -70,7 +70,7 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def check(self, path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
         """Audit the written file, load it in every reader at hand, and compare with the extracted `model`.
 
         `tokens`: (segments, length) int64, text to compare outputs on. Each tensor once, each bit-equal to the

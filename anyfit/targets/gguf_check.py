@@ -6,7 +6,7 @@ import contextlib
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from gguf.gguf_reader import ReaderTensor
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-from transformers.pytorch_utils import Conv1D
 
 from anyfit import network
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
+from anyfit.elastic.extracted import Extracted
 from anyfit.targets import gguf_kinds, gguf_layout, llamacpp_runtime
 from anyfit.targets.base import Check
 from anyfit.targets.gguf_layout import Matrix
@@ -43,9 +43,9 @@ class _DifferenceError(Exception):
     """What a reader found is not what was meant."""
 
 
-def checks(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+def checks(path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
     """Audit, the gguf package, transformers, llama.cpp. After a failed audit nothing else is worth telling."""
-    matrices = gguf_layout.matrices(source, {name: _shape(model, name) for name in config.formats}, config)
+    matrices = gguf_layout.matrices(source, {name: model.weights[name].shape for name in config.formats}, config)
     tensors = cache(lambda: gguf.GGUFReader(path).tensors)
     with ThreadPoolExecutor(1) as pool:
         # llama.cpp runs in a process of its own meanwhile.
@@ -67,20 +67,10 @@ def _look(name: str, compare: Callable[[], str]) -> Check:
         return Check(name, False, f"can't read the file: {type(error).__name__}: {error}")
 
 
-def _shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
-    rows, columns = _oriented(model, name).shape
-    return rows, columns
-
-
-def _oriented(model: PreTrainedModel, name: str) -> Tensor:
-    """A matrix as (outputs, inputs)."""
-    parameter = model.get_parameter(name).detach()
-    return parameter.T if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else parameter
-
-
-def _audit(path: Path, source: Source, matrices: list[Matrix], model: PreTrainedModel, tensors: list[ReaderTensor]) -> str:
+def _audit(path: Path, source: Source, matrices: list[Matrix], model: Extracted, tensors: list[ReaderTensor]) -> str:
     """Each tensor once, of the type and bytes that were predicted; header and size as predicted; nothing left out."""
-    left_out = {name for name, _ in model.named_parameters()} - {m.source for m in matrices} - set(source.passthrough) - set(source.tied)
+    parameters = {name for name, _ in model.skeleton.named_parameters()}
+    left_out = parameters - {m.source for m in matrices} - set(source.passthrough) - set(source.tied)
     if left_out:
         raise _DifferenceError(f"{min(left_out)} is in the model and not in the file")
     fixed = gguf_layout.fixed_tensors(source)
@@ -110,25 +100,34 @@ def _header(source: Source, matrices: list[Matrix], fixed: dict[str, Tensor]) ->
         return path.read_bytes()
 
 
-def _read_back(tensors: list[ReaderTensor], source: Source, matrices: list[Matrix], model: PreTrainedModel) -> str:
+def _read_back(tensors: list[ReaderTensor], source: Source, matrices: list[Matrix], model: Extracted) -> str:
     """Every tensor, decoded by the gguf package, is bit for bit the model's."""
     decided = {matrix.name: matrix.source for matrix in matrices}
     fixed = gguf_layout.fixed_tensors(source)
     passed_on = {gguf_layout.file_name(source.config, name): name for name in source.passthrough}
     for tensor in tensors:
-        # A plain view: each of the many slices that the package takes of a mapped array costs more than its numbers.
-        value = torch.tensor(gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type))
         if tensor.name in decided:
-            name = decided[tensor.name]
-            order = gguf_layout.row_order(source, name)
-            expected = _oriented(model, name) if order is None else _oriented(model, name)[order]
+            for rows, expected in _oriented(source, model, decided[tensor.name]):
+                _require_equal(decided[tensor.name], _dequantized(tensor, rows), expected)
         elif tensor.name in passed_on:
             name = passed_on[tensor.name]
-            expected = gguf_layout.stored_value(source, name, model.get_parameter(name))
+            _require_equal(name, _dequantized(tensor), gguf_layout.stored_value(source, name, model.parameter(name)))
         else:
-            name, expected = tensor.name, fixed[tensor.name]
-        _require_equal(name, value, expected)
+            _require_equal(tensor.name, _dequantized(tensor), fixed[tensor.name])
     return f"{len(tensors)} tensors bit-equal to the model's"
+
+
+def _dequantized(tensor: ReaderTensor, rows: slice = slice(None)) -> Tensor:
+    # A plain view: each of the many slices that the package takes of a mapped array costs more than its numbers.
+    return torch.tensor(gguf.dequantize(np.asarray(tensor.data)[rows], tensor.tensor_type))
+
+
+def _oriented(source: Source, model: Extracted, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a matrix as (outputs, inputs), in the file's order."""
+    order = gguf_layout.row_order(source, name)
+    for rows, values in model.rows(name):
+        values = values.T if model.weights[name].transposed else values
+        yield slice(0, len(values)) if rows.start == 0 else rows, values if order is None else values[order]
 
 
 def _require_equal(name: str, value: Tensor, expected: Tensor) -> None:
@@ -138,26 +137,29 @@ def _require_equal(name: str, value: Tensor, expected: Tensor) -> None:
         raise _DifferenceError(f"{name} differs by up to {(value - expected).abs().max():.2g}")
 
 
-def _transformers(path: Path, source: Source, model: PreTrainedModel) -> str:
+def _transformers(path: Path, source: Source, model: Extracted) -> str:
     """Every parameter that transformers' GGUF reader gives is bit for bit the model's."""
     kind = gguf_layout.kind(source)
     arch = gguf.MODEL_ARCH_NAMES[kind.arch]
     if arch not in GGUF_SUPPORTED_ARCHITECTURES:
         return f"skipped: it doesn't read GGUF files of the kind {arch}"
+    if problem := model.too_large():
+        return f"skipped: {problem}"
     config = AutoConfig.for_model(**source.config.to_dict() | {"model_type": kind.reader or source.config.model_type})
     with network.quiet(), contextlib.redirect_stderr(io.StringIO()):
         # its reader guesses what some keys say (head size, feed-forward size), so the sizes are given
         read = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, config=config, dtype=torch.float32, local_files_only=True
         )
-    parameters = dict(read.named_parameters())
-    for name, parameter in model.named_parameters():
+    parameters = dict(read.named_parameters(remove_duplicate=False))
+    names = [name for name, _ in model.skeleton.named_parameters()]
+    for name in names:
         offset = kind.norm_offset if name.endswith("norm.weight") else 0
-        _require_equal(name, parameters[name].detach(), parameter.detach() + offset - offset)
-    return f"{len(parameters)} parameters bit-equal to the model's"
+        _require_equal(name, parameters[name].detach(), model.parameter(name) + offset - offset)
+    return f"{len(names)} parameters bit-equal to the model's"
 
 
-def _llamacpp(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+def _llamacpp(path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
     if not llamacpp_runtime.installed():
         package, extra = llamacpp_runtime.PACKAGE, llamacpp_runtime.EXTRA
         return (Check("llama.cpp", True, f"skipped: {package} is not installed (pip install 'anyfit[{extra}]')"),)
@@ -187,12 +189,12 @@ def _compare_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], ids: l
     return f"{sum(map(len, ids))} tokens of probe texts are equal"
 
 
-def _compare_outputs(model: PreTrainedModel, tokens: Tensor, logits: Tensor, bar: float, window: int | None) -> str:
+def _compare_outputs(model: Extracted, tokens: Tensor, logits: Tensor, bar: float, window: int | None) -> str:
     """Mean KL of llama.cpp's next-token distributions from the torch model's."""
     divergence, agreement = 0.0, 0.0
+    expected = model.logits(tokens)
     for segment, computed in zip(tokens, logits, strict=True):
-        with torch.inference_mode():
-            reference = model(segment[None], use_cache=False).logits[0].double().log_softmax(-1)
+        reference = expected(segment[None])[0].double().log_softmax(-1)
         other = computed.double().log_softmax(-1)
         divergence += (reference.exp() * (reference - other)).sum(-1).mean().item() / len(tokens)
         agreement += (reference.argmax(-1) == other.argmax(-1)).double().mean().item() / len(tokens)

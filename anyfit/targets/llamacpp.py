@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.errors import ModelError, UnknownNameError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
+from anyfit.elastic.extracted import Extracted
 from anyfit.formats import formats as registry
 from anyfit.targets import gguf_check, gguf_kinds, gguf_layout, gguf_tokenizer
 from anyfit.targets.base import Check, Target, Variants
@@ -90,7 +90,7 @@ class LlamaCpp(Target):
             writer.close()
         return path.stat().st_size
 
-    def check(self, path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
         return gguf_check.checks(path, source, config, model, tokens)
 
     def _decision(self, source: Source, weight: Weight, wanted: list[str]) -> Decision:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.errors import UnknownNameError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
+from anyfit.elastic.extracted import Extracted
 from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS
 from anyfit.targets import compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
@@ -81,7 +81,7 @@ class Transformers(Target):
         _write_rest(path, source, quantization, _loading_dtype(parts, quantization))
         return size
 
-    def check(self, path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.checks(path, source, config, model, tokens)
 
     def _decision(self, held: Place, wanted: Sequence[str], source: Source) -> Decision:

@@ -16,11 +16,10 @@ from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
+from anyfit.elastic.extracted import Extracted
 from anyfit.targets import compressed_tensors, transformers_reader
 from anyfit.targets.base import Check
 from anyfit.targets.compressed_tensors import DTYPES, Place
@@ -32,12 +31,9 @@ PROBE = "def anyfit(x):\n    return 'ünïcode', [1, 2.5]\n"
 """What both tokenizers are asked to read."""
 
 
-def checks(path: Path, source: Source, config: Config, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+def checks(path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
     """See `Target.check`. The later ones are left out where an earlier one fails."""
-    skeleton = source.skeleton()
-    chosen = [
-        (compressed_tensors.place(skeleton, weight), config.format(weight.name)) for weight in architecture_of(skeleton).weights(skeleton)
-    ]
+    chosen = [(compressed_tensors.place(model.skeleton, weight), config.format(name)) for name, weight in model.weights.items()]
     try:
         audit = _audit(path, source, chosen)
         if audit.passed:
@@ -68,7 +64,7 @@ def _audit(path: Path, source: Source, chosen: list[tuple[Place, str]]) -> Check
     return Check("tensors", size == predicted, f"{len(found)} tensors, each once; {size} bytes where {predicted} were predicted")
 
 
-def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: PreTrainedModel) -> Check:
+def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: Extracted) -> Check:
     """Each tensor, read and decoded, against the extracted model's."""
     files: dict[str, Path] = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -79,19 +75,20 @@ def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: 
         with safe_open(files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
-    stored = model.state_dict()
-    wrong = [name for name in source.passthrough if not torch.equal(read(name).to(stored[name].dtype), stored[name])]
+    wrong = [name for name, tensor in source.passthrough.items() if not torch.equal(read(name), tensor)]
     for held, name in chosen:
         tensors = {slot.name: read(slot.name) for slot in held.slots(name)}
-        if not torch.equal(held.decode(name, tensors), stored[held.weight.name].float()):
+        if not torch.equal(held.decode(name, tensors), model.parameter(held.weight.name)):
             wrong.append(held.weight.name)
     detail = f"not the extracted model's: {', '.join(wrong[:5])}" if wrong else "every tensor equals the extracted model's to the bit"
     return Check("values", not wrong, detail)
 
 
-def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
     if any(name not in DTYPES for _, name in chosen) and (missing := lacks_runtime()):
         return (Check("transformers", True, f"skipped: {missing}"),)
+    if problem := model.too_large():
+        return (Check("transformers", True, f"skipped: {problem}"),)
     with tempfile.TemporaryDirectory() as folder:
         save_file({"tokens": tokens.contiguous()}, Path(folder, "tokens.safetensors"))
         arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", PROBE, str(torch.get_num_threads())]
@@ -107,12 +104,12 @@ def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: P
     return compare(report, logits, source, model, tokens)
 
 
-def compare(report: Mapping[str, Any], logits: Tensor, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+def compare(report: Mapping[str, Any], logits: Tensor, source: Source, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
     """What `transformers_reader.read` found, against the extracted model and the original's tokenizer."""
-    own = {name: transformers_reader.digest(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    names = [name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)]
+    own = {name: transformers_reader.digest(model.parameter(name)) for name in names}
     wrong = sorted(name for name, digest in own.items() if report["digests"].get(name) != digest)
-    with torch.no_grad():
-        difference = float((model(tokens).logits.float() - logits).abs().max())
+    difference = float((model.logits(tokens)(tokens) - logits).abs().max())
     same_tokens = report["text"] == source.tokenizer()(PROBE)["input_ids"]
     complaints = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in report["complaints"].items())
     loaded = "loaded in another process, every parameter equal to the bit"

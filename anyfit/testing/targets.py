@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from anyfit.core.effort import Effort
 from anyfit.core.errors import UnknownNameError
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
+from anyfit.elastic.extracted import Extracted
+from anyfit.family.store import Decoder
 from anyfit.formats import formats
 from anyfit.quantizers.rtn import QUANTIZER
 from anyfit.targets.base import Check, Target
@@ -82,7 +85,10 @@ class Trial:
 
     def check(self, path: Path, config: Config) -> tuple[Check, ...]:
         tokens = torch.arange(96).reshape(2, 48) % self.original.config.vocab_size
-        return self.target.check(path, self.source, config, self.extract(config), tokens)
+        decoder = Decoder(self.variant, self.target, self.source)
+        with tempfile.TemporaryDirectory() as folder:
+            extracted = Extracted(self.source, config, decoder, Path(folder))
+            return self.target.check(path, self.source, config, extracted, tokens)
 
     def _weight(self, name: str) -> Weight:
         return next(weight for weight in self.weights if weight.name == name)

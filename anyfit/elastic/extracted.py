@@ -1,0 +1,69 @@
+"""The network of one config, whatever its size: what a written model is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from anyfit.architectures import architecture_of
+from anyfit.checkpoint import Source
+from anyfit.core import memory
+from anyfit.core.budget import BYTES, describe
+from anyfit.core.config import Config
+from anyfit.core.units import Weight
+from anyfit.elastic.model import Decoded
+from anyfit.elastic.stream import Chosen
+from anyfit.streaming import Original, Predictions, Stream
+
+ROWS_AT_ONCE = 4096
+SPACE = 2.5
+"""Times the network's size in float32, that loading it may take."""
+
+
+class Extracted:
+    """Nothing is in memory but what was asked for last. `folder` takes hidden states."""
+
+    def __init__(self, source: Source, config: Config, decoded: Decoded, folder: Path) -> None:
+        self.source, self._folder = source, folder
+        self.skeleton = source.skeleton()
+        self._architecture = architecture_of(self.skeleton)
+        self.weights = {weight.name: weight for weight in self._architecture.weights(self.skeleton)}
+        self._numbers = Chosen(Original(source), decoded, config.formats)
+
+    def weight(self, name: str) -> Weight | None:
+        """The decided matrix that a parameter is, by any of its names."""
+        return self.weights.get(self.source.tied.get(name, name))
+
+    def parameter(self, name: str) -> Tensor:
+        """Float32, in the checkpoint's orientation."""
+        weight = self.weight(name)
+        return self._numbers.matrix(weight) if weight else self.source.read(name).float()
+
+    def rows(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """A parameter, its rows some at a time where it is the embedding or the head."""
+        weight = self.weight(name)
+        if weight is None or weight.role not in ("embedding", "head") or weight.transposed:
+            values = self.parameter(name)
+            yield slice(0, len(values)), values
+            return
+        for start in range(0, weight.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, min(start + ROWS_AT_ONCE, weight.shape[0]))
+            yield rows, self._numbers.rows(weight, rows)
+
+    def logits(self, tokens: Tensor) -> Predictions:
+        """Of tokens (segments, length)."""
+        return self._stream.predictions(tokens, self._numbers)
+
+    @cached_property
+    def _stream(self) -> Stream:
+        return Stream(self.source, self._architecture, self._folder, self._numbers)
+
+    def too_large(self) -> str | None:
+        """Why a reader that loads the whole network can't be asked; None where there is room."""
+        needed, free = 4 * sum(parameter.numel() for parameter in self.skeleton.parameters()), memory.free()
+        if free is None or SPACE * needed < free:
+            return None
+        return f"it would hold the whole network in memory, {describe(BYTES, needed)} or more, and {describe(BYTES, free)} are free"
