@@ -14,9 +14,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -345,14 +345,29 @@ class Stream:
         assert job is not None and job.numbers is not None
         if not job.logits:
             raise _Answer(hidden)
-        weight = self._tables.get("head", self._tables["embedding"])
-        parts = []
-        for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-            rows = job.numbers.rows(weight, slice(start, min(start + ROWS_AT_ONCE, weight.shape[0])))
-            parts.append(nn.functional.linear(hidden, rows))
-        logits = torch.cat(parts, -1)
+        weight, numbers = self._tables.get("head", self._tables["embedding"]), job.numbers
+        logits = cast(Tensor, _Product.apply(hidden, weight.shape[0], lambda which: numbers.rows(weight, which)))
         bias = getattr(head, "bias", None)
         return logits if bias is None else logits + bias
+
+
+class _Product(torch.autograd.Function):
+    """Times a matrix that is read some rows at a time, on the way back once more: hidden (..., inputs) to (..., outputs)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, num_rows: int, read: Callable[[slice], Tensor]) -> Tensor:
+        ctx.num_rows, ctx.read = num_rows, read
+        return torch.cat([nn.functional.linear(hidden, read(rows)) for rows in _some_rows(num_rows)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        parts = (gradient[..., rows] @ ctx.read(rows) for rows in _some_rows(ctx.num_rows))
+        return reduce(torch.add, parts), None, None
+
+
+def _some_rows(number: int) -> list[slice]:
+    return [slice(start, min(start + ROWS_AT_ONCE, number)) for start in range(0, number, ROWS_AT_ONCE)]
 
 
 class Predictions:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from typing import Any
 @dataclass(frozen=True)
 class Watched:
     """`memory`: peak bytes above `base`, which is the interpreter with torch; `disk`: peak bytes of the unfinished family;
-    `seconds` of the whole fit and of each of its `stages`; `planned`: what `anyfit.plan` said before."""
+    `seconds` of the whole fit and of each of its `stages`; `peaks`: memory by stage; `planned`: what `anyfit.plan` said before."""
 
     base: int
     memory: int
     disk: int
     seconds: float
     stages: dict[str, float]
+    peaks: dict[str, int]
     planned: dict[str, float]
 
 
@@ -40,20 +41,31 @@ def fit(model: Path | None, output: Path, *, few: bool = False, **wishes: Any) -
     command = [sys.executable, __file__, "--output", str(output), "--wishes", json.dumps(wishes), *(["--few"] if few else [])]
     command += ["--model", str(model)] if model else []
     planned, taken = (subprocess.run([*command, *more], check=True, stdout=subprocess.PIPE, text=True) for more in (["--plan"], []))
-    return Watched(**json.loads(taken.stdout.splitlines()[-1]), planned=json.loads(planned.stdout.splitlines()[-1]))
+    return Watched(**json.loads(taken.stdout.splitlines()[-1]) | {"planned": json.loads(planned.stdout.splitlines()[-1])})
 
 
 class _Stages:
-    """An `anyfit.progress.Progress` that keeps times."""
+    """An `anyfit.progress.Progress` that keeps times and peaks of memory above `base`."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: int) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self._base = base
+        self.between()
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Any]:
+        self.between()
         began = time.perf_counter()
         yield self
         self.seconds[name] = time.perf_counter() - began
+        self.peaks[name] = _status("VmHWM") - self._base
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def between(self) -> None:
+        """Count anew; what was held since the last stage is kept."""
+        self.peaks["between"] = max(self.peaks.get("between", 0), _status("VmHWM") - self._base)
+        Path("/proc/self/clear_refs").write_text("5")
 
     def advance(self, n: int = 1, detail: str = "") -> None:
         return None
@@ -87,7 +99,7 @@ def main() -> None:
         plan = api.plan(args.model, **args.wishes)
         print(json.dumps({"memory": plan.memory_bytes, "disk": plan.disk_bytes, "seconds": plan.seconds}))
         return
-    partial, stages, most = args.output.with_name(args.output.name + ".partial"), _Stages(), [0]
+    partial, stages, most = args.output.with_name(args.output.name + ".partial"), _Stages(base), [0]
 
     def watch() -> None:
         while True:
@@ -100,8 +112,10 @@ def main() -> None:
     began = time.perf_counter()
     api.fit(args.model, output=args.output, restart=True, force=True, progress=stages, **args.wishes)
     seconds = time.perf_counter() - began
-    memory = _status("VmHWM") - base
-    print(json.dumps({"base": base, "memory": memory, "disk": max(most), "seconds": seconds, "stages": stages.seconds}))
+    stages.between()
+    memory, disk = max(stages.peaks.values()), max(most)
+    found = Watched(base, memory, disk, seconds, stages.seconds, stages.peaks, {})
+    print(json.dumps(asdict(found)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import anyfit
-from anyfit import api
+from anyfit import api, streaming
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.encoding import FOLDER
@@ -58,8 +58,9 @@ def test_shards_of_halves(tmp_path: Path) -> None:
     assert torch.equal(stream.predictions(tokens, stream.original)(tokens), expected)
 
 
-def test_gradients_go_back_block_by_block(tmp_path: Path) -> None:
+def test_gradients_go_back_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a sum of squares, by what the first block reads: against the whole network's own."""
+    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 100)
     stream, tokens = streamed(save_tiny(tmp_path / "model", "llama"), tmp_path / "states"), text(2, 16)
     model, read = stream.stored.load(), {}
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: read.setdefault("x", output.requires_grad_()))
@@ -74,7 +75,7 @@ def test_gradients_go_back_block_by_block(tmp_path: Path) -> None:
             hidden = trace.pop().read(slice(0, 2)).requires_grad_()
             run(tokens, hidden).backward(gradient)
         gradient = hidden.grad
-    assert gradient is not None and torch.allclose(gradient, read["x"].grad, rtol=1e-4, atol=1e-5)
+    assert gradient is not None and (gradient - read["x"].grad).norm() < 1e-5 * gradient.norm()
 
 
 def test_states_go_with_their_object(tmp_path: Path) -> None:
