@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anyfit.architectures.base import Architecture
+from anyfit.core.memory import release
 from anyfit.core.units import Weight
 
 TOKENS_AT_ONCE = 1024
 """Of whole segments, at least one. Fixed, so that results don't depend on the memory at hand."""
 ROWS_AT_ONCE = 4096
 """Of the head, multiplied together."""
+RELEASED = 1 << 22
+"""Numbers: a block of more gives its memory back to the system, which takes some milliseconds."""
 POSITIONS_AT_ONCE = 256
 """Predictions that are made together where all their logits are needed at once."""
 
@@ -266,11 +269,14 @@ class Stream:
     @contextmanager
     def _filled(self, names: Sequence[str], numbers: Numbers) -> Iterator[None]:
         self._fill(names, numbers)
+        large = sum(self.model.get_parameter(name).numel() for name in names) > RELEASED
         try:
             yield
         finally:
             for name in names:
                 self._clear(name)
+            if large:
+                release()
 
     def _outer(self, numbers: Numbers) -> AbstractContextManager[None]:
         """The projections outside the blocks, in place."""
@@ -357,7 +363,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, num_rows: int, read: Callable[[slice], Tensor]) -> Tensor:
         ctx.num_rows, ctx.read = num_rows, read
-        return torch.cat([nn.functional.linear(hidden, read(rows)) for rows in _some_rows(num_rows)], -1)
+        found = hidden.new_empty(*hidden.shape[:-1], num_rows)
+        for rows in _some_rows(num_rows):
+            found[..., rows] = nn.functional.linear(hidden, read(rows))
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -129,14 +129,18 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, tuple[str, .
     """Upper U, float32, with (H + damping)⁻¹ = Uᵀ U for the columns in `order`, and a note where it took more damping than usual.
 
     With the columns reversed H = L Lᵀ, and U is L⁻¹ with rows and columns reversed. Computed in float64; beside `hessian`
-    (columns, columns) only one such square of float64 is held.
+    (columns, columns) and the result only one such square of float64 is held.
     """
     diagonal, backwards = hessian.diagonal()[order], order.flip(0)
     dead = diagonal.flip(0) == 0
     mean = diagonal.where(diagonal != 0, 1).double().mean()
     damping = DAMPING
+    some = range(0, len(hessian), _COLUMNS_AT_ONCE)
+    lower = torch.empty(hessian.shape, dtype=torch.float64)
     while True:
-        lower = hessian[backwards][:, backwards].double()
+        for start in some:
+            rows = slice(start, start + _COLUMNS_AT_ONCE)
+            lower[rows] = hessian[backwards[rows]][:, backwards]
         lower.diagonal()[dead] = 1
         lower.diagonal().add_(damping * mean)
         if factor_lower(lower):
@@ -145,7 +149,11 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, tuple[str, .
         assert damping < 1e6, "no damping makes the second moments positive definite: they are not finite"
     invert_lower(lower)
     notes = (f"damping raised to {damping:.0%} of the mean diagonal",) if damping > DAMPING else ()
-    return lower.float().flip(0, 1), notes
+    upper, reversed_ = torch.empty_like(hessian), torch.arange(len(hessian)).flip(0)
+    for start in some:
+        rows = slice(start, start + _COLUMNS_AT_ONCE)
+        upper[rows] = lower[reversed_[rows]].flip(1)
+    return upper, notes
 
 
 def factor_lower(matrix: Tensor) -> bool:
