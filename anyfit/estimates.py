@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import quantizers
+from anyfit.quantizers.worker import Workers
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, Stream, batches
 from anyfit.tasks.language import Reference, measure
@@ -164,30 +166,42 @@ class _Rehearsal:
         return total + (_more_effort(run, tokens) / each * reading if run.effort.refines else 0)
 
     def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:
-        """Seconds to encode everything: the inputs of one block, and some rows on each of them in each format."""
+        """Seconds to encode everything: the inputs of one block, and some rows on each of them in each format, as many at once as in
+        the run; and of tables that are only looked up."""
         run, quantizer = self.run, quantizers.get(self.run.recipe.quantizer)
         encoding = run.encoding(self.store, self.stream, self.tokens)
-        costs: dict[tuple[int, str], float] = {}
+        costs: dict[tuple[int, bool, str], float] = {}
         preparing: dict[int, float] = {}
-        by_input = {weight.input: weight for weight in reversed(weights) if weight.input is not None}
-        # The widest last: what it holds is then held beside nothing else, as in the run itself.
-        for weight in sorted(by_input.values(), key=lambda w: w.shape[1]):
+
+        def rehearse(weight: Weight, statistics: InputStatistics) -> float:
             columns = weight.shape[1]
-            statistics = moments.pop(str(weight.input)).statistics(weight.name)
-            if columns in preparing:
-                continue
-            prepared, preparing[columns] = _timed(lambda: quantizer.prepare(statistics))  # noqa: B023 (called at once)
+            prepared, spent = _timed(lambda: quantizer.prepare(statistics))
             rows = encoding.rows(weight, slice(min(weight.shape[0], max(1, NUMBERS_AT_ONCE // columns))))
             for name in encoding.choices[weight.name]:
-                quantizer.encode(rows[:1], prepared, all_formats.get(name))  # what is compiled, or read from disk, is so only once
-                _, spent = _timed(lambda: quantizer.encode(rows, prepared, all_formats.get(name)))  # noqa: B023
-                costs[columns, name] = spent / rows.numel()
-            release()
+                encode = partial(quantizer.encode, prepared=prepared, format_=all_formats.get(name))
+                encode(rows[:1])  # what is compiled, or read from disk, is so only once
+                pieces = [rows] * workers.number
+                _, passed = _timed(lambda: list(workers.map(encode, pieces)))  # noqa: B023 (called at once)
+                costs[columns, weight.input is None, name] = passed / (rows.numel() * workers.number)
+            return spent
+
+        by_input = {weight.input: weight for weight in reversed(weights) if weight.input is not None}
+        tables = {weight.shape[1]: weight for weight in run.weights if weight.input is None}
+        with Workers() as workers:
+            for weight in tables.values():
+                rehearse(weight, InputStatistics.unknown(weight.shape[1]))
+            # The widest last: what it holds is then held beside nothing else, as in the run itself.
+            for weight in sorted(by_input.values(), key=lambda w: w.shape[1]):
+                statistics = moments.pop(str(weight.input)).statistics(weight.name)
+                if weight.shape[1] not in preparing:
+                    preparing[weight.shape[1]] = rehearse(weight, statistics)
+                release()
         total = sum(preparing[min(preparing, key=lambda c: abs(c - w.shape[1]))] for w in self._distinct_inputs())
         for decision in run.space.decisions:
             for weight in decision.unit.weights:
-                columns = min(preparing, key=lambda c: abs(c - weight.shape[1]))
-                known = {name: cost for (width, name), cost in costs.items() if width == columns}
+                table = weight.input is None
+                columns = min((c for c, t, _ in costs if t == table), key=lambda c: abs(c - weight.shape[1]))
+                known = {name: cost for (width, t, name), cost in costs.items() if (width, t) == (columns, table)}
                 rest = max(known.values(), default=0.0)
                 total += sum(known.get(choice.name, rest) for choice in decision.choices) * weight.num_weights
         return total
