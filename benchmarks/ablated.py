@@ -51,14 +51,15 @@ class PlainGPTQ(gptq.GPTQ):
         diagonal, hessian = statistics.diagonal, statistics.hessian.double().clone()
         dead = diagonal == 0
         hessian.diagonal()[dead] = 1
-        hessian.diagonal().add_(self.damping * hessian.diagonal().mean())
+        damping = self.damping * hessian.diagonal().mean()
+        hessian.diagonal().add_(damping)
         order = gptq.column_order(diagonal) if self.ordered else torch.arange(len(diagonal))
         inverse = torch.linalg.inv(hessian[order][:, order])
         upper = torch.linalg.cholesky(inverse, upper=True).float()
         importance = diagonal.clone()
         if self.compensated:
             importance[order] = (diagonal[order] * upper.diagonal().pow(-2)).sqrt()
-        factor = gptq.Factor(order, upper, 1 / upper.diagonal()[:, None, None])
+        factor = gptq.Factor(order, upper, (dead + damping).float()[order], 1 / upper.diagonal()[:, None, None])
         return gptq.Factorised(statistics, {1: factor}, importance, dead, ())
 
     def encode(self, weight: Tensor, prepared: gptq.Factorised, format_: GridFormat) -> Encoded:

@@ -80,18 +80,27 @@ def test_the_compiled_loop_rounds_as_a_plain_one(name: str) -> None:
     weight[7] = 0
     factor = prepared.factor(format_.vector)
     scales = format_.fit(weight, prepared.importance)
-    free = weight[:, factor.order]
-    expected = plain_span(format_, free, factor, scales)
-    codes, values = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free)
-    gptq_module._round_span(format_, (free, codes, values), factor, slice(0, 256), scales)
+    ordered = weight[:, factor.order]
+    expected = plain_span(format_, ordered, factor, scales)
+    free, codes = ordered.T.contiguous(), torch.empty(256, 300, dtype=torch.uint8)
+    errors = gptq_module._round_span(format_, (ordered.T.contiguous(), free, codes), factor, slice(0, 256), scales)
     # float32 may tip a rounding, and with it the rest of the row
-    same = (codes == expected[0]).all(1)
-    assert same.float().mean() > 0.8 and (codes == expected[0]).float().mean() > 0.9
-    assert torch.equal(values[same], expected[1][same])
-    assert torch.allclose(free[same], expected[2][same], atol=1e-5)
+    same = (expected[0] == codes.T).all(1)
+    assert same.float().mean() > 0.8 and (expected[0] == codes.T).float().mean() > 0.9
+    assert torch.allclose(free.T[same], expected[2][same], atol=1e-5)
     hessian = prepared.statistics.hessian[factor.order][:, factor.order]
-    error, plain = (float(output_errors(weight[:, factor.order] - found, hessian).sum()) for found in (values, expected[1]))
-    assert error == pytest.approx(plain, rel=0.01)
+    plain = output_errors(ordered - expected[1], hessian)
+    assert torch.allclose(errors[same], plain[same], rtol=1e-3, atol=1e-6)
+    assert float(errors.sum()) == pytest.approx(float(plain.sum()), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "IQ3_S"])
+def test_the_error_that_is_told_is_that_of_the_decoded_bytes(name: str) -> None:
+    """Known from the rounding itself, without multiplying by the moments; also where inputs were always zero."""
+    weight, statistics, gptq, format_ = matrix(40, 512), correlated(512), quantizers.get("gptq"), grid(name)
+    statistics.hessian[[5, 300]], statistics.hessian[:, [5, 300]] = 0, 0
+    found = gptq.encode(weight, gptq.prepare(statistics), format_)
+    assert torch.allclose(found.errors, output_errors(weight - format_.decode(found.data), statistics.hessian), rtol=2e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["Q3_K", "IQ4_NL", "IQ2_XXS", "IQ3_S"])
@@ -159,7 +168,8 @@ def test_error_is_the_mean_squared_output_error() -> None:
 
 def test_factor_inverts_the_damped_hessian() -> None:
     hessian = correlated(64).hessian.double()
-    factor, notes = inverse_factor(hessian, torch.arange(64))
+    factor, added, notes = inverse_factor(hessian, torch.arange(64))
+    assert torch.allclose(added.double(), torch.full((64,), gptq_module.DAMPING * float(hessian.diagonal().mean()), dtype=torch.float64))
     damped = hessian + gptq_module.DAMPING * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     assert torch.allclose(factor.T.double() @ factor.double() @ damped, torch.eye(64, dtype=torch.float64), atol=1e-5)
     assert not notes and torch.equal(factor, factor.triu())
@@ -185,7 +195,7 @@ def test_a_triangular_matrix_is_inverted_in_its_place() -> None:
 def test_damping_escalates_and_says_so() -> None:
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[0, 1] = hessian[1, 0] = 1.2
-    factor, notes = inverse_factor(hessian, torch.arange(32))
+    factor, _, notes = inverse_factor(hessian, torch.arange(32))
     assert factor.isfinite().all() and "damping raised to" in notes[0]
 
 

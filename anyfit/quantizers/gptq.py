@@ -35,13 +35,16 @@ from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join
+from anyfit.formats.choose import Levels
 from anyfit.formats.threads import each
 from anyfit.quantizers.base import Encoded, Quantizer, output_errors
-from anyfit.quantizers.gptq_span import ROWS, VECTOR_ROWS, Grid, Order, Rows, round_rows
+from anyfit.quantizers.gptq_span import LANES, VECTOR_ROWS, Grid, Order, Rows, round_lanes, round_rows
 from anyfit.quantizers.rtn import encode_nearest
 
 DAMPING = 0.05
 _COLUMNS_AT_ONCE = 512
+_ROUNDED_TOGETHER = 64
+"""Columns of a span, before their errors are pushed onto the rest of it by a matrix product."""
 COARSE_BITS, COARSE_PASSES = 4, 3
 """Formats of fewer bits a weight are solved so many times."""
 
@@ -49,11 +52,13 @@ COARSE_BITS, COARSE_PASSES = 4, 3
 @dataclass(frozen=True)
 class Factor:
     """`order` (columns,): the column at each step; spans and vectors stay together. `upper` (columns, columns): U, upper
-    triangular in that order, H⁻¹ = Uᵀ U. `passed` (vectors, vector, vector): the inverses of U's diagonal blocks; an error
-    e of a vector is made good by the later columns as far as it can, and e @ passed is what is passed on."""
+    triangular in that order, (H + diag(damping))⁻¹ = Uᵀ U with `damping` (columns,). `passed` (vectors, vector, vector): the
+    inverses of U's diagonal blocks; an error e of a vector is made good by the later columns as far as it can, e @ passed is
+    what is passed on, and its square is what remains."""
 
     order: Tensor
     upper: Tensor
+    damping: Tensor
     passed: Tensor
 
 
@@ -109,10 +114,10 @@ class GPTQ(Quantizer):
 def factorise(statistics: InputStatistics, vector: int) -> tuple[Factor, tuple[str, ...]]:
     """The order of the columns and the factor for it, and a note where it took more damping than usual."""
     order = column_order(statistics.diagonal, vector)
-    upper, notes = inverse_factor(statistics.hessian, order)
+    upper, damping, notes = inverse_factor(statistics.hessian, order)
     blocks = upper.unflatten(0, (-1, vector)).unflatten(2, (-1, vector)).diagonal(dim1=0, dim2=2).movedim(2, 0)
     passed = torch.linalg.solve_triangular(blocks, torch.eye(vector).expand_as(blocks), upper=True)
-    return Factor(order, upper, passed), notes
+    return Factor(order, upper, damping, passed), notes
 
 
 def column_order(diagonal: Tensor, vector: int = 1) -> Tensor:
@@ -125,8 +130,9 @@ def column_order(diagonal: Tensor, vector: int = 1) -> Tensor:
     return (ordered[:, None] * vector + torch.arange(vector)).flatten()
 
 
-def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """Upper U, float32, with (H + damping)⁻¹ = Uᵀ U for the columns in `order`, and a note where it took more damping than usual.
+def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Upper U, float32, with (H + diag(damping))⁻¹ = Uᵀ U for the columns in `order`, the damping (columns,), and a note where it
+    took more than usual. Where a column's inputs were always zero, it is one more.
 
     With the columns reversed H = L Lᵀ, and U is L⁻¹ with rows and columns reversed. Computed in float64; beside `hessian`
     (columns, columns) and the result only one such square of float64 is held.
@@ -149,11 +155,12 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, tuple[str, .
         assert damping < 1e6, "no damping makes the second moments positive definite: they are not finite"
     invert_lower(lower)
     notes = (f"damping raised to {damping:.0%} of the mean diagonal",) if damping > DAMPING else ()
+    added = damping * mean + (diagonal == 0).double()
     upper, reversed_ = torch.empty_like(hessian), torch.arange(len(hessian)).flip(0)
     for start in some:
         rows = slice(start, start + _COLUMNS_AT_ONCE)
         upper[rows] = lower[reversed_[rows]].flip(1)
-    return upper, notes
+    return upper, added.float(), notes
 
 
 def factor_lower(matrix: Tensor) -> bool:
@@ -189,15 +196,17 @@ def invert_lower(matrix: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Solution:
-    """One pass over a matrix, in storage order: codes, scales and values, and the values before rounding."""
+    """One pass over a matrix: `scales` in storage order; `codes` uint8, and the weights that were `rounded` to them, (columns, rows) in
+    the factor's order; `errors` (rows,) float64."""
 
     codes: Tensor
     scales: Scales
-    values: Tensor
     rounded: Tensor
+    errors: Tensor
 
-    def with_rows(self, better: Tensor, other: Solution) -> Solution:
-        """This solution, with the rows `better` (rows,) bool of `other`."""
+    def with_better_rows(self, other: Solution) -> Solution:
+        """This solution, with the rows of `other` whose errors are smaller."""
+        better = other.errors < self.errors
 
         def pick(own: Tensor, theirs: Tensor) -> Tensor:
             return torch.where(better[:, None], theirs, own)
@@ -207,73 +216,88 @@ class Solution:
             offset=pick(self.scales.offset, other.scales.offset),
             stored={key: pick(own, other.scales.stored[key]) for key, own in self.scales.stored.items()},
         )
-        values, rounded = pick(self.values, other.values), pick(self.rounded, other.rounded)
-        return Solution(pick(self.codes, other.codes), scales, values, rounded)
+        codes = torch.where(better, other.codes, self.codes)
+        return Solution(codes, scales, other.rounded, torch.minimum(self.errors, other.errors))
 
 
 def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Tensor, Scales, Tensor]:
     """Codes (rows, columns) uint8, the scales of all spans, both in storage order, and the errors, (rows,)."""
-    hessian = prepared.statistics.hessian
-    best = latest = _pass(format_, weight, prepared, None)
-    error = output_errors(weight - best.values, hessian)
-    for _ in range(COARSE_PASSES - 1 if format_.bits < COARSE_BITS else 0):
-        latest = _pass(format_, weight, prepared, latest.rounded)
-        new_error = output_errors(weight - latest.values, hessian)
-        best = best.with_rows(new_error < error, latest)
-        error = torch.minimum(error, new_error)
-    return best.codes, best.scales, error
-
-
-def _pass(format_: GridFormat, weight: Tensor, prepared: Factorised, model: Tensor | None) -> Solution:
-    """Round every column once. Scales are fitted to `model` (rows, columns), or to the weights as they come."""
     factor = prepared.factor(format_.vector)
-    order = factor.order
-    free = weight[:, order]
-    free[:, prepared.dead[order]] = 0
-    codes, values = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free)
+    ordered = weight.T.contiguous()[factor.order]
+    ordered[prepared.dead[factor.order]] = 0
+    best = _pass(format_, ordered, factor, prepared.importance, None)
+    for _ in range(COARSE_PASSES - 1 if format_.bits < COARSE_BITS else 0):
+        best = best.with_better_rows(_pass(format_, ordered, factor, prepared.importance, best.rounded))
+    return best.codes[factor.order.argsort()].T.contiguous(), best.scales, best.errors
+
+
+def _pass(format_: GridFormat, ordered: Tensor, factor: Factor, importance: Tensor, model: Tensor | None) -> Solution:
+    """Round every column once. `ordered` (columns, rows): the weights in the factor's order. Scales are fitted to `model`, in the
+    same order, or to the weights as they come."""
+    order, free, codes = factor.order, ordered.clone(), torch.empty(ordered.shape, dtype=torch.uint8)
+    errors = torch.zeros(ordered.shape[1], dtype=torch.float64)
     scales: dict[int, Scales] = {}
     start = 0
     while start < len(order):
         first = int(order[start]) // SPAN * SPAN
         end = start + min(SPAN, len(order) - first)
-        local = order[start:end] - first
-        if model is None:
-            fitted_to = torch.empty(len(weight), len(local))
-            fitted_to[:, local] = free[:, start:end]
-        else:
-            fitted_to = model[:, first : first + len(local)].contiguous()
-        fitted = format_.fit(fitted_to, prepared.importance[first : first + len(local)])
-        _round_span(format_, (free, codes, values), factor, slice(start, end), fitted)
+        storage = order[start:end].argsort()
+        fitted_to = (free if model is None else model)[start:end][storage].T.contiguous()
+        fitted = format_.fit(fitted_to, importance[first : first + end - start])
+        errors += _round_span(format_, (ordered, free, codes), factor, slice(start, end), fitted)
         scales[first] = fitted
         start = end
-    storage = order.argsort()
-    joined = join([scales[first] for first in sorted(scales)])
-    return Solution(codes[:, storage], joined, values[:, storage], free[:, storage])
+    return Solution(codes, join([scales[first] for first in sorted(scales)]), free, errors.clamp_min(0))
 
 
-def _round_span(format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], factor: Factor, span: slice, scales: Scales) -> None:
-    """Round the columns of a span in turn and push their errors onto the later ones, in place.
+def _round_span(format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], factor: Factor, span: slice, scales: Scales) -> Tensor:
+    """Round the columns of a span in turn and push their errors onto the later ones, in place; what they cost, (rows,) float64.
 
-    `columns`: free weights, codes and values, (rows, columns) each; the free weights of a column stay as they were when
+    `columns`: weights, free weights and codes, (columns, rows) each; the free weights of a column stay as they were when
     it was rounded.
     """
-    vector, steps = format_.vector, slice(span.start // format_.vector, span.stop // format_.vector)
-    passed = factor.passed[steps]
-    group = factor.order[span] % SPAN // format_.group
-    order = Order(*_arrays(factor.upper[span, span], passed, passed @ passed.mT, group))
     inverse = torch.where(scales.scale == 0, 0, 1 / scales.scale)
-    grid = _arrays(scales.scale, inverse, scales.offset)
-    free, codes, values = (part[:, span].contiguous() for part in columns)
-    errors = torch.empty_like(free)
-    whole = _arrays(free, codes, values, errors)
+    grid = scales.scale.T.contiguous(), inverse.T.contiguous(), scales.offset.T.contiguous()
+    ordered, free, codes = columns
+    pushed = torch.empty(span.stop - span.start, free.shape[1])
+    errors = torch.zeros(free.shape[1], dtype=torch.float64)
+    for start in range(span.start, span.stop, _ROUNDED_TOGETHER):
+        now = slice(start, min(start + _ROUNDED_TOGETHER, span.stop))
+        own = pushed[now.start - span.start : now.stop - span.start]
+        values = _round_columns(format_, (free[now], codes[now], own), factor, now, grid)
+        free[now.stop : span.stop].addmm_(factor.upper[now, now.stop : span.stop].T, own, alpha=-1)
+        # That of H + diag(damping), less that of the damping: Σ e² = d (H + diag(damping)) dᵀ for the whole row.
+        errors -= factor.damping[now] @ values.sub_(ordered[now]).square_()
+    free[span.stop :].addmm_(factor.upper[span, span.stop :].T, pushed, alpha=-1)
+    return errors.add_(pushed.square_().sum(0))
+
+
+def _round_columns(
+    format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], factor: Factor, now: slice, grid: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """Round a few columns in turn, their errors made good among them: into `columns`, which are free weights, codes, and what is to be
+    pushed onto later ones. Returns the rounded values, (now, rows), as all are. `grid`: scales, inverses, offsets (groups, rows)."""
+    steps = slice(now.start // format_.vector, now.stop // format_.vector)
+    passed = factor.passed[steps]
+    order = Order(*_arrays(factor.upper[now, now], passed, passed @ passed.mT, factor.order[now] % SPAN // format_.group))
+    levels, values = format_.levels.numpy(), torch.empty_like(columns[0])
+    whole = *columns, values
+    if isinstance(format_.book, Levels):
+        free, codes, pushed, found = _arrays(*whole)
+        scales, rows = Grid(levels, *_arrays(*grid)), Rows(free, codes, found, pushed)
+        each(lambda part: round_lanes(format_.book, order, scales, rows, part.start, part.stop), len(values[0]), LANES)
+        return values
+    own = [part.T.contiguous() for part in whole]
+    by_row = _arrays(*(part.T for part in grid))
 
     def some(rows: slice) -> None:
-        round_rows(format_.book, order, Grid(format_.levels.numpy(), *(part[rows] for part in grid)), Rows(*(part[rows] for part in whole)))
+        free, codes, pushed, found = (part[rows].numpy() for part in own)
+        round_rows(format_.book, order, Grid(levels, *(part[rows] for part in by_row)), Rows(free, codes, found, pushed))
 
-    each(some, len(free), ROWS if vector == 1 else VECTOR_ROWS)
-    for part, rounded in zip(columns, (free, codes, values), strict=True):
-        part[:, span] = rounded
-    columns[0][:, span.stop :].addmm_(errors, factor.upper[span, span.stop :], alpha=-1)
+    each(some, len(own[0]), VECTOR_ROWS)
+    for part, rounded in zip(whole, own, strict=True):
+        part.copy_(rounded.T)
+    return values
 
 
 def _arrays(*tensors: Tensor) -> tuple[NDArray[Any], ...]:

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyfit.formats.choose import Codes, choose, memory, prepare
-from anyfit.formats.fitting_lanes import Floats, compiled
+from anyfit.formats.fitting_lanes import ZERO, Floats, compiled
 
-ROWS = 16
-"""Rows whose columns are rounded by turns: their free weights stay in the nearest cache."""
+LANES = 128
+"""Rows that are rounded together where each column is coded by itself: one instruction works on several of them, and their
+free weights stay in a near cache."""
 VECTOR_ROWS = 128
 """At least so many where columns are coded together, as what a book prepares for a vector serves them all."""
 
@@ -60,26 +61,67 @@ def round_rows(book: Any, order: Order, grid: Grid, rows: Rows) -> None:
     vector = order.passed.shape[1]
     own = memory(book)
     target, codes, error = np.empty(vector, np.float32), np.empty(vector, np.uint8), np.empty(vector, np.float32)
-    together = ROWS if vector == 1 else num_rows
-    for begin in range(0, num_rows, together):
-        for first in range(0, columns, vector):
-            metric, passed, group = order.metric[first // vector], order.passed[first // vector], order.group[first]
-            prepare(book, metric, own)
-            for row in range(begin, min(begin + together, num_rows)):
-                scale, inverse, offset = grid.scale[row, group], grid.inverse[row, group], grid.offset[row, group]
-                for i in range(vector):
-                    target[i] = (free[row, first + i] + offset) * inverse
-                choose(book, metric, own, target, codes)
-                for i in range(vector):
-                    value = levels[codes[i]] * scale - offset
-                    rows.codes[row, first + i], rows.values[row, first + i] = codes[i], value
-                    error[i] = free[row, first + i] - value
-                for i in range(vector):
-                    pushed = np.float32(0)
-                    for j in range(vector):
-                        pushed += passed[j, i] * error[j]
-                    rows.passed[row, first + i] = pushed
-                    _push(pushed, order.upper, first + i, free, row, first + vector)
+    for first in range(0, columns, vector):
+        metric, passed, group = order.metric[first // vector], order.passed[first // vector], order.group[first]
+        prepare(book, metric, own)
+        for row in range(num_rows):
+            scale, inverse, offset = grid.scale[row, group], grid.inverse[row, group], grid.offset[row, group]
+            for i in range(vector):
+                target[i] = (free[row, first + i] + offset) * inverse
+            choose(book, metric, own, target, codes)
+            for i in range(vector):
+                value = levels[codes[i]] * scale - offset
+                rows.codes[row, first + i], rows.values[row, first + i] = codes[i], value
+                error[i] = free[row, first + i] - value
+            for i in range(vector):
+                pushed = np.float32(0)
+                for j in range(vector):
+                    pushed += passed[j, i] * error[j]
+                rows.passed[row, first + i] = pushed
+                _push(pushed, order.upper, first + i, free, row, first + vector)
+
+
+@compiled
+def round_lanes(book: Any, order: Order, grid: Grid, rows: Rows, first: int, end: int) -> None:
+    """What `round_rows` does, for `choose.Levels` and with all arrays transposed, so that rows lie side by side: those from `first`
+    to `end`."""
+    columns = len(rows.free)
+    for begin in range(first, end, LANES):
+        lanes = slice(begin, min(begin + LANES, end))
+        for column in range(columns):
+            group = order.group[column]
+            scale, inverse, offset = grid.scale[group, lanes], grid.inverse[group, lanes], grid.offset[group, lanes]
+            free, passed = rows.free[column, lanes], rows.passed[column, lanes]
+            _nearest(book, grid.levels, (scale, inverse, offset), free, rows.codes[column, lanes], rows.values[column, lanes])
+            for lane in range(len(free)):
+                passed[lane] = order.passed[column, 0, 0] * (free[lane] - rows.values[column, begin + lane])
+            for later in range(column + 1, columns):
+                share, target = order.upper[column, later], rows.free[later, lanes]
+                for lane in range(len(passed)):
+                    target[lane] -= passed[lane] * share
+
+
+@compiled
+def _nearest(book: Any, levels: Floats, grid: tuple[Floats, Floats, Floats], free: Floats, codes: Codes, values: Floats) -> None:
+    """The nearest level of each row's weight in one column: its code and its value."""
+    scale, inverse, offset = grid
+    if len(book.borders) == 0:
+        for lane in range(len(free)):
+            step = np.rint((free[lane] + offset[lane]) * inverse[lane]) - book.lowest
+            # written so that what isn't a number gets a code
+            step = step if step > ZERO else ZERO
+            step = step if step < book.top else book.top
+            codes[lane] = np.uint8(step)
+            values[lane] = (step + book.lowest) * scale[lane] - offset[lane]
+        return
+    for lane in range(len(free)):
+        codes[lane], values[lane] = 0, (free[lane] + offset[lane]) * inverse[lane]
+    for border in book.borders:
+        for lane in range(len(free)):
+            codes[lane] += np.uint8(border < values[lane])
+    for lane in range(len(free)):
+        code = book.order[codes[lane]]
+        codes[lane], values[lane] = code, levels[code] * scale[lane] - offset[lane]
 
 
 @compiled
