@@ -6,10 +6,10 @@ killed goes on at the block that it was in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from anyfit.core.memory import release
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.distributed import ALONE, Group
-from anyfit.family.store import Store
+from anyfit.family.store import Store, Writing
 from anyfit.formats import formats
 from anyfit.progress import Progress, Stage
 from anyfit.quantizers.base import Encoded, Quantizer
@@ -41,8 +41,17 @@ NUMBERS_AT_ONCE = 1 << 20
 
 Matrices = list[Weight]
 _Pieces = list[tuple[Weight, slice]]
-_Task = tuple[_Pieces, Tensor, str]
-"""Rows of matrices, their numbers, and the format that they are encoded in."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Rows of a group's matrices, their numbers, what was prepared for them, and the format that they are encoded in."""
+
+    group: Matrices
+    pieces: _Pieces
+    matrix: Tensor
+    prepared: Any
+    format_: str
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,16 @@ class _Worker:
     stage: Stage
 
     def encode(self, groups: list[Matrices], moments: dict[str, Moments]) -> None:
-        """Uses up the moments. Each process encodes what reads some of the inputs, the largest shared out first."""
+        """Uses up the moments. Each process encodes what reads some of the inputs, the largest shared out first.
+
+        What reads an input is prepared while the last pieces of the one before are still being encoded.
+        """
+        results = self.workers.map(self._variant, self._tasks(groups, moments))
+        for _, own in groupby(results, key=lambda result: id(result[0].group)):
+            self._write(own)
+        release()
+
+    def _tasks(self, groups: list[Matrices], moments: dict[str, Moments]) -> Iterator[_Task]:
         readers: dict[str, list[Matrices]] = {}
         for group in groups:
             readers.setdefault(group[0].input or group[0].name, []).append(group)
@@ -193,10 +211,17 @@ class _Worker:
             statistics = seen.statistics(key) if seen else InputStatistics.unknown(own[0][0].shape[1])
             del seen
             prepared = self.encoding.quantizer.prepare(statistics)
+            del statistics
             release()
             for group in own:
-                self._encode(group, prepared)
-            release()
+                yield from self._of_group(group, prepared)
+            del prepared
+
+    def _of_group(self, group: Matrices, prepared: Any) -> Iterator[_Task]:
+        for pieces in _pieces(group):
+            # Numbers of a column lie side by side, as the quantizer takes them.
+            matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces]).T.contiguous().T
+            yield from (_Task(group, pieces, matrix, prepared, name) for name in self.encoding.choices[group[0].name])
 
     def _owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The process that takes each of these pieces of work."""
@@ -206,37 +231,32 @@ class _Worker:
             loads[owners[key]] += sizes[key]
         return owners
 
-    def _encode(self, group: Matrices, prepared: Any) -> None:
-        store, columns = self.encoding.store, group[0].shape[1]
-        names = self.encoding.choices[group[0].name]
-        row_bytes = {name: formats.get(name).row_bytes(columns) for name in names}
+    def _write(self, results: Iterator[tuple[_Task, Encoded]]) -> None:
+        """The variants of one group, whose pieces come in order."""
         with ExitStack() as stack:
-            files = {
-                w.name: stack.enter_context(store.writing(w.name, {n: (w.shape[0], size) for n, size in row_bytes.items()})) for w in group
-            }
-            encode = partial(self._variant, group, prepared)
-            for (pieces, _, name), encoded in self.workers.map(encode, self._tasks(group, names)):
-                first = 0
-                for weight, rows in pieces:
-                    files[weight.name].put(name, rows.start, encoded.rows(slice(first, first + rows.stop - rows.start)))
-                    first += rows.stop - rows.start
-        for weight in group:
-            self.stage.advance(detail=weight.name)
+            files: dict[str, Writing] = {}
+            for task, encoded in results:
+                files = files or {weight.name: stack.enter_context(self._writing(weight)) for weight in task.group}
+                first_row = 0
+                for weight, rows in task.pieces:
+                    part = slice(first_row, first_row + rows.stop - rows.start)
+                    files[weight.name].put(task.format_, rows.start, encoded.rows(part))
+                    first_row = part.stop
+        for name in files:
+            self.stage.advance(detail=name)
 
-    def _tasks(self, group: Matrices, names: Iterable[str]) -> Iterator[_Task]:
-        for pieces in _pieces(group):
-            matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces])
-            yield from ((pieces, matrix, name) for name in names)
+    def _writing(self, weight: Weight) -> AbstractContextManager[Writing]:
+        row_bytes = {name: formats.get(name).row_bytes(weight.shape[1]) for name in self.encoding.choices[weight.name]}
+        return self.encoding.store.writing(weight.name, {name: (weight.shape[0], size) for name, size in row_bytes.items()})
 
-    def _variant(self, group: Matrices, prepared: Any, task: _Task) -> tuple[_Task, Encoded]:
-        _, matrix, format_ = task
+    def _variant(self, task: _Task) -> tuple[_Task, Encoded]:
         try:
-            return task, self.encoding.quantizer.encode(matrix, prepared, formats.get(format_))
+            return task, self.encoding.quantizer.encode(task.matrix, task.prepared, formats.get(task.format_))
         except UserError as error:
-            rest = ",".join(other for other in self.encoding.choices[group[0].name] if other != format_)
-            listed = ", ".join(weight.name for weight in group)
+            rest = ",".join(other for other in self.encoding.choices[task.group[0].name] if other != task.format_)
+            listed = ", ".join(weight.name for weight in task.group)
             raise ModelError(
-                f"{listed} can't be stored as {format_}: {error.problem}", remedy=f"Leave it out: --formats {rest}."
+                f"{listed} can't be stored as {task.format_}: {error.problem}", remedy=f"Leave it out: --formats {rest}."
             ) from error
 
 

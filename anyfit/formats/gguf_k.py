@@ -120,7 +120,6 @@ class NibbleLine(TwoLevelLine):
 
 
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1))
-_FAR_AND_NEAR = (*((2 * move, 2 * other) for move, other in _AROUND), *_AROUND)
 _ALONG = tuple((sign * step, 0) for step in (4, 2, 1) for sign in (1, -1))
 
 Q6_K = TwoLevelScaled(
@@ -135,14 +134,14 @@ Q5_K = TwoLevelLine(
     32,
     Layout(SPAN, {"d": 2, "dmin": 2, "scales": 12, "qh": 32, "qs": 128}, {"qs": (4, 32), "qh": (1, 32)}),
     LineSearch.integers(5, positive=True),
-    TwoLevel(whole(0, 31), 0, 63, tuple(range(63, 55, -1)), _FAR_AND_NEAR, with_offset=True),
+    TwoLevel(whole(0, 31), 0, 63, tuple(range(63, 55, -1)), _AROUND, with_offset=True),
 )
 Q4_K = TwoLevelLine(
     "Q4_K",
     32,
     Layout(SPAN, {"d": 2, "dmin": 2, "scales": 12, "qs": 128}, {"qs": (4, 32)}),
     LineSearch.integers(4, positive=True),
-    TwoLevel(whole(0, 15), 0, 63, tuple(range(63, 55, -1)), _FAR_AND_NEAR, with_offset=True),
+    TwoLevel(whole(0, 15), 0, 63, (63, 61, 59), _AROUND, with_offset=True),
 )
 Q3_K = SixBitScaled(
     "Q3_K",
