@@ -26,6 +26,7 @@ Differences from the paper, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -60,6 +61,34 @@ class Factor:
     upper: Tensor
     damping: Tensor
     passed: Tensor
+
+    @cached_property
+    def spans(self) -> tuple[_Span, ...]:
+        """In the order of rounding."""
+        found, start = [], 0
+        while start < len(self.order):
+            first = int(self.order[start]) // SPAN * SPAN
+            end = start + min(SPAN, len(self.order) - first)
+            steps = [slice(now, min(now + _ROUNDED_TOGETHER, end)) for now in range(start, end, _ROUNDED_TOGETHER)]
+            found.append(_Span(first, slice(start, end), self.order[start:end].argsort(), tuple((now, self._of(now)) for now in steps)))
+            start = end
+        return tuple(found)
+
+    def _of(self, now: slice) -> Order:
+        vector = self.passed.shape[-1]
+        passed = self.passed[now.start // vector : now.stop // vector]
+        return Order(*_arrays(self.upper[now, now], passed, passed @ passed.mT, self.damping[now], self.order[now] % SPAN))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Columns that share scales: the `first` of them in storage order, their `place` in the order of rounding, the `storage` order among
+    them, and those that are rounded together."""
+
+    first: int
+    place: slice
+    storage: Tensor
+    steps: tuple[tuple[slice, Order], ...]
 
 
 @dataclass(frozen=True)
@@ -234,70 +263,56 @@ def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Te
 def _pass(format_: GridFormat, ordered: Tensor, factor: Factor, importance: Tensor, model: Tensor | None) -> Solution:
     """Round every column once. `ordered` (columns, rows): the weights in the factor's order. Scales are fitted to `model`, in the
     same order, or to the weights as they come."""
-    order, free, codes = factor.order, ordered.clone(), torch.empty(ordered.shape, dtype=torch.uint8)
+    free, codes = ordered.clone(), torch.empty(ordered.shape, dtype=torch.uint8)
     errors = torch.zeros(ordered.shape[1], dtype=torch.float64)
     scales: dict[int, Scales] = {}
-    start = 0
-    while start < len(order):
-        first = int(order[start]) // SPAN * SPAN
-        end = start + min(SPAN, len(order) - first)
-        storage = order[start:end].argsort()
-        fitted_to = (free if model is None else model)[start:end][storage].T.contiguous()
-        fitted = format_.fit(fitted_to, importance[first : first + end - start])
-        errors += _round_span(format_, (ordered, free, codes), factor, slice(start, end), fitted)
-        scales[first] = fitted
-        start = end
+    for span in factor.spans:
+        fitted_to = (free if model is None else model)[span.place][span.storage].T.contiguous()
+        fitted = format_.fit(fitted_to, importance[span.first : span.first + len(span.storage)])
+        _round_span(format_, (ordered, free, codes, errors), factor, span, fitted)
+        scales[span.first] = fitted
     return Solution(codes, join([scales[first] for first in sorted(scales)]), free, errors.clamp_min(0))
 
 
-def _round_span(format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], factor: Factor, span: slice, scales: Scales) -> Tensor:
-    """Round the columns of a span in turn and push their errors onto the later ones, in place; what they cost, (rows,) float64.
+def _round_span(format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor, Tensor], factor: Factor, span: _Span, scales: Scales) -> None:
+    """Round the columns of a span in turn and push their errors onto the later ones, in place.
 
-    `columns`: weights, free weights and codes, (columns, rows) each; the free weights of a column stay as they were when
-    it was rounded.
+    `columns`: weights, free weights and codes, (columns, rows) each, and what the errors cost, (rows,) float64. The free weights of a
+    column stay as they were when it was rounded.
     """
     inverse = torch.where(scales.scale == 0, 0, 1 / scales.scale)
     grid = scales.scale.T.contiguous(), inverse.T.contiguous(), scales.offset.T.contiguous()
-    ordered, free, codes = columns
-    pushed = torch.empty(span.stop - span.start, free.shape[1])
-    errors = torch.zeros(free.shape[1], dtype=torch.float64)
-    for start in range(span.start, span.stop, _ROUNDED_TOGETHER):
-        now = slice(start, min(start + _ROUNDED_TOGETHER, span.stop))
-        own = pushed[now.start - span.start : now.stop - span.start]
-        values = _round_columns(format_, (free[now], codes[now], own), factor, now, grid)
-        free[now.stop : span.stop].addmm_(factor.upper[now, now.stop : span.stop].T, own, alpha=-1)
-        # That of H + diag(damping), less that of the damping: Σ e² = d (H + diag(damping)) dᵀ for the whole row.
-        errors -= factor.damping[now] @ values.sub_(ordered[now]).square_()
-    free[span.stop :].addmm_(factor.upper[span, span.stop :].T, pushed, alpha=-1)
-    return errors.add_(pushed.square_().sum(0))
+    ordered, free, codes, errors = columns
+    start, stop = span.place.start, span.place.stop
+    pushed = torch.empty(stop - start, free.shape[1])
+    for now, order in span.steps:
+        own = pushed[now.start - start : now.stop - start]
+        _round_columns(format_, (ordered[now], free[now], codes[now], own, errors), order, grid)
+        free[now.stop : stop].addmm_(factor.upper[now, now.stop : stop].T, own, alpha=-1)
+    free[stop:].addmm_(factor.upper[span.place, stop:].T, pushed, alpha=-1)
 
 
-def _round_columns(
-    format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor], factor: Factor, now: slice, grid: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    """Round a few columns in turn, their errors made good among them: into `columns`, which are free weights, codes, and what is to be
-    pushed onto later ones. Returns the rounded values, (now, rows), as all are. `grid`: scales, inverses, offsets (groups, rows)."""
-    steps = slice(now.start // format_.vector, now.stop // format_.vector)
-    passed = factor.passed[steps]
-    order = Order(*_arrays(factor.upper[now, now], passed, passed @ passed.mT, factor.order[now] % SPAN // format_.group))
-    levels, values = format_.levels.numpy(), torch.empty_like(columns[0])
-    whole = *columns, values
+def _round_columns(format_: GridFormat, columns: tuple[Tensor, ...], order: Order, grid: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Round a few columns in turn, their errors made good among them. `columns`: see `gptq_span.Rows`, transposed; `grid`: scales, inverses
+    and offsets (groups, rows).
+
+    An error costs e (H + diag(damping)) eᵀ, which is the sum of squares of what is passed on; the damping's part is taken off.
+    """
+    levels = format_.levels.numpy()
     if isinstance(format_.book, Levels):
-        free, codes, pushed, found = _arrays(*whole)
-        scales, rows = Grid(levels, *_arrays(*grid)), Rows(free, codes, found, pushed)
-        each(lambda part: round_lanes(format_.book, order, scales, rows, part.start, part.stop), len(values[0]), LANES)
-        return values
-    own = [part.T.contiguous() for part in whole]
+        scales, rows = Grid(levels, format_.group, *_arrays(*grid)), Rows(*_arrays(*columns))
+        each(lambda part: round_lanes(format_.book, order, scales, rows, part.start, part.stop), columns[0].shape[1], LANES)
+        return
+    own = [part.T.contiguous() for part in columns[:-1]]
     by_row = _arrays(*(part.T for part in grid))
 
     def some(rows: slice) -> None:
-        free, codes, pushed, found = (part[rows].numpy() for part in own)
-        round_rows(format_.book, order, Grid(levels, *(part[rows] for part in by_row)), Rows(free, codes, found, pushed))
+        parts = (part[rows].numpy() for part in (*own, columns[-1]))
+        round_rows(format_.book, order, Grid(levels, format_.group, *(part[rows] for part in by_row)), Rows(*parts))
 
     each(some, len(own[0]), VECTOR_ROWS)
-    for part, rounded in zip(whole, own, strict=True):
+    for part, rounded in zip(columns[1:], own[1:], strict=False):
         part.copy_(rounded.T)
-    return values
 
 
 def _arrays(*tensors: Tensor) -> tuple[NDArray[Any], ...]:

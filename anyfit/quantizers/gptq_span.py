@@ -22,35 +22,42 @@ VECTOR_ROWS = 128
 
 
 class Order(NamedTuple):
-    """What all rows of a span share, its columns in the order of rounding.
+    """What all rows share of some columns of a span, in the order of rounding.
 
     `upper` (columns, columns): the factor's. `passed` (vectors, vector, vector): e @ passed is what is passed on of an
-    error e. `metric` (vectors, vector, vector): e @ metric @ e is what it costs. `group` (columns,): of each column.
+    error e. `metric` (vectors, vector, vector): e @ metric @ e is what it costs. `damping` (columns,): what of that is not the
+    moments' own. `place` (columns,): within the span.
     """
 
     upper: Floats
     passed: Floats
     metric: Floats
-    group: NDArray[np.int64]
+    damping: Floats
+    place: NDArray[np.int64]
 
 
 class Grid(NamedTuple):
-    """The format's `levels` (K,), and for each row and group: `scale`, its `inverse` (0 for 0), and `offset`."""
+    """The format's `levels` (K,), the columns of a `group`, and for each row and group: `scale`, its `inverse` (0 for 0), and `offset`."""
 
     levels: Floats
+    group: int
     scale: Floats
     inverse: Floats
     offset: Floats
 
 
 class Rows(NamedTuple):
-    """(rows, columns) each, in the order of rounding. `free`: the weights, changed to what was really rounded."""
+    """(rows, columns) each, in the order of rounding, and `errors` (rows,) float64, to which theirs are added.
 
+    `weights` are those of the matrix; `free`: the weights as corrected, changed to what was really rounded.
+    """
+
+    weights: Floats
     free: Floats
     codes: Codes
-    values: Floats
     passed: Floats
-    """The errors to push onto the columns of later spans, through the factor."""
+    """The errors to push onto later columns, through the factor."""
+    errors: NDArray[np.float64]
 
 
 @compiled
@@ -62,7 +69,7 @@ def round_rows(book: Any, order: Order, grid: Grid, rows: Rows) -> None:
     own = memory(book)
     target, codes, error = np.empty(vector, np.float32), np.empty(vector, np.uint8), np.empty(vector, np.float32)
     for first in range(0, columns, vector):
-        metric, passed, group = order.metric[first // vector], order.passed[first // vector], order.group[first]
+        metric, passed, group = order.metric[first // vector], order.passed[first // vector], order.place[first] // grid.group
         prepare(book, metric, own)
         for row in range(num_rows):
             scale, inverse, offset = grid.scale[row, group], grid.inverse[row, group], grid.offset[row, group]
@@ -71,13 +78,16 @@ def round_rows(book: Any, order: Order, grid: Grid, rows: Rows) -> None:
             choose(book, metric, own, target, codes)
             for i in range(vector):
                 value = levels[codes[i]] * scale - offset
-                rows.codes[row, first + i], rows.values[row, first + i] = codes[i], value
+                rows.codes[row, first + i] = codes[i]
                 error[i] = free[row, first + i] - value
+                away = value - rows.weights[row, first + i]
+                rows.errors[row] -= order.damping[first + i] * away * away
             for i in range(vector):
-                pushed = np.float32(0)
+                pushed = ZERO
                 for j in range(vector):
                     pushed += passed[j, i] * error[j]
                 rows.passed[row, first + i] = pushed
+                rows.errors[row] += pushed * pushed
                 _push(pushed, order.upper, first + i, free, row, first + vector)
 
 
@@ -86,15 +96,20 @@ def round_lanes(book: Any, order: Order, grid: Grid, rows: Rows, first: int, end
     """What `round_rows` does, for `choose.Levels` and with all arrays transposed, so that rows lie side by side: those from `first`
     to `end`."""
     columns = len(rows.free)
+    value = np.empty(LANES, np.float32)
     for begin in range(first, end, LANES):
         lanes = slice(begin, min(begin + LANES, end))
+        errors = rows.errors[lanes]
         for column in range(columns):
-            group = order.group[column]
+            group = order.place[column] // grid.group
             scale, inverse, offset = grid.scale[group, lanes], grid.inverse[group, lanes], grid.offset[group, lanes]
-            free, passed = rows.free[column, lanes], rows.passed[column, lanes]
-            _nearest(book, grid.levels, (scale, inverse, offset), free, rows.codes[column, lanes], rows.values[column, lanes])
+            free, passed, weights = rows.free[column, lanes], rows.passed[column, lanes], rows.weights[column, lanes]
+            _nearest(book, grid.levels, (scale, inverse, offset), free, rows.codes[column, lanes], value)
+            share, damping = order.passed[column, 0, 0], order.damping[column]
             for lane in range(len(free)):
-                passed[lane] = order.passed[column, 0, 0] * (free[lane] - rows.values[column, begin + lane])
+                pushed, away = share * (free[lane] - value[lane]), value[lane] - weights[lane]
+                passed[lane] = pushed
+                errors[lane] += pushed * pushed - damping * away * away
             for later in range(column + 1, columns):
                 share, target = order.upper[column, later], rows.free[later, lanes]
                 for lane in range(len(passed)):
