@@ -65,10 +65,21 @@ def fitted(shape: Shape, formats: tuple[str, ...] = FEW, segments: int = SEGMENT
     if kept.is_file() and not again:
         return Watched(**json.loads(kept.read_text()))
     try:
-        found = fit(model(shape), output, few=True, data=str(text()), formats=formats, length=LENGTH, segments=segments, effort="low")
+        found = fit(
+            model(shape),
+            output,
+            few=True,
+            plan=not again,
+            data=str(text()),
+            formats=formats,
+            length=LENGTH,
+            segments=segments,
+            effort="low",
+        )
     finally:
         shutil.rmtree(output, ignore_errors=True)
-    kept.write_text(json.dumps(asdict(found)))
+    if not again:
+        kept.write_text(json.dumps(asdict(found)))
     return found
 
 

@@ -36,12 +36,16 @@ FEW_FINALISTS, FEW_HELD_OUT = 2, 8
 """What is measured in the end, and on how many segments each, where that isn't what the benchmark is about."""
 
 
-def fit(model: Path | None, output: Path, *, few: bool = False, **wishes: Any) -> Watched:
-    """Plan, then fit anew, in other processes. `few`: measure little in the end."""
+def fit(model: Path | None, output: Path, *, few: bool = False, plan: bool = True, **wishes: Any) -> Watched:
+    """Plan if asked to, then fit anew, in other processes. `few`: measure little in the end."""
     command = [sys.executable, __file__, "--output", str(output), "--wishes", json.dumps(wishes), *(["--few"] if few else [])]
     command += ["--model", str(model)] if model else []
-    planned, taken = (subprocess.run([*command, *more], check=True, stdout=subprocess.PIPE, text=True) for more in (["--plan"], []))
-    return Watched(**json.loads(taken.stdout.splitlines()[-1]) | {"planned": json.loads(planned.stdout.splitlines()[-1])})
+
+    def run(*more: str) -> Any:
+        return json.loads(subprocess.run([*command, *more], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+    planned = run("--plan") if plan else {}
+    return Watched(**run() | {"planned": planned})
 
 
 class _Stages:

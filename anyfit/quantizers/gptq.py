@@ -163,7 +163,7 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, Tensor, tupl
     """Upper U, float32, with (H + diag(damping))⁻¹ = Uᵀ U for the columns in `order`, the damping (columns,), and a note where it
     took more than usual. Where a column's inputs were always zero, it is one more.
 
-    With the columns reversed H = L Lᵀ, and U is L⁻¹ with rows and columns reversed. Computed in float64; beside `hessian`
+    With the columns reversed H = L Lᵀ, and U is L⁻¹ with rows and columns reversed. L is computed in float64; beside `hessian`
     (columns, columns) and the result only one such square of float64 is held.
     """
     diagonal, backwards = hessian.diagonal()[order], order.flip(0)
@@ -182,14 +182,11 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, Tensor, tupl
             break
         damping *= 2
         assert damping < 1e6, "no damping makes the second moments positive definite: they are not finite"
-    invert_lower(lower)
+    lower = lower.float()
+    invert_lower(lower)  # a triangle's condition is the root of its square's: float32 is enough from here
     notes = (f"damping raised to {damping:.0%} of the mean diagonal",) if damping > DAMPING else ()
     added = damping * mean + (diagonal == 0).double()
-    upper, reversed_ = torch.empty_like(hessian), torch.arange(len(hessian)).flip(0)
-    for start in some:
-        rows = slice(start, start + _COLUMNS_AT_ONCE)
-        upper[rows] = lower[reversed_[rows]].flip(1)
-    return upper, added.float(), notes
+    return lower.flip(0, 1), added.float(), notes
 
 
 def factor_lower(matrix: Tensor) -> bool:
