@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -27,11 +26,13 @@ class Extracted:
     """Nothing is in memory but what was asked for last. `folder` takes hidden states."""
 
     def __init__(self, source: Source, config: Config, decoded: Decoded, folder: Path) -> None:
-        self.source, self._folder = source, folder
+        self.source = source
         self.skeleton = source.skeleton()
-        self._architecture = architecture_of(self.skeleton)
-        self.weights = {weight.name: weight for weight in self._architecture.weights(self.skeleton)}
+        architecture = architecture_of(self.skeleton)
+        self.weights = {weight.name: weight for weight in architecture.weights(self.skeleton)}
         self._numbers = Chosen(Original(source), decoded, config.formats)
+        # Now: while a network's frame is made, no other thread may make one.
+        self._stream = Stream(source, architecture, folder, self._numbers)
 
     def weight(self, name: str) -> Weight | None:
         """The decided matrix that a parameter is, by any of its names."""
@@ -56,10 +57,6 @@ class Extracted:
     def logits(self, tokens: Tensor) -> Predictions:
         """Of tokens (segments, length)."""
         return self._stream.predictions(tokens, self._numbers)
-
-    @cached_property
-    def _stream(self) -> Stream:
-        return Stream(self.source, self._architecture, self._folder, self._numbers)
 
     def too_large(self) -> str | None:
         """Why a reader that loads the whole network can't be asked; None where there is room."""

@@ -120,14 +120,14 @@ class NibbleLine(TwoLevelLine):
 
 
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1))
-_ALONG = tuple((sign * step, 0) for step in (4, 2, 1) for sign in (1, -1))
+_ALONG = ((1, 0), (-1, 0))
 
 Q6_K = TwoLevelScaled(
     "Q6_K",
     counting(-32, 31),
     Layout(SPAN, {"ql": 128, "qh": 64, "scales": 16, "d": 2}, {"ql": (4, 64), "qh": (2, 32)}),
     ScaleSearch.integers(6),
-    TwoLevel(whole(-32, 31), -128, 127, (-128, -125, 127, 124), _ALONG, with_offset=False),
+    TwoLevel(whole(-32, 31), -128, 127, (-128, 127), _ALONG, with_offset=False),
 )
 Q5_K = TwoLevelLine(
     "Q5_K",
@@ -148,7 +148,7 @@ Q3_K = SixBitScaled(
     counting(-4, 3),
     Layout(SPAN, {"hmask": 32, "qs": 64, "scales": 12, "d": 2}, {"qs": (2, 32), "hmask": (1, 32)}),
     ScaleSearch.integers(3),
-    TwoLevel(whole(-4, 3), -32, 31, (-32, -30, -28, 31, 29), _ALONG, with_offset=False),
+    TwoLevel(whole(-4, 3), -32, 31, (-32, -28, 29), _ALONG, with_offset=False),
 )
 Q2_K = NibbleLine(
     "Q2_K",
