@@ -189,7 +189,8 @@ class _Worker:
     def encode(self, groups: list[Matrices], moments: dict[str, Moments]) -> None:
         """Uses up the moments. Each process encodes what reads some of the inputs, the largest shared out first.
 
-        What reads an input is prepared while the last pieces of the one before are still being encoded.
+        What reads an input is prepared while the last pieces of the one before are still being encoded; the widest first, as
+        preparing it takes the most memory.
         """
         results = self.workers.map(self._variant, self._tasks(groups, moments))
         for _, own in groupby(results, key=lambda result: id(result[0].group)):
@@ -201,8 +202,8 @@ class _Worker:
         for group in groups:
             readers.setdefault(group[0].input or group[0].name, []).append(group)
         owners = self._owners({key: sum(w.num_weights for group in own for w in group) for key, own in readers.items()})
-        for key, own in readers.items():
-            seen = moments.pop(key, None)
+        for key in sorted(readers, key=lambda key: -readers[key][0][0].shape[1]):
+            seen, own = moments.pop(key, None), readers[key]
             if seen:
                 seen.add_up(self.encoding.group, owners[key])
             if owners[key] != self.encoding.group.rank:

@@ -33,7 +33,7 @@ from anyfit.quantizers import quantizers
 from anyfit.quantizers.worker import Workers
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, Stream, batches
-from anyfit.tasks.language import Reference, measure
+from anyfit.tasks.language import Reference, kept_bytes, measure
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
@@ -71,9 +71,8 @@ def needs(run: Fit) -> Needs:
     """Known by doing each kind of work once, on the largest block and on as much text as is read together."""
     with tempfile.TemporaryDirectory() as folder:
         rehearsal = _Rehearsal(run, Path(folder))
-        peak = Peak()
         seconds = rehearsal.seconds()
-        memory = peak.bytes_
+        memory = rehearsal.memory
     if run.effort.refines or run.segments.num_pending:
         memory = max(memory, _in_memory(run))
     return Needs(memory, disk(run), seconds)
@@ -125,7 +124,7 @@ def disk(run: Fit) -> int:
 
 
 class _Rehearsal:
-    """Every stage of a fit on a little of everything, timed."""
+    """Every stage of a fit on a little of everything, timed. `memory`: bytes that the process held at most."""
 
     def __init__(self, run: Fit, folder: Path) -> None:
         self.run = run
@@ -134,10 +133,11 @@ class _Rehearsal:
         length = run.settings.length
         segments = max(1, TOKENS_AT_ONCE // length)
         generator = torch.Generator().manual_seed(0)
+        self.memory = 0
         self.tokens = torch.randint(run.checkpoint.config.vocab_size, (segments, length), generator=generator)
 
     def seconds(self) -> float:
-        run, stream = self.run, self.stream
+        run, stream, peak = self.run, self.stream, Peak()
         tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
         sizes = Counter(w.block for w in run.weights for _ in range(w.num_weights // 1024) if w.block is not None)
         block = max(sizes, key=lambda index: sizes[index])
@@ -148,8 +148,11 @@ class _Rehearsal:
             _, calibrating = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         _, forward = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         encoding = self._encoding(weights, moments)
+        self.memory, peak = peak.bytes_, Peak()
         gradients = _timed(lambda: self._backward(block, states, into))[1]
         head = self._head(into)
+        kept = sum(kept_bytes(tokens[name], run.checkpoint.config.vocab_size) for name in ("search", "report"))
+        self.memory = max(self.memory, peak.bytes_ + kept)
         each = self.tokens.numel()
         num_configs = NUM_FINALISTS + 2 * len(run.space.formats())
         reading = embedding + head + stream.num_blocks * forward
@@ -190,8 +193,8 @@ class _Rehearsal:
         with Workers() as workers:
             for weight in tables.values():
                 rehearse(weight, InputStatistics.unknown(weight.shape[1]))
-            # The widest last: what it holds is then held beside nothing else, as in the run itself.
-            for weight in sorted(by_input.values(), key=lambda w: w.shape[1]):
+            # The widest first, beside the moments of the others, as in the run itself.
+            for weight in sorted(by_input.values(), key=lambda w: -w.shape[1]):
                 statistics = moments.pop(str(weight.input)).statistics(weight.name)
                 if weight.shape[1] not in preparing:
                     preparing[weight.shape[1]] = rehearse(weight, statistics)
