@@ -75,7 +75,7 @@ def fit(
     `output` is only replaced with `force`. Raises `UserError`s, before any long work.
     """
     progress, limit = progress or Silent(), _memory_limit(memory)
-    name = "default" if model is None else Path(model).name
+    name = "default" if model is None else Path(model).resolve().name
     output = Path(output) if output is not None else Path(f"{name}.family")
     refuse_existing(output, force=force, ours=is_family, inputs=_inputs(model, wishes.get("data")))
     run = prepare(model, progress=progress, **wishes)
@@ -142,7 +142,7 @@ def prepare(
     reason = runtime.supports(run.source)
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
-    most = num_batches(settings.num_calibration, length)
+    most = num_batches(run.segments.num_tokens("calibration") // length, length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
     if not any(weight.block is not None for weight in run.weights):

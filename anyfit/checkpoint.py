@@ -64,7 +64,11 @@ class Source:
     trust_remote_code: bool = False
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The original's tokenizer. Raises `ModelError` where it is missing or has more tokens than the model."""
+        """The original's tokenizer, read once. Raises `ModelError` where it is missing or has more tokens than the model."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         return network.read_tokenizer(self.folder, self.config, trust_remote_code=self.trust_remote_code)
 
     def skeleton(self) -> PreTrainedModel:

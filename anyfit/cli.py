@@ -297,6 +297,8 @@ def export(
 
     opened = Family.open(family)
     suffix, path = all_targets.get(opened.target).suffix, output.expanduser()
+    if not path.name:
+        raise UserError(f"{output} is a folder and no name for a model.", remedy=f"Name a file in it: -o {output}/model{suffix}.")
     if not path.name.lower().endswith(suffix.lower()):
         path = path.with_name(path.name + suffix)
     made = opened.export(budget, path, force=force, check=not no_check, progress=to_stderr())

@@ -7,7 +7,7 @@ killed goes on at the block that it was in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyfit.calibration.collect import Moments, observed
+from anyfit.calibration.collect import Moments, bfloat16_products, observed
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Source
 from anyfit.core.errors import ModelError, UserError
@@ -166,9 +166,11 @@ class Encoding:
         worker.encode(groups, moments)
         self.group.wait()
 
-    def _observed(self, groups: list[Matrices]) -> AbstractContextManager[dict[str, Moments]]:
+    @contextmanager
+    def _observed(self, groups: list[Matrices]) -> Iterator[dict[str, Moments]]:
         weights = [weight for group in groups for weight in group]
-        return observed(self.stream.model, self.stream.architecture, weights, self.group)
+        with observed(self.stream.model, self.stream.architecture, weights, self.group) as moments, bfloat16_products():
+            yield moments
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{index}.states"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anyfit.calibration import generated
-from anyfit.calibration.collect import Moments, observed
+from anyfit.calibration.collect import Moments, bfloat16_products, observed
 from anyfit.calibration.data import PURPOSES
 from anyfit.calibration.saturation import Saturation, saturate
 from anyfit.calibration.statistics import InputStatistics
@@ -87,9 +87,10 @@ def require_memory(run: Fit, limit: int) -> None:
         return
     whole = " --effort normal doesn't hold the whole network in memory." if run.effort.refines else ""
     whole += " With text of yours (--data) the model needn't write any, which takes it whole." if run.segments.num_pending else ""
+    each = "" if run.group.alone else f" in each of {run.group.size} processes"
     raise UserError(
-        f"Fitting {run.checkpoint.name} takes {describe(BYTES, needed)} of memory, and {describe(BYTES, limit)} may be used.",
-        remedy=f"Say --memory {math.ceil(needed / 10**7) / 100:.2f}GB where there is as much.{whole}",
+        f"Fitting {run.checkpoint.name} takes {describe(BYTES, needed)} of memory{each}, and {describe(BYTES, limit)} may be used.",
+        remedy=f"Say --memory {math.ceil(needed * run.group.size / 10**7) / 100:.2f}GB where there is as much.{whole}",
     )
 
 
@@ -139,12 +140,15 @@ class _Rehearsal:
     def seconds(self) -> float:
         run, stream, peak = self.run, self.stream, Peak()
         tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
-        sizes = Counter(w.block for w in run.weights for _ in range(w.num_weights // 1024) if w.block is not None)
+        sizes = Counter[int]()
+        for weight in run.weights:
+            if weight.block is not None:
+                sizes[weight.block] += weight.num_weights
         block = max(sizes, key=lambda index: sizes[index])
         states, embedding = _timed(lambda: stream.embedded(self.tokens, stream.original))
         weights = [weight for weight in run.weights if weight.block == block]
         into = stream.states(states.length, states.width)
-        with observed(stream.model, run.architecture, weights) as moments:
+        with observed(stream.model, run.architecture, weights) as moments, bfloat16_products():
             _, calibrating = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         _, forward = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         encoding = self._encoding(weights, moments)

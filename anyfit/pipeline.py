@@ -259,6 +259,8 @@ class Fit:
         from anyfit.family.family import Family, with_points
         from anyfit.report.page import write as write_page
 
+        for leftover in list(journal.folder.rglob("*.partial")):  # of a process that was killed; nobody else writes here
+            remove(leftover)
         parts = [journal.folder / part for part in (VARIANTS, SOURCE, REFINED)]
         files = sorted(path for part in parts if part.is_dir() for path in part.iterdir())
         files += [journal.folder / name for name in (PASSTHROUGH, TEXT)]

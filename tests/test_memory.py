@@ -49,6 +49,12 @@ def test_a_limit_that_is_too_low_is_refused_before_anything_is_written(folder: P
     anyfit.fit(folder / "model", output=tmp_path / "made.family", memory=f"{needs.memory * 2} B", **wishes)
 
 
+def test_networks_of_very_small_matrices_are_planned(folder: Path, tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
+    plan = anyfit.plan(small, data=folder / "notes.txt", formats=("F16",), length=32, segments=4)
+    assert plan.memory_bytes > 0 and plan.seconds > 0
+
+
 def test_a_limit_is_bytes() -> None:
     with pytest.raises(UserError, match="not in bytes"):
         anyfit.fit(memory="3 bits")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyfit import api
 from anyfit.architectures import architecture_of
-from anyfit.calibration.collect import collect, collect_growing, observed
+from anyfit.calibration.collect import bfloat16_products, collect, collect_growing
 from anyfit.calibration.data import Segments
 from anyfit.calibration.saturation import Row, Saturation, saturate
 from anyfit.calibration.statistics import InputStatistics
@@ -56,7 +56,7 @@ def test_moments_are_those_of_the_inputs(tokens: Tensor) -> None:
     assert (found.hessian - hessian).norm() < 0.01 * hessian.norm()
     assert torch.allclose(found.hessian.diagonal().double(), hessian.diagonal(), rtol=0.01)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    with pytest.raises(ZeroDivisionError), observed(model, architecture, weights):
+    with pytest.raises(ZeroDivisionError), bfloat16_products():
         raise ZeroDivisionError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 

@@ -15,7 +15,7 @@ from anyfit.progress import Silent
 from anyfit.scores import sensitivities
 from anyfit.scores.base import probe
 from anyfit.scores.fisher import Fisher
-from anyfit.scores.kl import MeasuredKL, num_probes
+from anyfit.scores.kl import MeasuredKL, _interpolated, num_probes
 from anyfit.scores.table import Table
 from anyfit.tasks.language import Reference, kl
 from anyfit.testing.models import save_tiny, tiny_text
@@ -82,6 +82,15 @@ def test_only_some_blocks_are_probed(deep: Encoded) -> None:
     }
     assert apart["some"] < 0.7 * apart["fisher"]
     assert num_probes(fit.space.decisions) == sum(1 for block in blocks.values() if block in (None, 0, 3, 5, 8))
+
+
+def test_units_whose_gradient_is_not_seen_have_what_their_neighbours_have(deep: Encoded) -> None:
+    """A network may use a matrix without calling its module."""
+    decisions = [d for d in deep[0].space.decisions if d.unit.weights[0].role == "down"]
+    names = [d.unit.name for d in decisions]
+    measured = {names[0]: 0.4, names[4]: 0.2, names[8]: 0.1}
+    found = _interpolated(decisions, measured, dict.fromkeys(names, 0.0))
+    assert found[names[2]] == pytest.approx(0.3) and found[names[6]] == pytest.approx(0.15)
 
 
 def test_probe_is_the_median_choice_that_changes_anything() -> None:

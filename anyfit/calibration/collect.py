@@ -99,7 +99,8 @@ def collect_growing(
     with observed(model, architecture, weights) as moments, progress.stage("calibrate", sizes[-1]) as stage:
         for start, stop in pairwise([0, *sizes]):
             for batch in tokens[start:stop].split(batch_size):
-                model(input_ids=batch, use_cache=False)
+                with bfloat16_products():
+                    model(input_ids=batch, use_cache=False)
                 stage.advance(len(batch))
             yield {name: entry.statistics(name) for name, entry in moments.items()}
 
@@ -111,7 +112,6 @@ def observed(
     """The moments of everything that these matrices multiply while the block lasts, by input name; each is observed once.
 
     Those of this process's text; all processes of the `group` must run the same modules, each on some text.
-    Meanwhile matrices are multiplied at the hardware's speed.
     """
     moments: dict[str, Moments] = {}
     handles = []
@@ -122,16 +122,16 @@ def observed(
         module = model.get_submodule(architecture.hook_path(weight))
         handles.append(module.register_forward_pre_hook(_observer(moments[weight.input])))
     try:
-        with _bfloat16_products():
-            yield moments
+        yield moments
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """On CPUs that multiply bfloat16 numbers, factors of float32 products are rounded to them; sums stay float32.
+def bfloat16_products() -> Iterator[None]:
+    """For passes over calibration text: on CPUs that multiply bfloat16 numbers, factors of float32 products are rounded to them; sums
+    stay float32.
 
     Twice to three times as fast. A moment's error is a thousandth of it, far below that of a sample of text.
     """

@@ -36,6 +36,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.number = min(MOST_WORKERS, config.NUMBA_NUM_THREADS)
+        self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.number, initializer=_begin)
 
     def map(self, work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
@@ -53,6 +54,7 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # the workers' own number is also that of threads begun later
 
 
 def _begin() -> None:

@@ -84,15 +84,18 @@ def _interpolated(decisions: Iterable[Decision], measured: Mapping[str, float], 
     """The information of every unit, in the measure of what was measured near it."""
     found = {}
     for own in _by_role(decisions).values():
-        ratios = {}
+        ratios, means = {}, {}
         for block in sorted({block for name, block in own if name in measured}):
             names = [name for name, place in own if place == block and name in measured]
             sums = [sum(values[name] for name in names) for values in (measured, information)]
+            means[block] = sums[0] / len(names)
             if min(sums) > 0:
                 ratios[block] = math.log(sums[0] / sums[1])
         for name, block in own:
-            ratio = math.exp(np.interp(block, list(ratios), list(ratios.values()))) if ratios else 1.0
-            found[name] = information[name] * ratio
+            if information[name] > 0:
+                found[name] = information[name] * (math.exp(np.interp(block, list(ratios), list(ratios.values()))) if ratios else 1.0)
+            else:  # a network may use a matrix without calling its module, and then no gradient is seen
+                found[name] = float(np.interp(block, list(means), list(means.values())))
     return found
 
 

@@ -47,6 +47,7 @@ def checks(path: Path, source: Source, config: Config, model: Extracted, tokens:
     """Audit, the gguf package, transformers, llama.cpp. After a failed audit nothing else is worth telling."""
     matrices = gguf_layout.matrices(source, {name: model.weights[name].shape for name in config.formats}, config)
     tensors = cache(lambda: gguf.GGUFReader(path).tensors)
+    source.tokenizer()  # now: reading one changes settings of transformers for a moment, which two threads mustn't do at once
     with ThreadPoolExecutor(1) as pool:
         # llama.cpp runs in a process of its own meanwhile.
         runtime = pool.submit(_llamacpp, path, source, config, model, tokens)
