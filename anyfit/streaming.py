@@ -30,7 +30,7 @@ from anyfit.core.units import Weight
 TOKENS_AT_ONCE = 1024
 """Of whole segments, at least one. Fixed, so that results don't depend on the memory at hand."""
 ROWS_AT_ONCE = 4096
-"""Of the head, multiplied together."""
+"""Of the embedding or the head, read together."""
 RELEASED = 1 << 22
 """Numbers: a block of more gives its memory back to the system, which takes some milliseconds."""
 POSITIONS_AT_ONCE = 256
@@ -364,18 +364,19 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, num_rows: int, read: Callable[[slice], Tensor]) -> Tensor:
         ctx.num_rows, ctx.read = num_rows, read
         found = hidden.new_empty(*hidden.shape[:-1], num_rows)
-        for rows in _some_rows(num_rows):
+        for rows in some_rows(num_rows):
             found[..., rows] = nn.functional.linear(hidden, read(rows))
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        parts = (gradient[..., rows] @ ctx.read(rows) for rows in _some_rows(ctx.num_rows))
+        parts = (gradient[..., rows] @ ctx.read(rows) for rows in some_rows(ctx.num_rows))
         return reduce(torch.add, parts), None, None
 
 
-def _some_rows(number: int) -> list[slice]:
+def some_rows(number: int) -> list[slice]:
+    """Of the embedding or the head, those that are read together."""
     return [slice(start, min(start + ROWS_AT_ONCE, number)) for start in range(0, number, ROWS_AT_ONCE)]
 
 

@@ -39,6 +39,16 @@ def test_free_memory_is_less_than_all() -> None:
     assert free is None or 0 < free < 1e15
 
 
+def test_in_a_container_its_limit_counts_and_files_that_were_read_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("50000000\n")
+    (tmp_path / "memory.current").write_text("40000000\n")
+    (tmp_path / "memory.stat").write_text("anon 10000000\nactive_file 20000000\ninactive_file 9000000\n")
+    assert memory.free() == 39_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (memory.free() or 10**9) > 39_000_000
+
+
 def test_a_limit_that_is_too_low_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     wishes = {"data": folder / "notes.txt", "formats": ("Q8_0", "Q4_K"), "length": 32, "segments": 8}
     with pytest.raises(UserError, match=r"takes .* of memory, and 50\.00 MB may be used\. Say --memory \d"):

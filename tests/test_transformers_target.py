@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from anyfit import streaming
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint, Source
 from anyfit.core.config import Config
@@ -23,7 +24,6 @@ from anyfit.core.errors import UnknownNameError
 from anyfit.core.files import sha256
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
-from anyfit.elastic import extracted
 from anyfit.elastic.extracted import Extracted
 from anyfit.family.store import Decoder
 from anyfit.formats import formats
@@ -128,7 +128,7 @@ def test_every_config_takes_exactly_the_bytes_that_were_predicted(network, kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_files_are_compared_with_is_the_extracted_model(network, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(extracted, "ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 100)
     net = network(kind)
     config = net.config(seed=7)
     model, found = net.source.build(net.decoded(config)), net.extracted(config, tmp_path)

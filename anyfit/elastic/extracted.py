@@ -15,9 +15,8 @@ from anyfit.core.config import Config
 from anyfit.core.units import Weight
 from anyfit.elastic.model import Decoded
 from anyfit.elastic.stream import Chosen
-from anyfit.streaming import Original, Predictions, Stream
+from anyfit.streaming import Original, Predictions, Stream, some_rows
 
-ROWS_AT_ONCE = 4096
 SPACE = 2.5
 """Times the network's size in float32, that loading it may take."""
 
@@ -50,9 +49,7 @@ class Extracted:
             values = self.parameter(name)
             yield slice(0, len(values)), values
             return
-        for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, min(start + ROWS_AT_ONCE, weight.shape[0]))
-            yield rows, self._numbers.rows(weight, rows)
+        yield from ((rows, self._numbers.rows(weight, rows)) for rows in some_rows(weight.shape[0]))
 
     def logits(self, tokens: Tensor) -> Predictions:
         """Of tokens (segments, length)."""
@@ -60,7 +57,8 @@ class Extracted:
 
     def too_large(self) -> str | None:
         """Why a reader that loads the whole network can't be asked; None where there is room."""
-        needed, free = 4 * sum(parameter.numel() for parameter in self.skeleton.parameters()), memory.free()
-        if free is None or SPACE * needed < free:
+        size, free = 4 * sum(parameter.numel() for parameter in self.skeleton.parameters()), memory.free()
+        if free is None or SPACE * size < free:
             return None
-        return f"it would hold the whole network in memory, {describe(BYTES, needed)} or more, and {describe(BYTES, free)} are free"
+        needed, there = describe(BYTES, SPACE * size), describe(BYTES, free)
+        return f"it would hold the whole network in memory, which takes up to {needed}, and {there} are free"

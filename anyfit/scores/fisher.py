@@ -42,10 +42,11 @@ def information(elastic: ElasticStream, products: Sequence[Decision], tokens: Te
     group = elastic.group
     with _squares(elastic.stream, products) as squares, progress.stage("backward pass", elastic.stream.num_blocks + 1) as stage:
         _backward(elastic.stream, tokens, group.share(batches(tokens)), stage)
-    squares = [row for part in group.gathered(squares) for row in part]
+    found: dict[str, list[float]] = {decision.unit.name: [] for decision in products}
+    for name, square in (row for part in group.gathered(squares) for row in part):
+        found[name].append(square)
     # Exact sums are the same in any order.
-    totals = {d.unit.name: math.fsum(square for name, square in squares if name == d.unit.name) for d in products}
-    return {name: 0.5 * total / tokens[:, 1:].numel() for name, total in totals.items()}
+    return {name: 0.5 * math.fsum(own) / tokens[:, 1:].numel() for name, own in found.items()}
 
 
 def _disturbed(elastic: ElasticStream, decision: Decision, tokens: Tensor, errors: Errors) -> float:

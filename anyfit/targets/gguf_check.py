@@ -126,9 +126,12 @@ def _dequantized(tensor: ReaderTensor, rows: slice = slice(None)) -> Tensor:
 def _oriented(source: Source, model: Extracted, name: str) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a matrix as (outputs, inputs), in the file's order."""
     order = gguf_layout.row_order(source, name)
-    for rows, values in model.rows(name):
+    if order is not None or model.weights[name].transposed:
+        values = model.parameter(name)
         values = values.T if model.weights[name].transposed else values
-        yield slice(0, len(values)) if rows.start == 0 else rows, values if order is None else values[order]
+        yield slice(None), values if order is None else values[order]
+    else:
+        yield from model.rows(name)
 
 
 def _require_equal(name: str, value: Tensor, expected: Tensor) -> None:
