@@ -124,9 +124,10 @@ def test_the_lines_that_are_lowest_somewhere_are_found(name: str) -> None:
     work, lines = gguf_iq_fit.new_work(len(along)), np.empty((3, len(parts.squares), gguf_iq_fit.LINES))
     for part in range(8):
         add_lines(parts.entries[part], rng.random(8, np.float32), 0, along)
-        gguf_iq_fit._envelope(along, parts.squares, part, float(10.0 ** rng.uniform(-5, 1)), lines, work)
+        likely = float(10.0 ** rng.uniform(-5, 1))
+        gguf_iq_fit._envelope(along, parts.squares, part, likely, lines, work)
         last = lines[2, part].tolist().index(np.inf)
-        for inverse in np.geomspace(1e-2, 1e4, 200):
+        for inverse in np.geomspace(1e-2, 1 / (likely * gguf_iq_fit.SCALES[-1]), 200):
             line = int((lines[2, part, :last] < inverse).sum())
             found = lines[1, part, line] - 2 * inverse * lines[0, part, line]
             least = (parts.squares[part] - 2 * inverse * along.astype(np.float64)).min()

@@ -23,14 +23,15 @@ Doubles = NDArray[np.float64]
 LINES = 48
 """At most so many entries of an envelope are kept."""
 NUMBERS = 16
-SCALES = (np.float32(3.0), np.float32(1.6), np.float32(0.9), np.float32(0.5))
-"""Where corners of envelopes are looked for first, as parts of a likely scale."""
+SCALES = (np.float32(2.0), np.float32(1.2), np.float32(0.75), np.float32(0.45))
+"""Where corners of envelopes are looked for first, as parts of a group's likely scale. Below the last of them no entry is looked
+for: its best scale is above that in all but made-up groups, and then it gets entries that are a little worse."""
 
 
 class Work(NamedTuple):
     """`places` counts from 0. `above` (num,): which entries are marked; `words`: the same memory, eight of them at a time.
 
-    `corners` (6,): some that are on the hull, from the left. `slope` and `level` (5,): of the chords between them.
+    `corners` (5,): some that are on the hull, from the left. `slope` and `level` (4,): of the chords between them.
     """
 
     places: NDArray[np.int32]
@@ -45,8 +46,8 @@ class Work(NamedTuple):
 def new_work(num: int) -> Work:
     """For codebooks of `num` entries."""
     words = np.zeros(num // 8, np.uint64)
-    chords = np.empty((2, 5), np.float32)
-    return Work(np.arange(num).astype(np.int32), np.zeros(6, np.int64), chords[0], chords[1], words.view(np.bool_), words)
+    chords = np.empty((2, 4), np.float32)
+    return Work(np.arange(num).astype(np.int32), np.zeros(5, np.int64), chords[0], chords[1], words.view(np.bool_), words)
 
 
 class Parts(NamedTuple):
@@ -94,12 +95,11 @@ def fit(
         if peak == 0:
             continue
         _signed(weight[row], importance, peak, even, target)
-        energy = 0.0
         for column in range(span):
             factors[column] = importance[column] * target[column]
-            energy += target[column] ** 2
-        likely = np.sqrt(energy / span) / spread
         for part in range(num_parts):
+            if part % len(at) == 0:
+                likely = _likely(target, part // len(at) * group, group) / spread
             add_lines(parts.entries[part], factors, part * size, along)
             _envelope(along, parts.squares, part, likely, lines, work)
         for i in range(num_groups):
@@ -122,11 +122,20 @@ def _signed(weight: Floats, importance: Floats, peak: float, even: bool, target:
 
 
 @compiled
-def _envelope(along: Floats, squares: Floats, part: int, scale: float, lines: Doubles, work: Work) -> None:
-    """The entries that are best at some scale, out of all by rising square: the upper left of a convex hull.
+def _likely(target: Doubles, first: int, group: int) -> float:
+    """The root of a group's mean square; of zeros, something that isn't zero."""
+    energy = 0.0
+    for column in range(first, first + group):
+        energy += target[column] ** 2
+    return max(np.sqrt(energy / group), 1e-6)
 
-    The one that goes furthest along and those that are best at scales like `scale` are corners of it; any other corner is
-    above the chords between these, as few entries are.
+
+@compiled
+def _envelope(along: Floats, squares: Floats, part: int, scale: float, lines: Doubles, work: Work) -> None:
+    """The entries that are best at some scale, out of all by rising square: the upper left of a convex hull, as far as `SCALES` reach.
+
+    The first and those that are best at scales like `scale` are corners of it; any other corner is above the chords between
+    these, as few entries are.
     """
     _corners(along, squares, part, np.float32(0.5 * scale), work)
     _mark(along, squares, part, work)
@@ -143,41 +152,38 @@ def _envelope(along: Floats, squares: Floats, part: int, scale: float, lines: Do
 
 @compiled
 def _corners(along: Floats, squares: Floats, part: int, half: np.float32, work: Work) -> None:
-    """`work.corners`: the first entry, those best at 2 * `half` times each of `SCALES`, and the one that goes furthest along."""
+    """`work.corners`: the first entry, and those best at 2 * `half` times each of `SCALES`."""
     one, two, three, four = half * SCALES[0], half * SCALES[1], half * SCALES[2], half * SCALES[3]
-    a, b, c, d, end, places = HIGHEST, HIGHEST, HIGHEST, HIGHEST, HIGHEST, work.places
+    a, b, c, d, places = HIGHEST, HIGHEST, HIGHEST, HIGHEST, work.places
     for k in range(len(along)):
         place, square, behind = places[k], squares[part, k], -along[k]
         v, w = ranked(one * square + behind, place), ranked(two * square + behind, place)
         x, y = ranked(three * square + behind, place), ranked(four * square + behind, place)
-        z = ranked(behind, place)
         a, b, c, d = v if v < a else a, w if w < b else b, x if x < c else c, y if y < d else d
-        end = z if z < end else end
     corners = work.corners
-    corners[1], corners[2], corners[3], corners[4], corners[5] = a & PLACE, b & PLACE, c & PLACE, d & PLACE, end & PLACE
+    corners[1], corners[2], corners[3], corners[4] = a & PLACE, b & PLACE, c & PLACE, d & PLACE
     for i in range(1, 5):  # of numbers that are nearly the same, any may have been taken
-        corners[i] = min(max(corners[i], corners[i - 1]), corners[5])
+        corners[i] = max(corners[i], corners[i - 1])
 
 
 @compiled
 def _mark(along: Floats, squares: Floats, part: int, work: Work) -> None:
     """Set `work.above` for the corners and for the entries above all chords between neighbours, made longer both ways."""
     corners, above, slope, level = work.corners, work.above, work.slope, work.level
-    for i in range(5):
+    for i in range(4):
         here, there = corners[i], corners[i + 1]
         slope[i], level[i] = 0, 3e38
         if squares[part, there] > squares[part, here]:
             slope[i] = (along[there] - along[here]) / (squares[part, there] - squares[part, here])
             level[i] = along[here] - slope[i] * squares[part, here] + np.float32(1e-5) * abs(along[there])
-    a, b, c, d, e = slope[0], slope[1], slope[2], slope[3], slope[4]
-    f, g, h, i, j = level[0], level[1], level[2], level[3], level[4]
+    a, b, c, d = slope[0], slope[1], slope[2], slope[3]
+    f, g, h, i = level[0], level[1], level[2], level[3]
     for k in range(len(along)):
         square = squares[part, k]
-        v, w, x, y, z = f + a * square, g + b * square, h + c * square, i + d * square, j + e * square
+        v, w, x, y = f + a * square, g + b * square, h + c * square, i + d * square
         v, x = w if w < v else v, y if y < x else x
-        v = x if x < v else v
-        above[k] = along[k] > (z if z < v else v)
-    for n in range(1, 6):
+        above[k] = along[k] > (x if x < v else v)
+    for n in range(1, 5):
         above[corners[n]] = True
 
 

@@ -47,7 +47,7 @@ class Settings:
     `seed`: of the order of the text.
     """
 
-    num_segments: int = 200
+    num_segments: int = 100
     batch_size: int = 2
     rate: float = 0.01
     half_rate: float = 0.005
