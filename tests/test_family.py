@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from anyfit.core.errors import BudgetError, FamilyError, ModelError, OutputError
 from anyfit.core.files import sha256
 from anyfit.family.family import Family
 from anyfit.family.journal import Journal
+from anyfit.targets import gguf_check
 from anyfit.tasks.language import Reference, measure
 from anyfit.testing.models import save_tiny, tiny_text
 
@@ -161,6 +163,18 @@ def test_a_reader_that_needs_the_whole_network_is_skipped_where_memory_lacks(
     checks = {check.name: check for check in family.export("50%", tmp_path / "model.gguf").checks}
     assert checks["transformers"].detail.startswith("skipped: it would hold the whole network in memory")
     assert not checks["audit"].detail.startswith("skipped") and not checks["gguf package"].detail.startswith("skipped")
+
+
+def test_a_full_folder_for_temporary_files_is_not_the_written_files_fault(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gguf_check, "_read_back", full)
+    with pytest.raises(OutputError, match="The disk is full") as error:
+        family.export("50%", tmp_path / "model.gguf")
+    assert str(tmp_path) not in error.value.problem and not list(tmp_path.iterdir())
 
 
 def test_extract_at_the_largest_format_is_the_original(family: Family, tiny: Path) -> None:

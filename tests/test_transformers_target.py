@@ -44,6 +44,7 @@ KINDS = {
     "opt": {},
     "phi3": {},
     "gemma2": {},
+    "falcon": {},
 }
 INTEGERS = [name for name in TARGET.formats if name.startswith("int")]
 
@@ -304,6 +305,8 @@ def test_refused_formats_say_why_and_what_takes_their_place(network):
     assert choices == ["F16"] and "Conv1D" in why and "F16 takes its place" in why
     choices, why = only("gemma2", "int8_sym")["model.embed_tokens.weight"]
     assert choices == ["F16"] and "Gemma2TextScaledWordEmbedding" in why
+    choices, why = only("falcon", "int8_sym")["transformer.h.0.mlp.dense_h_to_4h.weight"]
+    assert choices == ["F16"] and "FalconLinear has one of its own" in why
 
 
 def test_of_the_16_bit_types_the_originals_own_is_kept(tmp_path):

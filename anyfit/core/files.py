@@ -112,10 +112,17 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk is full."""
+    if not isinstance(error, OSError):
+        return False
+    # numpy tells a short write in words, without a number.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error))
+
+
 def output_error(error: OSError, path: Path) -> OutputError:
     """The user's view of a failed write."""
-    # numpy tells a short write in words, without a number.
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error)):
+    if is_full(error):
         return OutputError(f"The disk is full: {path} could not be written.", remedy="Make room, then run the same command again.")
     return OutputError(f"{path} can't be written: {error.strerror or error}.", remedy="Name an output in a folder that you can write to.")
 

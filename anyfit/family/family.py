@@ -19,7 +19,7 @@ from anyfit.checkpoint import Source, read_config
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError, OutputError
-from anyfit.core.files import refuse_existing, written_aside
+from anyfit.core.files import output_error, refuse_existing, written_aside
 from anyfit.core.space import Space
 from anyfit.elastic.extracted import Extracted
 from anyfit.family.manifest import NAME, Manifest, Original, Point
@@ -206,16 +206,14 @@ class Family:
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
         """An ordinary transformers model in float32, with the very values that an exported file holds."""
         config = budget if isinstance(budget, Config) else self.select(budget).config
-        return self.source.build(self._weights(config))
+        return self.source.build(self._decoder(config).matrices(self.space, config))
 
     def variants(self, config: Config) -> Variants:
         """The bytes of each matrix under a config: its own ones where it was refined."""
         return self._store.refined(config) if self.point(config).refined else self._store.variant
 
-    def _weights(self, config: Config) -> dict[str, torch.Tensor]:
-        """Every decided matrix, decoded, by name."""
-        decoded = Decoder(self.variants(config), targets.get(self.target), self.source)
-        return {w.name: decoded(w, config[decision.key]) for decision in self.space.decisions for w in decision.unit.weights}
+    def _decoder(self, config: Config) -> Decoder:
+        return Decoder(self.variants(config), targets.get(self.target), self.source)
 
     def export(
         self,
@@ -259,7 +257,7 @@ class Family:
         self._refuse(path, force=force, folder=True)
         point = self.select(budget)
         with written_aside(path, force=force) as aside:
-            write_dense(aside, self.source, self._weights(point.config))
+            write_dense(aside, self.source, self._decoder(point.config).matrices(self.space, point.config))
             (aside / "README.md").write_text(model_card(self, point, path.name, target="transformers"), encoding="utf-8")
         return point
 
@@ -269,10 +267,12 @@ class Family:
     def _check(self, target: Target, path: Path, point: Point, progress: Progress) -> tuple[Check, ...]:
         with progress.stage("check", 1) as stage:
             tokens = self.text()["search"][:2]
-            decoder = Decoder(self.variants(point.config), target, self.source)
             with tempfile.TemporaryDirectory() as folder:
-                extracted = Extracted(self.source, point.config, decoder, Path(folder))
-                checks = target.check(path, self.source, point.config, extracted, tokens)
+                extracted = Extracted(self.source, point.config, self._decoder(point.config), Path(folder))
+                try:
+                    checks = target.check(path, self.source, point.config, extracted, tokens)
+                except OSError as error:  # what reads the file makes findings of its errors; this is about our own files
+                    raise output_error(error, Path(folder)) from error
             stage.advance()
         failed = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
         if failed:

@@ -184,6 +184,26 @@ class Decoder:
             values = original
         return values.T.contiguous() if weight.transposed else values
 
+    def matrices(self, space: Space, config: Config) -> Mapping[str, Tensor]:
+        """Every decided matrix by name, decoded when it is asked for."""
+        chosen = {w.name: (w, config[decision.key]) for decision in space.decisions for w in decision.unit.weights}
+        return _Matrices(self, chosen)
+
     def rows(self, weight: Weight, format_: str, which: Tensor | slice) -> Tensor:
         assert self.target.row_order(self.source, weight) is None and not weight.transposed, weight
         return formats.get(format_).decode(self.variants(weight.name, format_)[which])
+
+
+@dataclass(frozen=True)
+class _Matrices(Mapping[str, Tensor]):
+    decoder: Decoder
+    chosen: Mapping[str, tuple[Weight, str]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.decoder(*self.chosen[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)

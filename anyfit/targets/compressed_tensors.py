@@ -136,6 +136,8 @@ def place(model: PreTrainedModel, weight: Weight) -> Place:
     if any(dict(module.named_buffers(recurse=False)) for module in modules):
         kind = type(modules[0]).__name__
         return Place(weight, None, f"compressed-tensors takes the buffer of a {kind} for a parameter that the file should hold")
+    if odd := next((m for m in modules if type(m).forward not in (nn.Linear.forward, nn.Embedding.forward)), None):
+        return Place(weight, None, f"compressed-tensors replaces the forward of a Linear, and {type(odd).__name__} has one of its own")
     alone = len(modules) == 1 and isinstance(modules[0], nn.Linear)
     return Place(weight, _PACKED if alone else _BYTES)
 

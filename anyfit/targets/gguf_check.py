@@ -22,6 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from anyfit import network
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
+from anyfit.core.files import is_full
 from anyfit.elastic.extracted import Extracted
 from anyfit.targets import gguf_kinds, gguf_layout, llamacpp_runtime
 from anyfit.targets.base import Check
@@ -65,6 +66,8 @@ def _look(name: str, compare: Callable[[], str]) -> Check:
     except _DifferenceError as difference:
         return Check(name, False, str(difference))
     except Exception as error:  # readers fail in their own ways on a file that is wrong, and that is a finding
+        if is_full(error):
+            raise
         return Check(name, False, f"can't read the file: {type(error).__name__}: {error}")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
+from anyfit.core.files import is_full
 from anyfit.elastic.extracted import Extracted
 from anyfit.targets import compressed_tensors, transformers_reader
 from anyfit.targets.base import Check
@@ -40,6 +41,8 @@ def checks(path: Path, source: Source, config: Config, model: Extracted, tokens:
             values = _values(path, source, chosen, model)
             return audit, values, *(_loads(path, source, chosen, model, tokens) if values.passed else ())
     except (SafetensorError, OSError) as error:
+        if is_full(error):
+            raise
         audit = Check("tensors", False, f"{path} can't be read: {error}")
     return (audit,)
 
