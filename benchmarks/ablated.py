@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from unittest.mock import patch
 
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
+from anyfit.formats import fitting_line, formats
 from anyfit.formats.base import GridFormat, Scales
-from anyfit.formats.fitting import fit_rows
-from anyfit.formats.fitting_line import LineSearch
 from anyfit.formats.integer import IntegerFormat
 from anyfit.quantizers import gptq
 from anyfit.quantizers.base import Encoded
@@ -22,9 +22,8 @@ from anyfit.quantizers.rtn import RoundToNearest
 PAPER_DAMPING = 0.01
 NUM_SCALES = 24
 """Tried by `EveryZeroPoint` with each."""
-NO_STEPS: tuple[float, ...] = ()
-WHOLE_STEPS = (1e-9, -1e-9)
-"""Of a step the search takes the sign for the zero point; for the scale these are next to nothing."""
+NUDGES = (0.5, -0.5, 0.25, -0.25)
+"""Tried by `ScalesAround`: steps of the grid by which its end is moved."""
 
 
 class Blind(RoundToNearest):
@@ -67,42 +66,61 @@ class PlainGPTQ(gptq.GPTQ):
             return super().encode(weight, prepared, format_)
 
 
-class ZeroPoints(IntegerFormat):
-    """Two-bit integers with a zero point, whose search is `fit`'s but for its last steps, `nudges`."""
+class OwnZeroPoint(IntegerFormat):
+    """Two-bit integers with a zero point, whose neighbours are not looked at."""
 
-    def __init__(self, nudges: tuple[float, ...]) -> None:
+    def __init__(self) -> None:
         super().__init__(2, symmetric=False)
-        self.nudges = nudges
 
     def fit(self, weight: Tensor, importance: Tensor) -> Scales:
-        search = replace(LineSearch.integers(self.num_bits, positive=True), nudges=self.nudges)
-        scale, zero = fit_rows(search.zero_point, weight, importance, self.group)
-        return self.assemble({"scale": scale.half(), "zero": zero.to(torch.uint8)})
+        with patch.object(fitting_line, "NEIGHBOURS", ()):
+            return super().fit(weight, importance)
 
 
-class EveryZeroPoint(ZeroPoints):
-    """Each of the four zero points, with many scales, each of them improved by least squares."""
+class MoreGrids(OwnZeroPoint):
+    """The best of several grids for each group, their scales improved by least squares."""
+
+    def grids(self, weight: Tensor, importance: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scales and zero points, (rows, groups) each."""
+        raise NotImplementedError
 
     def fit(self, weight: Tensor, importance: Tensor) -> Scales:
         groups = weight.unflatten(1, (-1, self.group))
         counted = importance.clamp_min(1e-6 * float(importance.mean())).view(-1, self.group)
         least = torch.full(groups.shape[:2], torch.inf)
         best_scale, best_zero = torch.zeros_like(least), torch.zeros_like(least)
-        largest = groups.abs().amax(2)
-        for zero, part in product(range(4), np.geomspace(0.15, 1.1, NUM_SCALES)):
-            scale = self._improved(groups, counted, part * largest, zero)
-            error = (counted * (groups - scale[..., None] * (self._codes(groups, scale, zero) - zero)) ** 2).sum(2)
+        for start, zero in self.grids(weight, importance):
+            scale = self._improved(groups, counted, start, zero)
+            error = (counted * (groups - scale[..., None] * (self._codes(groups, scale, zero) - zero[..., None])) ** 2).sum(2)
             better = error < least
             least, best_scale = torch.where(better, error, least), torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
         return self.assemble({"scale": best_scale.half(), "zero": best_zero.to(torch.uint8)})
 
-    def _codes(self, groups: Tensor, scale: Tensor, zero: int) -> Tensor:
-        return (groups * torch.where(scale == 0, 0, 1 / scale)[..., None] + zero).round().clamp(0, 3)
+    def _codes(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (groups * torch.where(scale == 0, 0, 1 / scale)[..., None] + zero[..., None]).round().clamp(0, 3)
 
-    def _improved(self, groups: Tensor, counted: Tensor, scale: Tensor, zero: int) -> Tensor:
+    def _improved(self, groups: Tensor, counted: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The best scale for the codes that `scale` gives, as it is stored."""
-        levels = self._codes(groups, scale, zero) - zero
+        levels = self._codes(groups, scale, zero) - zero[..., None]
         squares = (counted * levels**2).sum(2)
         fitted = torch.where(squares > 0, (counted * levels * groups).sum(2) / squares, scale)
         return fitted.clamp_min(0).half().float()
+
+
+class ScalesAround(MoreGrids):
+    """The product's zero points, with scales around the product's."""
+
+    def grids(self, weight: Tensor, importance: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        found = formats.get("int2_asym").fit(weight, importance)
+        for nudge in (0.0, *NUDGES):
+            yield found.scale * (1 + nudge / 3), found.stored["zero"].float()
+
+
+class EveryZeroPoint(MoreGrids):
+    """Each of the four zero points, with many scales."""
+
+    def grids(self, weight: Tensor, importance: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        largest = weight.unflatten(1, (-1, self.group)).abs().amax(2)
+        for zero, part in product(range(4), np.geomspace(0.15, 1.1, NUM_SCALES)):
+            yield part * largest, torch.full_like(largest, zero)

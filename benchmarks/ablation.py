@@ -22,7 +22,7 @@ import mixing
 import numpy as np
 import prepasses
 import torch
-from ablated import NO_STEPS, NUM_SCALES, WHOLE_STEPS, Blind, EveryZeroPoint, PlainGPTQ, ZeroPoints
+from ablated import NUM_SCALES, Blind, EveryZeroPoint, OwnZeroPoint, PlainGPTQ, ScalesAround
 from peers.subjects import LENGTH, SMALL, Subject, subjects
 from table import Row, Section, finish_page
 from torch import Tensor
@@ -309,16 +309,15 @@ REMARKS = (
     "the head is tied to the embedding, as in the embedded default, it must be stored a second time, and that row has more bytes.",
 )
 NEAREST, NEIGHBOURS = "the whole number nearest to each clipped range's", "+ both neighbours of the best"
-ALL_STEPS = "+ scales around the best"
 
 
 def zero_points(lab: Lab) -> list[Row]:
     """Two-bit integers in groups of 32, solved by `gptq`, with zero points looked for ever more thoroughly."""
     ways = {
-        NEAREST: (None, ZeroPoints(NO_STEPS), STEP),
-        NEIGHBOURS: (NEAREST, ZeroPoints(WHOLE_STEPS), "in the product"),
-        ALL_STEPS: (NEIGHBOURS, formats.get("int2_asym"), "in the product"),
-        f"every zero point, {NUM_SCALES} scales each": (ALL_STEPS, EveryZeroPoint(NO_STEPS), "left out"),
+        NEAREST: (None, OwnZeroPoint(), STEP),
+        NEIGHBOURS: (NEAREST, formats.get("int2_asym"), "in the product"),
+        "+ scales around the best": (NEIGHBOURS, ScalesAround(), "left out"),
+        f"every zero point, {NUM_SCALES} scales each": (NEIGHBOURS, EveryZeroPoint(), "left out"),
     }
     found: dict[str, np.ndarray] = {}
     rows = []

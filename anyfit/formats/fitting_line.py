@@ -35,7 +35,8 @@ from anyfit.formats.fitting_lanes import (
 
 FLAT = np.float32(1e-6)
 """Part of its terms below which a determinant is taken for rounding noise."""
-
+NEIGHBOURS = (1.0, -1.0)
+"""Whole zero points that are tried beside the best."""
 
 CLIPS = {
     8: (1.03, 1.015, 1.0),
@@ -79,7 +80,8 @@ class LineSearch:
 
     def zero_point(self, columns: Columns) -> tuple[Floats, Floats]:
         """The half scale and whole zero point (0 to `top`) of least error as stored, (groups, rows) each."""
-        return _search_zeros(columns.values, columns.weights, *self._settings())
+        snap, clips, _ = self._settings()
+        return _search_zeros(columns.values, columns.weights, snap, clips, numbers(NEIGHBOURS))
 
     def _settings(self) -> tuple[Any, Floats, Floats]:
         clips = np.array(list(product(self.clips, self.clips)), np.float32)
@@ -156,7 +158,7 @@ def _settle_line(values: Floats, weights: Floats, snap: Any, positive: bool, mom
 
 
 @compiled
-def _search_zeros(values: Floats, weights: Floats, snap: Any, clips: Floats, nudges: Floats) -> tuple[Floats, Floats]:
+def _search_zeros(values: Floats, weights: Floats, snap: Any, clips: Floats, neighbours: Floats) -> tuple[Floats, Floats]:
     """Half scales and whole zero points (groups, rows); `clips` (n, 2) are the pairs to try."""
     tiles, groups, group, _ = values.shape
     scales = np.empty((groups, tiles * LANES), np.float32)
@@ -165,7 +167,7 @@ def _search_zeros(values: Floats, weights: Floats, snap: Any, clips: Floats, nud
     for tile in range(tiles):
         for i in range(groups):
             _ends(values[tile, i], True, ends)
-            _search_zero(values[tile, i], weights[i], snap, clips, nudges, ends, offset, work)
+            _search_zero(values[tile, i], weights[i], snap, clips, neighbours, ends, offset, work)
             _settle_zero(values[tile, i], weights[i], snap, offset, work)
             copy(work.best[0], scales[i, tile * LANES : (tile + 1) * LANES])
             copy(work.best[1], zeros[i, tile * LANES : (tile + 1) * LANES])
@@ -174,9 +176,12 @@ def _search_zeros(values: Floats, weights: Floats, snap: Any, clips: Floats, nud
 
 @inlined
 def _search_zero(
-    values: Floats, weights: Floats, snap: Any, clips: Floats, nudges: Floats, ends: Floats, offset: Floats, work: Work
+    values: Floats, weights: Floats, snap: Any, clips: Floats, neighbours: Floats, ends: Floats, offset: Floats, work: Work
 ) -> None:
-    """The ideal scale and the zero point of one group in `work.best`."""
+    """The ideal scale and the zero point of one group in `work.best`: of the clipped ranges' own, and the neighbours of the best.
+
+    Scales around the best, with the same zero point, lower the weighted error, but not that of the solved matrix.
+    """
     scale, zero, best, top = work.parts[0], work.parts[1], work.best, snap[1]
     low, high = ends[0], ends[1]
     fill(work.least, ZERO)
@@ -189,14 +194,9 @@ def _search_zero(
             zero[lane] = np.rint(-low[lane] * clip_low * inverse(scale[lane]))
         _improve_multiple(values, weights, snap, offset, work)
         keep_better(work.error, work.least, work.parts, work.best)
-    for attempt in range(2 * len(nudges)):
-        nudge = nudges[attempt // 2]
-        if attempt % 2 == 0:
-            for lane in range(LANES):
-                scale[lane], zero[lane] = best[0, lane] * (ONE + nudge / top), best[1, lane]
-        else:
-            for lane in range(LANES):
-                scale[lane], zero[lane] = best[0, lane], clip(best[1, lane] + np.sign(nudge), ZERO, top)
+    for step in neighbours:
+        for lane in range(LANES):
+            scale[lane], zero[lane] = best[0, lane], clip(best[1, lane] + step, ZERO, top)
         _improve_multiple(values, weights, snap, offset, work)
         keep_better(work.error, work.least, work.parts, work.best)
 
