@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -37,6 +38,9 @@ from anyfit.tasks.language import Reference, kept_bytes, measure
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
+
+STEADY = 0.5
+"""Seconds. Anything quicker isn't known from doing it once."""
 
 
 def saturation(run: Fit) -> Saturation | None:
@@ -145,12 +149,12 @@ class _Rehearsal:
             if weight.block is not None:
                 sizes[weight.block] += weight.num_weights
         block = max(sizes, key=lambda index: sizes[index])
-        states, embedding = _timed(lambda: stream.embedded(self.tokens, stream.original))
+        states, embedding = _steadily(lambda: stream.embedded(self.tokens, stream.original))
         weights = [weight for weight in run.weights if weight.block == block]
         into = stream.states(states.length, states.width)
         with observed(stream.model, run.architecture, weights) as moments, bfloat16_products():
             _, calibrating = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
-        _, forward = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
+        _, forward = _steadily(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         encoding = self._encoding(weights, moments)
         self.memory, peak = peak.bytes_, Peak()
         gradients = _timed(lambda: self._backward(block, states, into))[1]
@@ -158,7 +162,8 @@ class _Rehearsal:
         kept = sum(kept_bytes(tokens[name], run.checkpoint.config.vocab_size) for name in ("search", "report"))
         self.memory = max(self.memory, peak.bytes_ + kept)
         each = self.tokens.numel()
-        num_configs = NUM_FINALISTS + 2 * len(run.space.formats())
+        # Every format alone, and an optimum of its size; those of the smallest and the largest are among the finalists, or the same.
+        num_configs = NUM_FINALISTS + 2 * max(0, len(run.space.formats()) - 2)
         reading = embedding + head + stream.num_blocks * forward
         probed = NUM_PROBE_SEGMENTS * run.settings.length
         held_out = tokens["search"] + tokens["report"]
@@ -228,13 +233,22 @@ class _Rehearsal:
         predictions = self.stream.predictions(self.tokens, self.stream.original, final)
         reference = Reference.of(predictions, self.tokens, kept_bytes=0)
         other = self.stream.predictions(self.tokens, self.stream.original, final)
-        return _timed(lambda: measure(other, reference))[1]
+        return _steadily(lambda: measure(other, reference))[1]
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
     began = time.perf_counter()
     found = work()
     return found, time.perf_counter() - began
+
+
+def _steadily(work: Callable[[], T]) -> tuple[T, float]:
+    """What is over soon is done again for a while; the median."""
+    found, spent = _timed(work)
+    passed = [spent]
+    while sum(passed) < STEADY:
+        passed.append(_timed(work)[1])
+    return found, statistics.median(passed)
 
 
 def _more_effort(run: Fit, sizes: Mapping[str, int]) -> int:
