@@ -18,7 +18,7 @@ PEER_hqq := hqq==0.2.8.post1
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-effort bench-family bench-formats bench-frontier bench-kill bench-scale bench-scores bench-zoo peers clean
+.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-effort bench-family bench-formats bench-frontier bench-kill bench-scale bench-scores bench-train-once bench-zoo peers clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -73,6 +73,9 @@ bench-scale: $(VENV)/.installed $(if $(PEERS),,peers)  ## Memory, time and disk 
 
 bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
 	$(BIN)/python benchmarks/scores.py
+
+bench-train-once: $(VENV)/.installed  ## One run that trains every size, against a run for each.
+	$(BIN)/python benchmarks/train_once.py
 
 bench-zoo: $(VENV)/.installed  ## What plain rounding costs the embedded model.
 	$(BIN)/python benchmarks/zoo.py

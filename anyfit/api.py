@@ -123,14 +123,15 @@ def prepare(
     `segments`: how many calibrate (default 128). `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
-    wanted = runtime.menu(diligence) if formats is None else tuple(dict.fromkeys(formats))
+    method = recipes.get(recipe)
+    wanted = method.formats.get(target, runtime.menu(diligence)) if formats is None else tuple(dict.fromkeys(formats))
     if not wanted:
         raise UserError("No format was named.", remedy=f"{target} loads: {', '.join(runtime.formats)}.")
     for name in wanted:
         all_formats.get(name)
         if name not in runtime.formats:
             raise UserError(f"{target} doesn't load the format {name}.", remedy=f"It loads: {', '.join(runtime.formats)}.")
-    quantizers.get(recipes.get(recipe).quantizer)
+    quantizers.get(method.quantizer)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
     data = _data(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT

@@ -35,6 +35,7 @@ from anyfit.quantizers.worker import Workers
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, Stream, batches
 from anyfit.tasks.language import Reference, kept_bytes, measure
+from anyfit.training import trained
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ def needs(run: Fit) -> Needs:
         rehearsal = _Rehearsal(run, Path(folder))
         seconds = rehearsal.seconds()
         memory = rehearsal.memory
-    if run.effort.refines or run.segments.num_pending:
+    if _takes_all(run):
         memory = max(memory, _in_memory(run))
     return Needs(memory, disk(run), seconds)
 
@@ -90,6 +91,7 @@ def require_memory(run: Fit, limit: int) -> None:
     if needed <= limit:
         return
     whole = " --effort normal doesn't hold the whole network in memory." if run.effort.refines else ""
+    whole += " --recipe gptq trains nothing, and doesn't hold it either." if run.recipe.training else ""
     whole += " With text of yours (--data) the model needn't write any, which takes it whole." if run.segments.num_pending else ""
     each = "" if run.group.alone else f" in each of {run.group.size} processes"
     raise UserError(
@@ -106,16 +108,24 @@ def _surely(run: Fit) -> int:
     widest = max(weight.shape[1] for weight in run.weights)
     logits = 4 * run.checkpoint.config.vocab_size * max(TOKENS_AT_ONCE, run.settings.length)
     streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits
-    return max(streamed, _in_memory(run)) if run.effort.refines or run.segments.num_pending else streamed
+    return max(streamed, _in_memory(run)) if _takes_all(run) else streamed
+
+
+def _takes_all(run: Fit) -> bool:
+    """Whether some stage has the whole network in memory."""
+    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None
 
 
 def _in_memory(run: Fit) -> int:
-    """Of what only works with the whole network in memory: writing text, and refining."""
+    """Of what only works with the whole network in memory: writing text, training, and refining."""
     model = 4 * run.space.num_parameters
     writing = generated.memory(run.checkpoint.config, run.settings.length) if run.segments.num_pending else 0
     # Beside the networks, tuning holds levels, latents, values, gradients and what they are made of.
     refining = model + 6 * model if run.effort.refines else 0
-    return Peak().bytes_ + model + max(writing, refining)
+    # Training holds every variant's codes and scales, and what is made of those that are drawn.
+    variants = sum(len(decision.choices) * decision.unit.num_weights for decision in trained(run.space))
+    training = 4 * model + 2 * variants if run.recipe.training else 0
+    return Peak().bytes_ + model + max(writing, refining, training)
 
 
 def disk(run: Fit) -> int:
@@ -175,7 +185,7 @@ class _Rehearsal:
             total += probed / each * (reading * (1 + probes / 2) + (backward if probes < len(run.space.decisions) else 0))
         total += held_out / each * (num_configs + 1) * reading
         total += generated.READINGS * run.segments.num_pending / each * reading
-        return total + (_more_effort(run, tokens) / each * reading if run.effort.refines else 0)
+        return total + (_more_effort(run, tokens) + _training(run)) / each * reading
 
     def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:
         """Seconds to encode everything: the inputs of one block, and some rows on each of them in each format, as many at once as in
@@ -253,9 +263,19 @@ def _steadily(work: Callable[[], T]) -> tuple[T, float]:
 
 def _more_effort(run: Fit, sizes: Mapping[str, int]) -> int:
     """Tokens that evolution and refining read, as forward passes."""
+    if not run.effort.refines:
+        return 0
     settings = Settings()
     evolving = GENERATIONS * sum(segments * entrants for segments, entrants in EVOLUTION) * run.settings.length
     # Both networks run through a block to each of its inputs, three passes in all; a step of tuning costs three.
     solving = 6 * min(settings.num_segments, len(run.segments.calibration)) * run.settings.length
     tuning = 3 * settings.tuning.num_segments * min(WINDOW, run.settings.length)
     return NUM_REFINED * (evolving + solving + tuning + 2 * (sizes["search"] + sizes["report"]))
+
+
+def _training(run: Fit) -> int:
+    """Tokens of training, as forward passes: the original's, and three of the network that is trained."""
+    if run.recipe.training is None:
+        return 0
+    settings = run.recipe.training.settings_for(run.effort)
+    return 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)

@@ -41,6 +41,9 @@ from anyfit.scores.table import Table
 from anyfit.streaming import Stream
 from anyfit.targets import targets
 from anyfit.tasks.language import Reference
+from anyfit.trainers import samplers
+from anyfit.training import FOLDER as TRAINING
+from anyfit.training import RESULT, Training, gains, trained
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
@@ -130,6 +133,7 @@ class Fit:
             store = Store(journal.folder)
             try:
                 self.encode(store)
+                self.train(store)
                 table = self.score(store)
                 original, points = self.finalists(store, table)
                 if self.group.first:
@@ -162,6 +166,26 @@ class Fit:
         quantizer = quantizers.get(self.recipe.quantizer)
         return Encoding(stream, self.space, self.target, self.source, quantizer, store, tokens, self.progress, self.group)
 
+    def train(self, store: Store) -> None:
+        """All variants trained at once, where the recipe does that. One process trains."""
+        if self.recipe.training is None:
+            return
+        if self.group.first:
+            Training(
+                store=store,
+                space=self.space,
+                decisions=trained(self.space),
+                original=self.model,
+                largest=lambda: self.elastic_model(store).set(self.space.largest()),
+                matrices=lambda config: stored_matrices(store.variant, self.space, config, self.target, self.source),
+                sampler=samplers.get(self.recipe.training.sampler),
+                settings=self.recipe.training.settings_for(self.effort),
+                text=self.segments.calibration,
+                held_out=self.segments.search,
+                progress=self.progress,
+            ).run()
+        self.group.wait()
+
     def score(self, store: Store) -> Table:
         """The additive table: measured sensitivities times each choice's own output error."""
         path = store.folder / "table.json"
@@ -176,11 +200,14 @@ class Fit:
         return table
 
     def errors(self, store: Store) -> dict[str, dict[str, float]]:
-        """{unit: {choice: expected squared error of its outputs}}."""
-        found = {}
+        """{unit: {choice: expected squared error of its outputs}}; of what was trained, as much less as the loss is."""
+        found, gained = {}, gains(store) or {}
+        trainable = {decision.unit.name for decision in trained(self.space)} if gained else set()
         for decision in self.space.decisions:
-            rows = [store.errors(weight.name) for weight in decision.unit.weights]
-            found[decision.unit.name] = {c.name: sum(row[c.name] for row in rows) for c in decision.choices}
+            unit, rows = decision.unit, [store.errors(weight.name) for weight in decision.unit.weights]
+            found[unit.name] = {c.name: sum(row[c.name] for row in rows) for c in decision.choices}
+            if unit.name in trainable:
+                found[unit.name] |= {c.name: found[unit.name][c.name] * gained[c.name].factor for c in decision.choices if c.name in gained}
         return found
 
     def finalists(self, store: Store, table: Table) -> tuple[Original, list[Point]]:
@@ -237,7 +264,7 @@ class Fit:
         store.write_tensors(TEXT, {name: getattr(self.segments, name).int() for name in PURPOSES})
 
     def manifest(self, store: Store, table: Table, original: Original, points: list[Point]) -> Manifest:
-        notes = list(self.notes())
+        notes = [*self.notes(), *(f"{name}: {gain}" for name, gain in (gains(store) or {}).items())]
         for decision in self.space.decisions:
             notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
         return Manifest(
@@ -268,7 +295,7 @@ class Fit:
         manifest = with_points(manifest, manifest.points, hashes)
         write_json(journal.folder / NAME, manifest.to_json())
         write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        for name in ("table.json", STATES, CALIBRATION, *WORK):
+        for name in ("table.json", STATES, CALIBRATION, TRAINING, RESULT, *WORK):
             remove(journal.folder / name)
         journal.finish()
 

@@ -16,7 +16,7 @@ from anyfit.core.errors import UserError
 from anyfit.progress import Silent
 from anyfit.targets import targets
 from anyfit.testing.models import save_tiny, tiny_text
-from anyfit.tuning.refining import Refinery, _windows
+from anyfit.tuning.refining import Refinery, windows
 
 SMALL: dict[str, Any] = {"formats": ("BF16", "Q4_0", "Q2_K", "IQ2_XS"), "length": 32, "segments": 16}
 
@@ -121,9 +121,9 @@ def test_plan_tells_what_effort_costs(tiny: Path, text: Path) -> None:
 
 def test_windows_are_cut_evenly() -> None:
     tokens = torch.arange(3 * 600).reshape(3, 600)
-    windows = _windows(tokens, 5)
-    assert windows.shape == (5, 200) and torch.equal(windows.flatten()[:600], tokens[0])
-    assert _windows(torch.arange(64).reshape(2, 32), 9).shape == (2, 32)
+    cut = windows(tokens, 5)
+    assert cut.shape == (5, 200) and torch.equal(cut.flatten()[:600], tokens[0])
+    assert windows(torch.arange(64).reshape(2, 32), 9).shape == (2, 32)
 
 
 def test_nothing_to_refine_in_floats(tiny: Path, text: Path, tmp_path: Path) -> None:

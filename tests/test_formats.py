@@ -125,7 +125,7 @@ def test_integers_unpack_to_what_they_say(name: str) -> None:
     origin = torch.tensor(2.0 ** (format_.num_bits - 1)) if zero is None else zero.float().unsqueeze(-1)
     values = scale.float().unsqueeze(-1) * (codes.float().unflatten(1, (-1, format_.group)) - origin)
     assert torch.equal(format_.decode(data), values.flatten(1))
-    head = 2 if zero is None else 3
+    head = {"sym": 2, "asym": 3, "offset": 4}[format_.kind]
     stream = np.unpackbits(data.unflatten(1, (384 // format_.group, -1))[..., head:].contiguous().numpy(), axis=-1, bitorder="little")
     places = 2 ** np.arange(format_.num_bits)
     assert np.array_equal((stream.reshape(6, 384, -1) * places).sum(-1), codes.numpy())

@@ -55,6 +55,15 @@ class Store:
             yield writing
             writing.close()
 
+    def rewrite(self, weight: str, changed: Mapping[str, Tensor]) -> None:
+        """Replace the bytes of some variants of one matrix, {format: uint8 (rows, row_bytes)}; errors and notes stay."""
+        about = self._metadata(weight)
+        data = {name: changed[name] if name in changed else self.variant(weight, name) for name in about}
+        with self.writing(weight, {name: (part.shape[0], part.shape[1]) for name, part in data.items()}) as writing:
+            for name, part in data.items():
+                error = torch.tensor([about[name]["error"]], dtype=torch.float64)
+                writing.put(name, 0, Encoded(part, error, tuple(about[name]["notes"])))
+
     def errors(self, weight: str) -> dict[str, float]:
         """{format: expected squared output error} of one matrix."""
         return {name: float(row["error"]) for name, row in self._metadata(weight).items()}

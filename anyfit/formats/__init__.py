@@ -16,6 +16,8 @@ _GGUF_MODULES = {
 }
 GGUF_GRIDS = tuple(name for names in _GGUF_MODULES.values() for name in names)
 INTEGER_BITS = range(2, 9)
+INTEGER_KINDS = {"sym": INTEGER_BITS, "asym": INTEGER_BITS, "offset": range(2, 5)}
+"""{kind: its bits}, see `formats.integer`."""
 INTEGER_GROUPS = {32: "", 64: "_g64", 128: "_g128"}
 """What a group's size adds to the name of an integer format."""
 
@@ -29,8 +31,8 @@ formats: Registry[Format] = Registry(
         **{
             f"int{bits}_{kind}{group}": f"anyfit.formats.integer:int{bits}_{kind}{group}"
             for group in INTEGER_GROUPS.values()
-            for bits in INTEGER_BITS
-            for kind in ("sym", "asym")
+            for kind, all_bits in INTEGER_KINDS.items()
+            for bits in all_bits
         },
     },
 )

@@ -7,6 +7,7 @@ recipes: Registry[Recipe] = Registry(
     "recipe",
     {
         "gptq": "anyfit.recipes.gptq:RECIPE",
+        "llm-qfa": "anyfit.recipes.llm_qfa:RECIPE",
         "rtn": "anyfit.recipes.rtn:RECIPE",
     },
 )

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from anyfit.core.effort import Effort
+
+if TYPE_CHECKING:
+    from anyfit.trainers.loop import Settings
+
+_STEPS = {Effort.LOW: 1 / 3, Effort.NORMAL: 1.0, Effort.HIGH: 3.0}
+"""Times the usual number of training steps."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a recipe trains. `sampler`: its name."""
+
+    sampler: str
+    settings: Settings
+
+    def settings_for(self, effort: Effort) -> Settings:
+        return replace(self.settings, num_steps=round(_STEPS[effort] * self.settings.num_steps))
 
 
 @dataclass(frozen=True)
@@ -16,3 +37,6 @@ class Recipe:
     """What it does and when to choose it, in one paragraph."""
     quantizer: str
     score: str
+    training: Training | None = None
+    formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By target, what it is meant for: offered unless others are named."""

@@ -4,7 +4,8 @@ Found in its source and by loading files (0.15 to 0.20 with transformers 5.23), 
 
 - A `Linear` of its own is `pack-quantized`: codes as a dense stream of bits in 32-bit words, scales in half precision.
 - Asymmetric groups don't load there under the `group` strategy (the loader expects zero points of another shape
-  than it then unpacks). As `block`s of 1 x 32 the same groups do, with zero points of one byte each.
+  than it then unpacks). As `block`s of 1 x 32 the same groups do, with zero points of one byte each; or of two, halves that
+  needn't be whole, where `zp_dtype` says so.
 - A table (`Embedding`) loads only under its plain name, so as whole bytes: `naive-quantized`, 8 bits. The same goes for
   a head tied to it, which needs a copy of the scales under its own name.
 - Scales are cast to the type that the model is loaded in. Half precision and float32 keep them; bfloat16 rounds them.
@@ -70,7 +71,8 @@ class Place:
         rows, columns = self.weight.shape
         per_group = [Slot("weight_scale", torch.float16, (rows, columns // format_.group))]
         if not format_.symmetric:
-            per_group.append(Slot("weight_zero_point", torch.int8, (rows, columns // format_.group)))
+            zero = torch.float16 if format_.kind == "offset" else torch.int8
+            per_group.append(Slot("weight_zero_point", zero, (rows, columns // format_.group)))
         if self.form == _PACKED:
             words = Slot("weight_packed", torch.int32, (rows, columns * format_.num_bits // 32))
             original = Slot("weight_shape", torch.int64, (2,))
@@ -86,7 +88,10 @@ class Place:
         format_ = _integer(name)
         codes, scale, zero = format_.unpack(data)
         parts = {"weight_scale": scale.half()}
-        if zero is not None:
+        if format_.kind == "offset":
+            assert zero is not None
+            parts["weight_zero_point"] = (zero - 2 ** (format_.num_bits - 1)).half()
+        elif zero is not None:
             parts["weight_zero_point"] = _signed(zero, format_.num_bits)
         if self.form == _PACKED:
             parts |= {
@@ -118,9 +123,11 @@ class Place:
         if name in DTYPES:
             return None
         format_ = _integer(name)
-        spread = {"strategy": "group", "group_size": format_.group}
+        spread: dict[str, Any] = {"strategy": "group", "group_size": format_.group}
         if not format_.symmetric:
             spread = {"strategy": "block", "block_structure": [1, format_.group]}
+            if format_.kind == "offset":
+                spread["zp_dtype"] = "float16"
         return {
             "format": self.form,
             "weights": {"num_bits": format_.num_bits, "type": "int", "symmetric": format_.symmetric, **spread},

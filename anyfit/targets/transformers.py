@@ -23,7 +23,7 @@ from anyfit.core.errors import UnknownNameError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.elastic.extracted import Extracted
-from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS
+from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
 from anyfit.targets import compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.compressed_tensors import DTYPES, Place
@@ -38,7 +38,13 @@ class Transformers(Target):
     suffix = ""
     formats = (
         *("F32", "F16", "BF16"),
-        *(f"int{bits}_{kind}{group}" for bits in _DEAREST_FIRST for kind in ("asym", "sym") for group in INTEGER_GROUPS.values()),
+        *(
+            f"int{bits}_{kind}{group}"
+            for bits in _DEAREST_FIRST
+            for kind in ("offset", "asym", "sym")
+            if bits in INTEGER_KINDS[kind]
+            for group in INTEGER_GROUPS.values()
+        ),
     )
     default_formats = ("F16", "BF16", *(f"int{bits}_sym" for bits in _DEAREST_FIRST))
 
@@ -184,7 +190,7 @@ def _own_format(source: Source) -> str | None:
 
 def _substitute(held: Place, name: str, own: str | None) -> str:
     """The nearest format to one that is refused: 8 bits where these load, otherwise 16."""
-    eight = f"int8_{name.partition('_')[2]}"
+    eight = f"int8_{name.partition('_')[2]}".replace("offset", "asym")
     if held.refuses(eight) is None:
         return eight
     return own if own in ("F16", "BF16") else "F16"

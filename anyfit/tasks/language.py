@@ -92,6 +92,13 @@ class Reference:
             original=model if isinstance(model, nn.Module) else None,
         )
 
+    def expected(self, segments: Tensor) -> Tensor:
+        """The original's log-probabilities for these `segments` (n,) of the tokens, (n, length - 1, vocabulary) float32."""
+        if self.log_probs is not None:
+            return self.log_probs[segments]
+        with torch.no_grad():
+            return self.logits(self.tokens[segments])[:, :-1].float().log_softmax(-1)
+
 
 def kept_bytes(num_tokens: int, vocabulary: int) -> int:
     """Memory that a reference over this much text takes: its distributions, or one batch of them."""

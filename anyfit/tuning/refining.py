@@ -98,7 +98,7 @@ class Refinery:
 
     @cached_property
     def _text(self) -> Reference:
-        return Reference.of(self._original, _windows(self._calibration, self._settings.tuning.num_segments))
+        return Reference.of(self._original, windows(self._calibration, self._settings.tuning.num_segments))
 
 
 class _Solver:
@@ -126,7 +126,7 @@ class _Solver:
         return values
 
 
-def _windows(tokens: Tensor, most: int) -> Tensor:
+def windows(tokens: Tensor, most: int | None = None) -> Tensor:
     """Segments cut into windows of equal length, at most `WINDOW` tokens, (windows, length); the first `most` of them."""
     length = tokens.shape[1]
     parts = -(-length // WINDOW)

@@ -208,12 +208,7 @@ def _logits(network: PreTrainedModel, sheets: list[_Sheet]) -> Logits:
 
 def _divergence(network: PreTrainedModel, parameters: dict[str, Tensor], reference: Reference, batch: Tensor) -> Tensor:
     """Mean KL per token of the segments `batch`."""
-    tokens = reference.tokens[batch]
-    if reference.log_probs is not None:
-        expected = reference.log_probs[batch]
-    else:
-        with torch.no_grad():
-            expected = reference.logits(tokens)[:, :-1].float().log_softmax(-1)
+    expected, tokens = reference.expected(batch), reference.tokens[batch]
     logits = functional_call(network, parameters, kwargs={"input_ids": tokens, "use_cache": False}).logits
     log_probs = logits[:, :-1].float().log_softmax(-1)
     return kl_div(log_probs, expected, log_target=True, reduction="sum") / expected[..., 0].numel()

@@ -1,0 +1,200 @@
+"""One run that trains every size, against runs that train one size each.
+
+All start from the same GPTQ variants in 2, 3 and 4 bits with trainable offsets, on the embedded default. A run for one size
+trains that size alone; between sizes, separate runs are stitched: each matrix from the run of its bits.
+
+    python benchmarks/train_once.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from table import Row, Section, finish_page
+
+from anyfit.api import prepare
+from anyfit.core.budget import Budget
+from anyfit.core.config import Config
+from anyfit.core.space import Decision, Space
+from anyfit.elastic.linear import ElasticNetwork
+from anyfit.family.store import Store, stored_matrices
+from anyfit.formats import formats
+from anyfit.pipeline import Fit
+from anyfit.progress import Progress, to_stderr
+from anyfit.recipes import llm_qfa
+from anyfit.scores.table import Table
+from anyfit.searchers.exact import Solver
+from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.trainers import samplers
+from anyfit.trainers.loop import Settings, train
+from anyfit.training import trained, uniform
+from anyfit.tuning.refining import windows
+
+FORMATS = ("int2_offset", "int3_offset", "int4_offset")
+BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
+"""Of the integers; their scales and offsets take one more."""
+SEGMENTS, STEPS = 1024, 200
+WITHIN = 0.02
+"""Of the perplexity of runs with as many tokens for each size alone."""
+EXACT = 1e-4
+ONCE, THIRD, ALL, UNIFORM, NONE = "one run", "three runs, a third each", "three runs, all of it each", "one run, uniform", "GPTQ, untrained"
+
+
+@dataclass
+class Bench:
+    """The embedded default, encoded, with the original's predictions."""
+
+    run: Fit
+    store: Store
+    table: Table
+    text: Reference
+    report: Reference
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        found = trained(self.run.space)
+        return tuple(replace(d, choices=tuple(c for c in d.choices if c.name in FORMATS)) for d in found)
+
+    def network(self, settings: Settings) -> ElasticNetwork:
+        """Untrained."""
+        run, space = self.run, self.run.space
+        stored = {name: stored_matrices(self.store.variant, space, space.uniform(name), run.target, run.source) for name in FORMATS}
+        about = {d.unit.weights[0].name: d.unit.name for d in self.decisions}
+        matrices: dict[str, dict] = {unit: {} for unit in about.values()}
+        for name, entries in stored.items():
+            for entry in entries:
+                if entry.weight.name in about:
+                    matrices[about[entry.weight.name]][name] = entry
+        largest = run.elastic_model(self.store).set(space.largest())
+        return ElasticNetwork(largest, self.decisions, matrices, settings.rank, settings.seed)
+
+    def trained(self, sampler: str, settings: Settings, only: str | None, progress: Progress) -> ElasticNetwork:
+        """With `only`, one format's variants are all that is ever drawn."""
+        network = self.network(settings)
+        drawn = [replace(d, choices=tuple(c for c in d.choices if only in (None, c.name))) for d in self.decisions]
+        period = max(1, settings.num_steps // settings.num_periods)
+        made = samplers.get(sampler)(drawn, period)
+        train(network, made, self.text, settings, checkpoint={}, keep=lambda _: None, progress=progress)
+        return network
+
+    def configs(self) -> dict[float, Config]:
+        """By bits: the exact optimum of the table that the untrained variants have."""
+        space = Space(self.decisions, 0, 0, sum(d.unit.num_weights for d in self.decisions))
+        solver = Solver(space, self.table)
+        overhead = formats.get(FORMATS[0]).bits - 2
+        found = {bits: solver.solve(Budget.parse(f"{bits + overhead:.6f} bits")) for bits in BITS}
+        return found | {float(name[3]): uniform(self.decisions, name) for name in (FORMATS[0], FORMATS[2])}
+
+    def quality(self, network: ElasticNetwork, config: Config) -> Quality:
+        return measure(network.set(config), self.report)
+
+
+def settle(network: ElasticNetwork) -> None:
+    """As it would be stored."""
+    for variant in network.variants().values():
+        scales = variant.merged()
+        assert scales is not None
+        variant.settle(scales)
+
+
+def stitched(bench: Bench, networks: Mapping[str, ElasticNetwork]) -> ElasticNetwork:
+    """Each format's variants from the network that was trained in it alone."""
+    made = bench.network(Settings())
+    for (unit, name), variant in made.variants().items():
+        variant.settle(networks[name].variants()[unit, name].scales)
+    return made
+
+
+def merge_section(bench: Bench, network: ElasticNetwork) -> Section:
+    """Adapters on against offsets, before offsets are rounded to what is stored, and after."""
+    tokens, rows = bench.report.tokens[:4], []
+    for name in FORMATS:
+        config = uniform(bench.decisions, name)
+        with torch.no_grad():
+            adapted = network.set(config)(input_ids=tokens, use_cache=False).logits
+            merged = _merged(bench, network, name)(tokens)
+        same = all(_codes_and_scales(v) for (_, n), v in network.variants().items() if n == name)
+        difference = float((adapted - merged).abs().max())
+        cells = (name, f"{difference:.1e}", "yes" if same else "no")
+        print("  ".join(cells), flush=True)
+        rows.append(Row(cells, difference < EXACT and same))
+    return Section(
+        "Merging",
+        ("format", "largest difference of a logit, adapter on against other offsets", "codes and scales the same to the bit"),
+        rows,
+        ("In float32. Offsets are then stored as halves of zero points, in steps of 1/256; the figures above are of what is stored.",),
+    )
+
+
+def _merged(bench: Bench, network: ElasticNetwork, name: str):
+    from torch.func import functional_call
+
+    plain = bench.run.elastic_model(bench.store).set(bench.run.space.largest())
+    values = {d.unit.weights[0].name: network.variants()[d.unit.name, name].values for d in bench.decisions}
+    return lambda tokens: functional_call(plain, values, kwargs={"input_ids": tokens, "use_cache": False}).logits
+
+
+def _codes_and_scales(variant) -> bool:
+    scales = variant.merged()
+    codes, before = variant.format_.read(variant.stored.data)
+    again, after = variant.format_.read(variant.format_.pack(codes, scales))
+    return torch.equal(codes, again) and torch.equal(before.stored["scale"], after.stored["scale"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
+    args = parser.parse_args()
+    settings = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps)
+    progress = to_stderr()
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(target="transformers", formats=("int8_asym", *FORMATS), segments=SEGMENTS)
+        store = Store(Path(folder))
+        run.encode(store)
+        table = run.score(store)
+        bench = Bench(
+            run, store, table, Reference.of(run.model, windows(run.segments.calibration)), Reference.of(run.model, run.segments.report)
+        )
+        once = bench.trained("balanced", settings, None, progress)
+        merging = merge_section(bench, once)
+        networks = {ONCE: once, UNIFORM: bench.trained("uniform", settings, None, progress)}
+        for name, steps in ((THIRD, args.steps // 3), (ALL, args.steps)):
+            alone = {f: bench.trained("uniform", replace(settings, num_steps=steps), f, progress) for f in FORMATS}
+            for network in alone.values():
+                settle(network)
+            networks[name] = stitched(bench, alone)
+        for name in (ONCE, UNIFORM):
+            settle(networks[name])
+        networks[NONE] = bench.network(settings)
+        rows = []
+        for bits, config in sorted(bench.configs().items()):
+            found = {name: bench.quality(network, config) for name, network in networks.items()}
+            ours = found[ONCE].perplexity
+            ends = bits in (BITS[0], BITS[-1])
+            holds = ours <= found[THIRD].perplexity and ours <= found[ALL].perplexity * (1 + WITHIN)
+            holds &= ours < found[UNIFORM].perplexity or not ends
+            cells = (f"{bits:g}", *(f"{found[n].perplexity:.3f} / {found[n].kl_mean:.5f}" for n in (NONE, THIRD, ALL, UNIFORM, ONCE)))
+            print("  ".join(cells), flush=True)
+            rows.append(Row(cells, holds))
+    sizes = Section(
+        "Sizes",
+        ("bits", NONE, THIRD, ALL, UNIFORM, ONCE),
+        rows,
+        (
+            "Perplexity / mean KL to the original on the report split, of what is stored. "
+            f"The one run takes {args.steps} steps of {settings.batch_size} windows; three runs have a third of them each, or all of them "
+            "each. A row holds where the one run is at or below the first, "
+            f"within {WITHIN:.0%} of the second, and at the ends better than with configs drawn uniformly.",
+        ),
+    )
+    return finish_page("train-once", "One run for all sizes", "make bench-train-once", [sizes, merging])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

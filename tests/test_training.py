@@ -1,0 +1,265 @@
+"""Training every size at once: samplers draw as they say, merges are exact, what isn't drawn is left alone, runs go on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+import anyfit
+from anyfit import finalists, pipeline, training
+from anyfit.core.config import Config
+from anyfit.core.space import Choice, Decision
+from anyfit.core.units import Unit, Weight
+from anyfit.elastic.linear import ElasticLinear, ElasticNetwork, Variant
+from anyfit.formats import formats
+from anyfit.formats.base import GridFormat, quantize
+from anyfit.progress import Silent
+from anyfit.recipes import llm_qfa, recipes
+from anyfit.recipes.base import Training
+from anyfit.tasks.language import Reference
+from anyfit.testing.models import save_tiny, tiny_model, tiny_text
+from anyfit.trainers import loop, samplers
+from anyfit.tuning.coded import Coded, Stored
+
+PERIOD = 200
+OFFSETS = ("int4_offset", "int3_offset", "int2_offset")
+SETTINGS = loop.Settings(num_steps=6, batch_size=2, rate=1e-2, rank=2, num_periods=2)
+
+
+def decisions(number: int) -> list[Decision]:
+    """Matrices of different sizes, one of which can't have two bits."""
+    found = []
+    for index in range(number):
+        weight = Weight(f"{index}.weight", (64 * (1 + index % 3), 256), "up", str(index), index)
+        bits = (2, 3, 4) if index else (3, 4)
+        choices = tuple(Choice(f"int{b}", b * weight.num_weights // 8, b * weight.num_weights // 8) for b in bits)
+        found.append(Decision(Unit(weight.name, (weight,)), choices))
+    return found
+
+
+@pytest.mark.parametrize("name", samplers)
+@pytest.mark.parametrize("step", [0, 37, 100, 163])
+def test_configs_follow_the_stated_distribution(name: str, step: int) -> None:
+    sampler = samplers.get(name)(decisions(4), PERIOD)
+    stated = sampler.probabilities(step)
+    drawn = [sampler.draw(step, seed) for seed in range(1500)]
+    for decision in sampler.decisions:
+        counts = Counter(config[decision.key] for config in drawn)
+        shares = np.array([counts[choice.name] for choice in decision.choices]) / len(drawn)
+        error = np.sqrt(stated[decision.key] * (1 - stated[decision.key]) / len(drawn))
+        assert stated[decision.key].sum() == pytest.approx(1)
+        assert (np.abs(shares - stated[decision.key]) <= 4.5 * error + 1e-9).all(), (decision.key, shares, stated[decision.key])
+    assert sampler.draw(step, 3) == samplers.get(name)(decisions(4), PERIOD).draw(step, 3)
+
+
+def mean_bits(config: Config, about: list[Decision]) -> float:
+    sizes = [(decision.choice(config[decision.key]).stored_bytes, decision.unit.num_weights) for decision in about]
+    return 8 * sum(size for size, _ in sizes) / sum(num for _, num in sizes)
+
+
+def test_the_balanced_schedule_spends_as_much_on_the_ends_as_on_the_middle() -> None:
+    """LLM-QFA's claim: drawn uniformly, the mean of 32 decisions hardly leaves the middle."""
+    about = decisions(33)[1:]
+    shares = {}
+    for name in ("balanced", "uniform"):
+        sampler = samplers.get(name)(about, PERIOD)
+        found = [mean_bits(sampler.draw(step, 0), about) for step in range(PERIOD)]
+        shares[name] = np.histogram(found, bins=8, range=(2, 4))[0] / PERIOD
+    assert shares["balanced"].min() > 0.06, shares
+    assert shares["uniform"][[0, 1, 6, 7]].max() < 0.02, shares
+
+
+def test_the_expected_mean_is_the_target() -> None:
+    about = decisions(12)
+    sampler = samplers.get("balanced")(about, PERIOD)
+    for step in (0, 20, 50, 100, 130):
+        stated = sampler.probabilities(step)
+        means = [sum(p * 8 * c.stored_bytes for p, c in zip(stated[d.key], d.choices, strict=True)) for d in about]
+        expected = sum(means) / sum(d.unit.num_weights for d in about)
+        assert expected == pytest.approx(sampler.target(step), abs=1e-6)
+
+
+def stored(name: str, weight: Tensor | None = None, path: str = "m", order: Tensor | None = None) -> Stored:
+    """A matrix, rounded."""
+    format_ = formats.get(name)
+    assert isinstance(format_, GridFormat)
+    if weight is None:
+        weight = torch.randn(24, 256, generator=Generator().manual_seed(0)) * 0.05
+    rows, columns = weight.shape
+    scales = format_.fit(weight, torch.ones(columns))
+    spread = [part.repeat_interleave(format_.group, 1) for part in (scales.scale, scales.offset)]
+    codes, _ = quantize(format_, weight, *spread)
+    about = Weight(f"{path}.weight", (rows, columns), "up", path, 0)
+    return Stored(about, format_, Coded(format_, codes, scales).data, order)
+
+
+def moved(variant: Variant, seed: int) -> Variant:
+    """Something other than the zeros that training starts from."""
+    generator = Generator().manual_seed(seed)
+    for parameter in variant.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return variant
+
+
+@pytest.mark.parametrize("name", [*OFFSETS, "Q2_K", "Q4_K", "int3_sym", "Q3_K"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_variant_starts_as_what_is_stored(name: str, ordered: bool) -> None:
+    entry = stored(name, order=torch.randperm(24, generator=Generator().manual_seed(1)) if ordered else None)
+    assert torch.equal(Variant(entry, 4, Generator()).values, entry.values())
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_adapters_merge_into_offsets_exactly(name: str, ordered: bool) -> None:
+    """Adapter on against other offsets; codes and scales are the same to the bit."""
+    entry = stored(name, order=torch.randperm(24, generator=Generator().manual_seed(1)) if ordered else None)
+    variant = moved(Variant(entry, 4, Generator().manual_seed(2)), 3)
+    linear = ElasticLinear({name: variant}, torch.randn(24, generator=Generator().manual_seed(4)))
+    inputs = torch.randn(5, 7, 256, generator=Generator().manual_seed(5))
+    assert variant.adapter is not None
+    with torch.no_grad():
+        adapted = linear(inputs)
+        assert (adapted - nn.functional.linear(inputs, entry.values(), linear.bias)).abs().max() > 1e-2
+        assert (adapted - nn.functional.linear(inputs, variant.values, linear.bias)).abs().max() < 1e-4
+        scales = variant.merged()
+        assert scales is not None
+        sums = variant.adapter.sums if entry.order is None else variant.adapter.sums[entry.order]
+        wanted = variant.scales.offset - sums
+        inside = (wanted >= 0) & (wanted <= scales.scale * (len(variant.format_.levels) - 1))
+        rounding = scales.scale / 512 * 1.001
+        assert inside.float().mean() > 0.5
+        assert ((scales.offset - wanted).abs() <= rounding)[inside].all()
+    codes, again = variant.format_.read(variant.format_.pack(variant.codes if entry.order is None else variant.codes[entry.order], scales))
+    before, old = variant.format_.read(entry.data)
+    assert torch.equal(codes, before) and torch.equal(again.scale, old.scale) and torch.equal(again.offset, scales.offset)
+    variant.settle(scales)
+    assert torch.equal(variant.values, Stored(entry.weight, entry.format_, variant.format_.pack(before, scales), entry.order).values())
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q3_K", "IQ4_NL", "int3_sym", "int2_asym"])
+def test_elsewhere_halves_are_multiplied(name: str) -> None:
+    variant = moved(Variant(stored(name), 4, Generator()), 1)
+    running = variant.values.detach()
+    scales = variant.merged()
+    assert scales is not None
+    variant.settle(scales)
+    assert (variant.values - running).abs().max() < 2e-3 * running.abs().max() and not torch.equal(variant.values, stored(name).values())
+
+
+@pytest.fixture(scope="module")
+def text() -> Tensor:
+    return torch.randint(64, (6, 24), generator=Generator().manual_seed(0))
+
+
+def network(names: tuple[str, ...] = OFFSETS) -> tuple[ElasticNetwork, list[Decision]]:
+    """A tiny Llama, two matrices of which are elastic."""
+    model = tiny_model("llama").eval()
+    matrices, about = {}, []
+    for path in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        values = model.get_parameter(f"{path}.weight").detach()
+        entries = {name: stored(name, values, path) for name in names}
+        weight = entries[names[0]].weight
+        matrices[weight.name] = entries
+        sizes = {name: formats.get(name).bytes_(weight.shape) for name in names}
+        about.append(Decision(Unit(weight.name, (weight,)), tuple(Choice(name, size, size) for name, size in sizes.items())))
+    return ElasticNetwork(model, about, matrices, SETTINGS.rank, 0), about
+
+
+def state(made: ElasticNetwork) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in made.model.named_parameters() if ".variants." in name}
+
+
+def run(made: ElasticNetwork, about: list[Decision], text: Tensor, settings: loop.Settings = SETTINGS, **more: Any) -> None:
+    reference = Reference.of(tiny_model("llama").eval(), text)
+    sampler = samplers.get("balanced")(about, settings.num_steps // settings.num_periods)
+    loop.train(made, sampler, reference, settings, **{"checkpoint": {}, "keep": lambda _: None, "progress": Silent(), **more})
+
+
+def test_what_is_not_drawn_is_left_alone(text: Tensor) -> None:
+    made, about = network()
+    before, drawn = state(made), samplers.get("balanced")(about, 1).draw(0, 0)
+    run(made, about, text, loop.Settings(num_steps=1, batch_size=2, rank=2, num_periods=1))
+    for name, value in state(made).items():
+        chosen = any(f"{d.unit.name.removesuffix('.weight')}.variants.{drawn[d.key]}." in name for d in about)
+        assert torch.equal(value, before[name]) != chosen or (chosen and name.endswith("down")), name
+
+
+def test_training_lowers_the_divergence(text: Tensor) -> None:
+    made, about = network()
+    reference = Reference.of(tiny_model("llama").eval(), text)
+    small = {d.key: "int2_offset" for d in about}
+    before = training.kl(made.set(small), reference)
+    run(made, about, text, loop.Settings(num_steps=40, batch_size=6, rate=1e-2, rank=2, num_periods=2))
+    assert training.kl(made.set(small), reference) < 0.9 * before
+
+
+def test_a_run_goes_on_from_any_checkpoint_to_the_same_numbers(text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SECONDS", -1.0)
+    whole, about = network()
+    kept: list[dict[str, Tensor]] = []
+    run(whole, about, text, keep=kept.append)
+    assert [int(entry["step"]) for entry in kept] == [1, 2, 3, 4, 5, 6]
+    for checkpoint in (kept[0], kept[3]):
+        again, _ = network()
+        run(again, about, text, checkpoint=checkpoint)
+        for name, value in state(whole).items():
+            assert torch.equal(value, state(again)[name]), name
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = llm_qfa.RECIPE
+    assert recipe.training is not None
+    few = Training(recipe.training.sampler, loop.Settings(num_steps=20, batch_size=4, rate=3e-3, rank=4, num_periods=2))
+    monkeypatch.setattr(llm_qfa, "RECIPE", type(recipe)(**{**vars(recipe), "training": few}))
+    monkeypatch.setattr(finalists, "NUM_FINALISTS", 4)
+    monkeypatch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 4)
+    assert recipes.get("llm-qfa").training == few
+
+
+@pytest.mark.parametrize(
+    ("target", "names"), [("transformers", ("F16", "int8_asym", "int3_offset", "int2_offset")), ("llama.cpp", ("F16", "Q4_K", "Q2_K"))]
+)
+def test_a_trained_family_is_exported_and_a_killed_run_continues(
+    target: str, names: tuple[str, ...], few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, notes = save_tiny(tmp_path / "tiny", "llama"), tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    asked: dict[str, Any] = {"data": notes, "target": target, "formats": names, "length": 32, "segments": 8, "recipe": "llm-qfa"}
+    family = anyfit.fit(tiny, output=tmp_path / "whole.family", **asked)
+    told = [note for note in family.manifest.notes if "trained, KL" in note]
+    assert target != "transformers" or any("left as it was" not in note for note in told), told
+    assert [note.partition(":")[0] for note in told] == [name for name in family.space.formats() if name in names[-2:]]
+    assert all(check.passed for check in family.export("35%", tmp_path / ("model" + (".gguf" if target == "llama.cpp" else ""))).checks)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place, name in ((training.Training, "_measured"), (pipeline.Store, "rewrite")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                anyfit.fit(tiny, output=tmp_path / "killed.family", **asked)
+    assert anyfit.fit(tiny, output=tmp_path / "killed.family", **asked).digest == family.digest
+    assert not list((tmp_path / "killed.family").glob("training*"))
+
+
+def test_a_format_that_lost_keeps_what_it_had(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, notes = save_tiny(tmp_path / "tiny", "llama"), tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    asked: dict[str, Any] = {"data": notes, "formats": ("F16", "Q4_K", "Q2_K"), "length": 32, "segments": 8}
+    plain = anyfit.fit(tiny, output=tmp_path / "plain.family", **asked)
+    figures = iter([1.0, 1.0, 0.5, 2.0])
+    monkeypatch.setattr(training.Training, "_measured", lambda *_: next(figures))
+    family = anyfit.fit(tiny, output=tmp_path / "trained.family", recipe="llm-qfa", **asked)
+    better, worse = (choice.name for choice in training.trained(family.space)[0].choices)
+    weight = next(w for d in family.space.decisions for w in d.unit.weights if w.block is not None)
+    for name, same in ((better, False), (worse, True)):
+        ours, theirs = (one.variants(one.space.uniform(name))(weight.name, name) for one in (family, plain))
+        assert torch.equal(ours, theirs) == same
