@@ -24,7 +24,6 @@ from anyfit.core.config import Config
 from anyfit.core.space import Decision, Space
 from anyfit.elastic.linear import ElasticNetwork
 from anyfit.family.store import Store, stored_matrices
-from anyfit.formats import formats
 from anyfit.pipeline import Fit
 from anyfit.progress import Progress, to_stderr
 from anyfit.recipes import llm_qfa
@@ -87,9 +86,10 @@ class Bench:
         """By bits: the exact optimum of the table that the untrained variants have."""
         space = Space(self.decisions, 0, 0, sum(d.unit.num_weights for d in self.decisions))
         solver = Solver(space, self.table)
-        overhead = formats.get(FORMATS[0]).bits - 2
-        found = {bits: solver.solve(Budget.parse(f"{bits + overhead:.6f} bits")) for bits in BITS}
-        return found | {float(name[3]): uniform(self.decisions, name) for name in (FORMATS[0], FORMATS[2])}
+        low, _, high = (space.bits(uniform(self.decisions, name)) for name in FORMATS)
+        place = {bits: low + (bits - BITS[0]) / (BITS[-1] - BITS[0]) * (high - low) for bits in BITS[1:-1]}
+        found = {bits: solver.solve(Budget.parse(f"{stored:.6f} bits")) for bits, stored in place.items()}
+        return {BITS[0]: uniform(self.decisions, FORMATS[0]), **found, BITS[-1]: uniform(self.decisions, FORMATS[2])}
 
     def quality(self, network: ElasticNetwork, config: Config) -> Quality:
         return measure(network.set(config), self.report)
