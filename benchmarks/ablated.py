@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -70,19 +71,19 @@ class OwnZeroPoint(IntegerFormat):
     """Two-bit integers with a zero point, whose neighbours are not looked at."""
 
     def __init__(self) -> None:
-        super().__init__(2, symmetric=False)
+        super().__init__(2, "asym")
 
     def fit(self, weight: Tensor, importance: Tensor) -> Scales:
         with patch.object(fitting_line, "NEIGHBOURS", ()):
             return super().fit(weight, importance)
 
 
-class MoreGrids(OwnZeroPoint):
+class MoreGrids(OwnZeroPoint, ABC):
     """The best of several grids for each group, their scales improved by least squares."""
 
+    @abstractmethod
     def grids(self, weight: Tensor, importance: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Scales and zero points, (rows, groups) each."""
-        raise NotImplementedError
 
     def fit(self, weight: Tensor, importance: Tensor) -> Scales:
         groups = weight.unflatten(1, (-1, self.group))
