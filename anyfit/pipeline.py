@@ -201,13 +201,14 @@ class Fit:
 
     def errors(self, store: Store) -> dict[str, dict[str, float]]:
         """{unit: {choice: expected squared error of its outputs}}; of what was trained, as much less as the loss is."""
-        found, gained = {}, gains(store) or {}
-        trainable = {decision.unit.name for decision in trained(self.space)} if gained else set()
+        found = {}
         for decision in self.space.decisions:
-            unit, rows = decision.unit, [store.errors(weight.name) for weight in decision.unit.weights]
-            found[unit.name] = {c.name: sum(row[c.name] for row in rows) for c in decision.choices}
-            if unit.name in trainable:
-                found[unit.name] |= {c.name: found[unit.name][c.name] * gained[c.name].factor for c in decision.choices if c.name in gained}
+            rows = [store.errors(weight.name) for weight in decision.unit.weights]
+            found[decision.unit.name] = {c.name: sum(row[c.name] for row in rows) for c in decision.choices}
+        if (gained := gains(store)) is not None:
+            for decision in trained(self.space):
+                for choice in decision.choices:
+                    found[decision.unit.name][choice.name] *= gained[choice.name].factor
         return found
 
     def finalists(self, store: Store, table: Table) -> tuple[Original, list[Point]]:

@@ -79,7 +79,7 @@ class Training:
             found = gains(self.store, f"{FOLDER}/{RESULT}")
             assert found is not None
             for unit, stored in self._stored().items():
-                changed = {name: self._bytes(entry, unit, merged) for name, entry in stored.items() if found.get(name, _NONE).kept}
+                changed = {name: self._bytes(entry, unit, merged) for name, entry in stored.items() if found[name].kept}
                 self.store.rewrite(next(iter(stored.values())).weight.name, changed)
             write_json(self.store.folder / RESULT, {name: [gain.before, gain.after] for name, gain in found.items()})
         remove(self.store.folder / FOLDER)
@@ -116,26 +116,26 @@ class Training:
         return kl(network.set(uniform(self.decisions, name)), held_out)
 
     def _stored(self) -> dict[str, dict[str, Stored]]:
-        """{unit: {choice: its matrix}} of what is trained."""
-        found: dict[str, dict[str, Stored]] = {decision.unit.name: {} for decision in self.decisions}
-        about = {decision.unit.weights[0].name: decision for decision in self.decisions}
-        for name in self.space.formats():
-            for entry in self.matrices(self.space.uniform(name)):
-                decision = about.get(entry.weight.name)
-                if decision and any(choice.name == entry.format_.name for choice in decision.choices):
-                    found[decision.unit.name][entry.format_.name] = entry
-        return found
+        return stored_choices(self.space, self.decisions, self.matrices)
 
     def _bytes(self, entry: Stored, unit: str, merged: Mapping[str, Tensor]) -> Tensor:
-        """A variant with the trained scales; as it was where there are none."""
-        if not isinstance(entry.format_, GridFormat):
-            return entry.data
+        """A variant with what was trained of its scales."""
+        assert isinstance(entry.format_, GridFormat)
         codes, scales = entry.format_.read(entry.data)
         stored = {part: merged.get(_key(unit, entry.format_.name, part), value) for part, value in scales.stored.items()}
         return entry.format_.pack(codes, entry.format_.assemble(stored))
 
 
-_NONE = Gain(0.0, 0.0)
+def stored_choices(space: Space, decisions: Iterable[Decision], matrices: Callable[[Config], list[Stored]]) -> dict[str, dict[str, Stored]]:
+    """{unit: {choice: its matrix}} of these decisions. `matrices`: a config's, of the whole `space`."""
+    about = {decision.unit.weights[0].name: decision for decision in decisions}
+    found: dict[str, dict[str, Stored]] = {decision.unit.name: {} for decision in about.values()}
+    for name in space.formats():
+        for entry in matrices(space.uniform(name)):
+            decision = about.get(entry.weight.name)
+            if decision and any(choice.name == entry.format_.name for choice in decision.choices):
+                found[decision.unit.name][entry.format_.name] = entry
+    return found
 
 
 def trained(space: Space) -> tuple[Decision, ...]:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 from table import Row, Section, finish_page
+from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from anyfit.api import prepare
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config
 from anyfit.core.space import Decision, Space
-from anyfit.elastic.linear import ElasticNetwork
+from anyfit.elastic.linear import ElasticNetwork, Variant
 from anyfit.family.store import Store, stored_matrices
 from anyfit.pipeline import Fit
 from anyfit.progress import Progress, to_stderr
@@ -32,7 +34,7 @@ from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Quality, Reference, measure
 from anyfit.trainers import samplers
 from anyfit.trainers.loop import Settings, train
-from anyfit.training import trained, uniform
+from anyfit.training import stored_choices, trained, uniform
 from anyfit.tuning.refining import windows
 
 FORMATS = ("int2_offset", "int3_offset", "int4_offset")
@@ -63,15 +65,12 @@ class Bench:
     def network(self, settings: Settings) -> ElasticNetwork:
         """Untrained."""
         run, space = self.run, self.run.space
-        stored = {name: stored_matrices(self.store.variant, space, space.uniform(name), run.target, run.source) for name in FORMATS}
-        about = {d.unit.weights[0].name: d.unit.name for d in self.decisions}
-        matrices: dict[str, dict] = {unit: {} for unit in about.values()}
-        for name, entries in stored.items():
-            for entry in entries:
-                if entry.weight.name in about:
-                    matrices[about[entry.weight.name]][name] = entry
-        largest = run.elastic_model(self.store).set(space.largest())
-        return ElasticNetwork(largest, self.decisions, matrices, settings.rank, settings.seed)
+        matrices = stored_choices(space, self.decisions, lambda c: stored_matrices(self.store.variant, space, c, run.target, run.source))
+        return ElasticNetwork(self.plain(), self.decisions, matrices, settings.rank, settings.seed)
+
+    def plain(self) -> PreTrainedModel:
+        """Every matrix in its largest choice, none elastic."""
+        return self.run.elastic_model(self.store).set(self.run.space.largest())
 
     def trained(self, sampler: str, settings: Settings, only: str | None, progress: Progress) -> ElasticNetwork:
         """With `only`, one format's variants are all that is ever drawn."""
@@ -118,7 +117,8 @@ def merge_section(bench: Bench, network: ElasticNetwork) -> Section:
         config = uniform(bench.decisions, name)
         with torch.no_grad():
             adapted = network.set(config)(input_ids=tokens, use_cache=False).logits
-            merged = _merged(bench, network, name)(tokens)
+            values = {d.unit.weights[0].name: network.variants()[d.unit.name, name].values for d in bench.decisions}
+            merged = functional_call(bench.plain(), values, kwargs={"input_ids": tokens, "use_cache": False}).logits
         same = all(_codes_and_scales(v) for (_, n), v in network.variants().items() if n == name)
         difference = float((adapted - merged).abs().max())
         cells = (name, f"{difference:.1e}", "yes" if same else "no")
@@ -132,16 +132,10 @@ def merge_section(bench: Bench, network: ElasticNetwork) -> Section:
     )
 
 
-def _merged(bench: Bench, network: ElasticNetwork, name: str):
-    from torch.func import functional_call
-
-    plain = bench.run.elastic_model(bench.store).set(bench.run.space.largest())
-    values = {d.unit.weights[0].name: network.variants()[d.unit.name, name].values for d in bench.decisions}
-    return lambda tokens: functional_call(plain, values, kwargs={"input_ids": tokens, "use_cache": False}).logits
-
-
-def _codes_and_scales(variant) -> bool:
+def _codes_and_scales(variant: Variant) -> bool:
+    """Whether the bytes with merged offsets hold the very codes and scales that were there."""
     scales = variant.merged()
+    assert scales is not None
     codes, before = variant.format_.read(variant.stored.data)
     again, after = variant.format_.read(variant.format_.pack(codes, scales))
     return torch.equal(codes, again) and torch.equal(before.stored["scale"], after.stored["scale"])

@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 from anyfit.core.config import Config
 from anyfit.core.space import Decision
 from anyfit.formats.base import GridFormat, Scales
+from anyfit.formats.fitting import HALF_MAX
 from anyfit.formats.integer import IntegerFormat
-from anyfit.tuning.coded import Stored
-
-HALF_MAX = torch.finfo(torch.half).max
+from anyfit.tuning.coded import Stored, placed, taken
 
 
 class Adapter(nn.Module):
@@ -59,9 +58,9 @@ class Variant(nn.Module):
         self.adapter: Adapter | None = None
         self.factors = nn.ParameterDict()
         codes, self.scales = self.format_.read(stored.data)
-        self.register_buffer("codes", _placed(codes, stored.order))
-        self.register_buffer("scale", _placed(self.scales.scale, stored.order))
-        self.register_buffer("offset", _placed(self.scales.offset, stored.order))
+        self.register_buffer("codes", placed(codes, stored.order))
+        self.register_buffer("scale", placed(self.scales.scale, stored.order))
+        self.register_buffer("offset", placed(self.scales.offset, stored.order))
         if trains_offsets(self.format_):
             outputs, groups = self.scale.shape
             # A step of all of B then moves an offset by about the rate, in steps of the grid.
@@ -69,7 +68,7 @@ class Variant(nn.Module):
             self.adapter = Adapter(outputs, groups, min(rank, groups), scale, generator)
             return
         for half in dict.fromkeys(half for half in (self.format_.scale_half, self.format_.offset_half) if half):
-            self.factors[half] = nn.Parameter(torch.zeros(_placed(self.scales.stored[half], stored.order).shape))
+            self.factors[half] = nn.Parameter(torch.zeros(placed(self.scales.stored[half], stored.order).shape))
 
     @property
     def frozen(self) -> Tensor:
@@ -100,18 +99,18 @@ class Variant(nn.Module):
             return None
         if self.adapter is not None:
             assert isinstance(self.format_, IntegerFormat)
-            zero = self.format_.zero_of(self.scales.scale, self.scales.offset - _taken(self.adapter.sums, self.stored.order))
+            zero = self.format_.zero_of(self.scales.scale, self.scales.offset - taken(self.adapter.sums, self.stored.order))
             return self.format_.assemble({**self.scales.stored, "zero": zero})
         halves = dict(self.scales.stored)
         for half, factor in self.factors.items():
-            moved = halves[half].float() * _taken(factor.exp(), self.stored.order)
+            moved = halves[half].float() * taken(factor.exp(), self.stored.order)
             halves[half] = moved.clamp(-HALF_MAX, HALF_MAX).to(halves[half].dtype)
         return self.format_.assemble(halves)
 
     def settle(self, scales: Scales) -> None:
         """Run with these scales, rows in stored order, from now on; nothing is left to train."""
         self.scales, self.adapter, self.factors = scales, None, nn.ParameterDict()
-        self.scale, self.offset = _placed(scales.scale, self.stored.order), _placed(scales.offset, self.stored.order)
+        self.scale, self.offset = placed(scales.scale, self.stored.order), placed(scales.offset, self.stored.order)
 
 
 def trains_offsets(format_: GridFormat) -> bool:
@@ -165,12 +164,3 @@ class ElasticNetwork:
     def variants(self) -> dict[tuple[str, str], Variant]:
         """By unit and choice."""
         return {(unit, name): v for unit, one in self.linears.items() for name, v in one.variants.items() if isinstance(v, Variant)}
-
-
-def _placed(stored: Tensor, order: Tensor | None) -> Tensor:
-    """Rows in stored order as the network has them."""
-    return stored if order is None else torch.empty_like(stored).index_copy_(0, order, stored)
-
-
-def _taken(rows: Tensor, order: Tensor | None) -> Tensor:
-    return rows if order is None else rows[order]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from anyfit.core.errors import ModelError
@@ -98,6 +99,11 @@ class Reference:
             return self.log_probs[segments]
         with torch.no_grad():
             return self.logits(self.tokens[segments])[:, :-1].float().log_softmax(-1)
+
+    def divergence(self, logits: Tensor, segments: Tensor) -> Tensor:
+        """Mean KL per token in nats of `logits` (n, length, vocabulary) for these segments, to be differentiated."""
+        expected, log_probs = self.expected(segments), logits[:, :-1].float().log_softmax(-1)
+        return kl_div(log_probs, expected, log_target=True, reduction="sum") / expected[..., 0].numel()
 
 
 def kept_bytes(num_tokens: int, vocabulary: int) -> int:

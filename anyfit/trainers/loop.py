@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import kl_div
 
 from anyfit.elastic.linear import ElasticNetwork
 from anyfit.progress import Progress
@@ -80,11 +79,9 @@ def train(
 
 def _divergence(network: ElasticNetwork, config: Mapping[tuple[str, str], str], reference: Reference, batch: Tensor) -> Tensor:
     """Mean KL per token, in nats."""
-    expected, tokens = reference.expected(batch), reference.tokens[batch]
     with _matrix_speed():
-        logits = network.set(config)(input_ids=tokens, use_cache=False).logits
-    log_probs = logits[:, :-1].float().log_softmax(-1)
-    return kl_div(log_probs, expected, log_target=True, reduction="sum") / expected[..., 0].numel()
+        logits = network.set(config)(input_ids=reference.tokens[batch], use_cache=False).logits
+    return reference.divergence(logits, batch)
 
 
 def _matrix_speed() -> AbstractContextManager[Any]:

@@ -12,6 +12,16 @@ from anyfit.core.units import Weight
 from anyfit.formats.base import Format, GridFormat, Scales
 
 
+def placed(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows in stored order as the network has them. `order` (rows,): stored rows as indices into the network's; None where equal."""
+    return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
+
+
+def taken(rows: Tensor, order: Tensor | None) -> Tensor:
+    """The inverse of `placed`."""
+    return rows if order is None else rows[order]
+
+
 @dataclass(frozen=True)
 class Coded:
     """A matrix as it is stored: `codes` uint8 (outputs, inputs), rows in the target's order, and the scales of whole rows."""
@@ -41,14 +51,12 @@ class Matrix:
 
     def placed(self, values: Tensor) -> Tensor:
         """Values in stored order, (outputs, inputs), as the network's parameter."""
-        if self.order is not None:
-            values = torch.empty_like(values).index_copy_(0, self.order, values)
+        values = placed(values, self.order)
         return values.T if self.transposed else values
 
     def taken(self, parameter: Tensor) -> Tensor:
         """The inverse of `placed`, for a gradient of the network's parameter too."""
-        values = parameter.T if self.transposed else parameter
-        return values if self.order is None else values[self.order]
+        return taken(parameter.T if self.transposed else parameter, self.order)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,5 @@ class Stored:
 
     def values(self) -> Tensor:
         """Decoded, as the network's parameter."""
-        decoded = self.format_.decode(self.data)
-        if self.order is not None:
-            decoded = torch.empty_like(decoded).index_copy_(0, self.order, decoded)
+        decoded = placed(self.format_.decode(self.data), self.order)
         return decoded.T if self.weight.transposed else decoded

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 from torch.func import functional_call
-from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from anyfit.formats.base import GridFormat, Scales, nearest
@@ -208,10 +207,8 @@ def _logits(network: PreTrainedModel, sheets: list[_Sheet]) -> Logits:
 
 def _divergence(network: PreTrainedModel, parameters: dict[str, Tensor], reference: Reference, batch: Tensor) -> Tensor:
     """Mean KL per token of the segments `batch`."""
-    expected, tokens = reference.expected(batch), reference.tokens[batch]
-    logits = functional_call(network, parameters, kwargs={"input_ids": tokens, "use_cache": False}).logits
-    log_probs = logits[:, :-1].float().log_softmax(-1)
-    return kl_div(log_probs, expected, log_target=True, reduction="sum") / expected[..., 0].numel()
+    logits = functional_call(network, parameters, kwargs={"input_ids": reference.tokens[batch], "use_cache": False}).logits
+    return reference.divergence(logits, batch)
 
 
 def _batches(num_segments: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
