@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from anyfit import estimates
+from anyfit import devices, estimates
 from anyfit.calibration import generated
 from anyfit.calibration.data import PURPOSES, Segments, held_out, is_named, load
 from anyfit.calibration.generated import SELF
@@ -20,7 +21,6 @@ from anyfit.core.budget import BYTES, Budget
 from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.core.files import refuse_existing
-from anyfit.core.memory import free as memory_free
 from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
@@ -53,6 +53,7 @@ class Wishes(TypedDict, total=False):
     segments: int | None
     effort: str
     seed: int
+    device: str
     trust_remote_code: bool
 
 
@@ -68,20 +69,22 @@ def fit(
 ) -> Family:
     """Turn a network into a family, the folder `output`; `wishes` are those of `prepare`.
 
-    `memory`: what the process may use, such as "8GB" (default: three quarters of what is free). A run that would take
-    more is refused before it starts.
+    `memory`: what the run may use of the machine's memory, and each process of its graphics processor's, such as "8GB" (default: three
+    quarters of what is free). A run that would take more is refused before it starts.
 
     A run that was killed is continued by the same call; `restart` throws away what it had done. An existing
     `output` is only replaced with `force`. Raises `UserError`s, before any long work.
     """
-    progress, limit = progress or Silent(), _memory_limit(memory)
+    progress, given = progress or Silent(), _memory_limit(memory)
     name = "default" if model is None else Path(model).resolve().name
     output = Path(output) if output is not None else Path(f"{name}.family")
     refuse_existing(output, force=force, ours=is_family, inputs=_inputs(model, wishes.get("data")))
     run = prepare(model, progress=progress, **wishes)
     run.checkpoint.check_finite(progress)
-    if limit is not None:
-        estimates.require_memory(run, limit // run.group.size)
+    limits = [_limited(given, where) for where in dict.fromkeys((devices.CPU, run.device))]
+    if limits[0] is not None:
+        estimates.require_memory(run, limits[0] // run.group.size, limits[-1] or 0)
+    devices.limit(run.device, limits[-1] or 0)
     for note in run.notes():
         progress.note(note)
     run.run(output, restart=restart, force=force)
@@ -89,14 +92,21 @@ def fit(
 
 
 def _memory_limit(text: str | None) -> int | None:
-    """In bytes; None where nothing was said and the system doesn't say what it has."""
+    """In bytes; None where nothing was said."""
     if text is None:
-        free = memory_free()
-        return None if free is None else int(SHARE_OF_FREE * free)
+        return None
     limits = dict(Budget.parse(text).limits)
     if limits.keys() != {BYTES}:
         raise UserError(f"The memory limit {text!r} is not in bytes.", remedy="Write a number and a unit, for example 8GB.")
     return int(limits[BYTES])
+
+
+def _limited(given: int | None, where: torch.device) -> int | None:
+    """What may be used there: what was given, or a share of what is free; None where the system doesn't say what that is."""
+    free = devices.free(where)
+    if given is not None:
+        return given
+    return None if free is None else int(SHARE_OF_FREE * free)
 
 
 def prepare(
@@ -110,6 +120,7 @@ def prepare(
     segments: int | None = None,
     effort: str = Effort.NORMAL,
     seed: int = 0,
+    device: str = devices.AUTO,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Fit:
@@ -121,6 +132,7 @@ def prepare(
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
     `segments`: how many calibrate (default 128). `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
+    `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
     method = recipes.get(recipe)
@@ -136,7 +148,8 @@ def prepare(
     data = _data(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
     length = _segment_length(length, checkpoint.config, longest)
-    settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed, diligence)
+    where = devices.device(device).type
+    settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed, diligence, where)
     progress = progress or Silent()
     # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
     run = Fit(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress, group())
@@ -189,6 +202,8 @@ class Plan:
     smallest_bytes: int
     largest_bytes: int
     memory_bytes: int
+    device: str
+    device_memory_bytes: int
     disk_bytes: int
     seconds: float
     coverage: tuple[tuple[str, str, str], ...]
@@ -231,6 +246,8 @@ def plan(
         smallest_bytes=space.bytes_(space.smallest()),
         largest_bytes=space.bytes_(space.largest()),
         memory_bytes=needs.memory,
+        device=run.device.type,
+        device_memory_bytes=needs.device_memory,
         disk_bytes=needs.disk,
         seconds=needs.seconds,
         coverage=run.coverage(),

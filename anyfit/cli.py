@@ -162,6 +162,7 @@ def plan(
     segments: options.Segments = None,
     effort: options.EffortName = Effort.NORMAL,
     saturation: Annotated[bool, typer.Option("--saturation", help="Also measure whether more text would help.")] = False,
+    device: options.DeviceName = "auto",
     trust_remote_code: options.RemoteCode = False,
     log_json: options.LogJson = False,
     json_: options.Json = False,
@@ -183,6 +184,7 @@ def plan(
         length=length,
         segments=segments,
         effort=effort,
+        device=device,
         trust_remote_code=trust_remote_code,
         progress=to_stderr(as_json=log_json),
     )
@@ -191,6 +193,7 @@ def plan(
         ("for", f"{found.target}, by {found.recipe}, in {', '.join(found.formats)}"),
         ("sizes", f"{describe(BYTES, found.smallest_bytes)} to {describe(BYTES, found.largest_bytes)}"),
         ("memory", describe(BYTES, found.memory_bytes)),
+        *([("memory of " + found.device, describe(BYTES, found.device_memory_bytes))] if found.device_memory_bytes else []),
         ("disk", describe(BYTES, found.disk_bytes)),
         ("time", f"about {duration(found.seconds)}"),
     ]
@@ -222,8 +225,12 @@ def fit(
     effort: options.EffortName = Effort.NORMAL,
     memory: Annotated[
         str | None,
-        typer.Option(help="What the run may use, `8GB`; refused at once if that isn't enough. Default: three quarters of what is free."),
+        typer.Option(
+            help="What the run may use, `8GB`, also of a graphics processor's; refused at once if that isn't enough. Default: three "
+            "quarters of what is free."
+        ),
     ] = None,
+    device: options.DeviceName = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Which segments of the text are drawn.")] = 0,
     trust_remote_code: options.RemoteCode = False,
     force: options.Force = False,
@@ -248,6 +255,7 @@ def fit(
         segments=segments,
         effort=effort,
         seed=seed,
+        device=device,
         trust_remote_code=trust_remote_code,
         force=force,
         restart=restart,
@@ -312,6 +320,7 @@ def refine(
     family: options.FamilyPath,
     budget: options.Budgets,
     model: Annotated[str | None, typer.Option(help="The original: a folder or hub id. Not needed for the embedded model.")] = None,
+    device: options.DeviceName = "auto",
     json_: options.Json = False,
 ) -> Answer:
     """Solve the matrices of one size again for each other: closer to the original at the same bytes, in a minute or so."""
@@ -320,7 +329,7 @@ def refine(
     from anyfit.report import summary
 
     opened = Family.open(family)
-    made = refined(opened, budget, model=model, progress=to_stderr())
+    made = refined(opened, budget, model=model, device=device, progress=to_stderr())
     document = {
         "kept": made.kept,
         "already": made.already,

@@ -7,6 +7,7 @@ byte by byte, whatever the number of processes.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -57,7 +57,9 @@ class Group:
     def add(self, tensor: Tensor, to: int) -> None:
         """Add up all processes' tensors, in place, in the process `to`; what is left in the others is of no use."""
         if not self.alone:
-            dist.reduce(tensor, to)
+            there = tensor.cpu()  # gloo adds up in the machine's own memory
+            dist.reduce(there, to)
+            tensor.copy_(there)
 
     def gathered(self, item: T) -> list[T]:
         """What each process has, in order."""
@@ -97,6 +99,5 @@ def exact(values: Tensor, largest: float) -> Tensor:
     """Float64 numbers rounded to whole multiples of one power of two, so that adding up to 2048 such tensors, none of whose
     numbers exceeds `largest` in magnitude, is exact in any order. What is lost is below 2⁻⁴¹ of `largest`."""
     # Adding 1.5 * 2⁵² steps leaves no room for less than a step.
-    _, exponent = torch.frexp(torch.tensor(largest, dtype=torch.float64))
-    anchor = torch.ldexp(torch.tensor(1.5, dtype=torch.float64), exponent + 11)
+    anchor = math.ldexp(1.5, math.frexp(largest)[1] + 11)
     return values.double().add_(anchor).sub_(anchor)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyfit.calibration.collect import Moments, bfloat16_products, observed
+from anyfit.calibration.collect import Moments, observed
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Source
 from anyfit.core.errors import ModelError, UserError
@@ -25,6 +25,7 @@ from anyfit.core.files import remove, written_aside
 from anyfit.core.memory import release
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
+from anyfit.devices import matrix_speed
 from anyfit.distributed import ALONE, Group
 from anyfit.family.store import Store, Writing
 from anyfit.formats import formats
@@ -169,7 +170,7 @@ class Encoding:
     @contextmanager
     def _observed(self, groups: list[Matrices]) -> Iterator[dict[str, Moments]]:
         weights = [weight for group in groups for weight in group]
-        with observed(self.stream.model, self.stream.architecture, weights, self.group) as moments, bfloat16_products():
+        with observed(self.stream.model, self.stream.architecture, weights, self.group) as moments, matrix_speed(self.stream.device):
             yield moments
 
     def _path(self, index: int) -> Path:

@@ -16,8 +16,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from anyfit import devices
 from anyfit.calibration import generated
-from anyfit.calibration.collect import Moments, bfloat16_products, observed
+from anyfit.calibration.collect import Moments, observed
 from anyfit.calibration.data import PURPOSES
 from anyfit.calibration.saturation import Saturation, saturate
 from anyfit.calibration.statistics import InputStatistics
@@ -33,7 +34,7 @@ from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.worker import Workers
 from anyfit.scores.kl import num_probes
-from anyfit.streaming import TOKENS_AT_ONCE, States, Stream, batches
+from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.tasks.language import Reference, kept_bytes, measure
 from anyfit.training import trained
 from anyfit.tuning.refining import WINDOW, Settings
@@ -55,7 +56,7 @@ def saturation(run: Fit) -> Saturation | None:
 
     def stored(weight: Weight, matrix: Tensor, statistics: InputStatistics) -> Tensor:
         format_ = all_formats.get(lowest[weight])
-        return format_.decode(quantizer.encode(matrix, quantizer.prepare(statistics), format_).data)
+        return format_.decode(quantizer.encode(matrix, quantizer.prepare(statistics), format_).data).to(matrix.device)
 
     matrices = {weight: parameters[weight.name].float() for weight in chosen.values()}
     matrices = {weight: matrix.T.contiguous() if weight.transposed else matrix for weight, matrix in matrices.items()}
@@ -65,29 +66,42 @@ def saturation(run: Fit) -> Saturation | None:
 @dataclass(frozen=True)
 class Needs:
     """What a fit would take. `memory`: peak bytes of the process, the interpreter's own included; `disk`: peak bytes while it
-    lasts; `seconds`: of this machine."""
+    lasts; `seconds`: of this machine. `device_memory`: peak bytes of a graphics processor, 0 where none is used."""
 
     memory: int
     disk: int
     seconds: float
+    device_memory: int = 0
 
 
 def needs(run: Fit) -> Needs:
     """Known by doing each kind of work once, on the largest block and on as much text as is read together."""
     with tempfile.TemporaryDirectory() as folder:
+        peak = devices.Peak(run.device)
         rehearsal = _Rehearsal(run, Path(folder))
         seconds = rehearsal.seconds()
-        memory = rehearsal.memory
+        memory, device_memory = rehearsal.memory, peak.bytes_
     if _takes_all(run):
-        memory = max(memory, _in_memory(run))
-    return Needs(memory, disk(run), seconds)
+        if run.device.type == "cpu":
+            memory = max(memory, Peak().bytes_ + _in_memory(run))
+        else:
+            memory, device_memory = max(memory, Peak().bytes_ + 4 * run.space.num_parameters), max(device_memory, _in_memory(run))
+    return Needs(memory, disk(run), seconds, device_memory)
 
 
-def require_memory(run: Fit, limit: int) -> None:
-    """Raises `UserError` where a fit would take more than `limit` bytes of memory. Networks that are small for it aren't rehearsed."""
-    if _surely(run) <= limit:
+def require_memory(run: Fit, limit: int, device_limit: int) -> None:
+    """Raises `UserError` where a fit would take more than `limit` bytes of memory, or more than `device_limit` of a graphics processor's.
+    Networks that are small for it aren't rehearsed."""
+    if _surely(run) <= min(limit, device_limit):
         return
-    needed = needs(run).memory
+    needs_ = needs(run)
+    if run.device.type != "cpu" and needs_.device_memory > device_limit:
+        raise UserError(
+            f"Fitting {run.checkpoint.name} takes {describe(BYTES, needs_.device_memory)} of the graphics processor's memory, and "
+            f"{describe(BYTES, device_limit)} may be used.",
+            remedy="Say --device cpu, or close what else uses it.",
+        )
+    needed = needs_.memory
     if needed <= limit:
         return
     whole = " --effort normal doesn't hold the whole network in memory." if run.effort.refines else ""
@@ -101,14 +115,14 @@ def require_memory(run: Fit, limit: int) -> None:
 
 
 def _surely(run: Fit) -> int:
-    """Bytes that are enough in any case: many times what a block and its widest input hold."""
+    """Bytes that are enough in any case and any memory: many times what a block and its widest input hold."""
     sizes = Counter[int | None]()
     for weight in run.weights:
         sizes[weight.block] += weight.num_weights
     widest = max(weight.shape[1] for weight in run.weights)
     logits = 4 * run.checkpoint.config.vocab_size * max(TOKENS_AT_ONCE, run.settings.length)
     streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits
-    return max(streamed, _in_memory(run)) if _takes_all(run) else streamed
+    return max(streamed, Peak().bytes_ + _in_memory(run)) if _takes_all(run) else streamed
 
 
 def _takes_all(run: Fit) -> bool:
@@ -117,7 +131,7 @@ def _takes_all(run: Fit) -> bool:
 
 
 def _in_memory(run: Fit) -> int:
-    """Of what only works with the whole network in memory: writing text, training, and refining."""
+    """Bytes of what only works with the whole network in memory: writing text, training, and refining."""
     model = 4 * run.space.num_parameters
     writing = generated.memory(run.checkpoint.config, run.settings.length) if run.segments.num_pending else 0
     # Beside the networks, tuning holds levels, latents, values, gradients and what they are made of.
@@ -125,7 +139,7 @@ def _in_memory(run: Fit) -> int:
     # Training holds every variant's codes and scales, and what is made of those that are drawn.
     variants = sum(len(decision.choices) * decision.unit.num_weights for decision in trained(run.space))
     training = 4 * model + 2 * variants if run.recipe.training else 0
-    return Peak().bytes_ + model + max(writing, refining, training)
+    return model + max(writing, refining, training)
 
 
 def disk(run: Fit) -> int:
@@ -144,7 +158,7 @@ class _Rehearsal:
     def __init__(self, run: Fit, folder: Path) -> None:
         self.run = run
         self.store = Store(folder)
-        self.stream = Stream(run.checkpoint, run.architecture, folder / "states")
+        self.stream = run.streamed(folder / "states")
         length = run.settings.length
         segments = max(1, TOKENS_AT_ONCE // length)
         generator = torch.Generator().manual_seed(0)
@@ -162,7 +176,7 @@ class _Rehearsal:
         states, embedding = _steadily(lambda: stream.embedded(self.tokens, stream.original))
         weights = [weight for weight in run.weights if weight.block == block]
         into = stream.states(states.length, states.width)
-        with observed(stream.model, run.architecture, weights) as moments, bfloat16_products():
+        with observed(stream.model, run.architecture, weights) as moments, devices.matrix_speed(run.device):
             _, calibrating = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         _, forward = _steadily(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         encoding = self._encoding(weights, moments)
@@ -236,7 +250,8 @@ class _Rehearsal:
         with self.stream.block(block, self.stream.original) as run, torch.enable_grad():
             for segments in batches(self.tokens):
                 hidden = states.read(segments).requires_grad_()
-                run(self.tokens[segments], hidden).backward(gradients.read(segments))
+                output = run(self.tokens[segments], hidden)
+                output.backward(gradients.read(segments).to(output.device))
 
     def _head(self, final: States) -> float:
         """Seconds to measure what the last block makes of the tokens against the original."""

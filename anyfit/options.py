@@ -32,6 +32,7 @@ EffortName = Annotated[
         "--effort", help="low: quick formats. normal: also the best small ones. high: also refines the smallest sizes; up to 3x low's time."
     ),
 ]
+DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: a graphics processor where there is one.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Tell progress as one JSON document a line, on standard error.")]

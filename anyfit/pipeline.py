@@ -24,6 +24,7 @@ from anyfit.core.effort import Effort
 from anyfit.core.files import output_error, remove, sha256, write_json, written_aside
 from anyfit.core.space import Space, coverage
 from anyfit.core.units import Weight
+from anyfit.devices import device, moved
 from anyfit.distributed import ALONE, Group
 from anyfit.elastic.model import ElasticModel
 from anyfit.elastic.stream import ElasticStream
@@ -65,6 +66,7 @@ class Settings:
     num_report: int
     seed: int
     effort: Effort = Effort.NORMAL
+    device: str = "cpu"
 
 
 class Fit:
@@ -79,6 +81,7 @@ class Fit:
         self.target = targets.get(settings.target)
         self.recipe = recipes.get(settings.recipe)
         self.effort = settings.effort
+        self.device = device(settings.device)
         self._stream: Stream | None = None
 
     @property
@@ -94,8 +97,8 @@ class Fit:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The original, in float32. Stages that change it put it back."""
-        return self.checkpoint.load()
+        """The original, in float32, on the device. Stages that change it put it back."""
+        return moved(self.checkpoint.load(), self.device)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -116,8 +119,12 @@ class Fit:
     def stream(self, store: Store) -> Stream:
         """The network as it runs block by block, its states in the store's folder."""
         if self._stream is None:
-            self._stream = Stream(self.checkpoint, self.architecture, store.folder / STATES / str(self.group.rank))
+            self._stream = self.streamed(store.folder / STATES / str(self.group.rank))
         return self._stream
+
+    def streamed(self, folder: Path) -> Stream:
+        """The network as it runs block by block, its states in this folder."""
+        return Stream(self.checkpoint, self.architecture, folder, device=self.device)
 
     def elastic(self, store: Store) -> ElasticStream:
         """The network as any config, block by block."""
@@ -125,7 +132,8 @@ class Fit:
 
     def elastic_model(self, store: Store) -> ElasticModel:
         """A second copy of the network in memory, which runs as any config; the first stays the original."""
-        return ElasticModel(self.checkpoint.load(), self.space, Decoder(store.variant, self.target, self.source))
+        network = moved(self.checkpoint.load(), self.device)
+        return ElasticModel(network, self.space, Decoder(store.variant, self.target, self.source))
 
     def run(self, output: Path, *, restart: bool, force: bool) -> None:
         """Make the family at `output`. Raises `UserError`s only; what is finished is kept for the next run."""

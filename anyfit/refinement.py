@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from anyfit import devices
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
@@ -56,15 +57,16 @@ def refine(
     *,
     model: str | Path | None = None,
     settings: Settings | None = None,
+    device: str = devices.AUTO,
     progress: Progress | None = None,
 ) -> Refined:
     """Refine the config that `budget` chooses; the family's folder gains a file and a point where that helps.
 
     `model`: the original, a folder or hub id; needed unless it is the embedded one or what the family was named after still
-    lies at hand. Raises `ModelError` where it isn't the very one. A config that is refined already is left alone. `family`
-    is up to date afterwards.
+    lies at hand. Raises `ModelError` where it isn't the very one. A config that is refined already is left alone. `device`:
+    "cpu", "cuda" or "auto". `family` is up to date afterwards.
     """
-    progress = progress or Silent()
+    progress, where = progress or Silent(), devices.device(device)
     chosen = family.select_unrefined(budget)
     if chosen.refined:
         assert chosen.search is not None
@@ -72,7 +74,7 @@ def refine(
     if not os.access(family.path, os.W_OK):
         raise OutputError(f"{family.path} can't be written to.", remedy="Copy the family to a folder of yours, and refine it there.")
     checkpoint = _original(family, model)
-    original, stored = checkpoint.load(), family.extract(chosen.config)
+    original, stored = (devices.moved(model, where) for model in (checkpoint.load(), family.extract(chosen.config)))
     text = family.text()
     references = {name: Reference.of(original, text[name]) for name in ("search", "report")}
     before = chosen.search or measure(stored, references["search"])

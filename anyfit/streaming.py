@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from anyfit.architectures.base import Architecture
 from anyfit.core.memory import release
 from anyfit.core.units import Weight
+from anyfit.devices import CPU
 
 TOKENS_AT_ONCE = 1024
 """Of whole segments, at least one. Fixed, so that results don't depend on the memory at hand."""
@@ -38,7 +39,7 @@ POSITIONS_AT_ONCE = 256
 
 
 class Numbers(Protocol):
-    """Where the decided matrices come from, float32 in the checkpoint's orientation."""
+    """Where the decided matrices come from, in the checkpoint's orientation and in any floating-point type."""
 
     def matrix(self, weight: Weight) -> Tensor:
         """All of it."""
@@ -70,7 +71,7 @@ class Original:
     stored: Stored
 
     def matrix(self, weight: Weight) -> Tensor:
-        return self.stored.read(weight.name).float()
+        return self.stored.read(weight.name)
 
     def rows(self, weight: Weight, which: Tensor | slice) -> Tensor:
         return self.stored.read(weight.name)[which].float()
@@ -96,7 +97,7 @@ class States:
         assert values.shape[1:] == (self.length, self.width), values.shape
         with self.path.open("r+b") as file:
             file.seek(4 * segments.start * self.length * self.width)
-            values.detach().float().contiguous().numpy().tofile(file)
+            values.detach().float().cpu().contiguous().numpy().tofile(file)
 
 
 def num_batches(segments: int, length: int) -> int:
@@ -132,14 +133,22 @@ class _Answer(Exception):  # noqa: N818 (it ends a run early, nothing is wrong)
 
 
 class Stream:
-    """One network, run by whoever calls. `folder` takes the hidden states; `original`: its decided matrices, where they aren't stored.
+    """One network, run by whoever calls, on a `device`. `folder` takes the hidden states; `original`: its decided matrices, where
+    they aren't stored.
 
     `model` is of the network's class. Its parameters are on the meta device while nothing runs, so hooks can be put on its
-    modules as on any other.
+    modules as on any other. What goes in may be anywhere; what comes out is on the device.
     """
 
-    def __init__(self, stored: Stored, architecture: Architecture, folder: Path, original: Numbers | None = None) -> None:
-        self.stored, self.architecture, self.folder = stored, architecture, folder
+    def __init__(
+        self,
+        stored: Stored,
+        architecture: Architecture,
+        folder: Path,
+        original: Numbers | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.stored, self.architecture, self.folder, self.device = stored, architecture, folder, device
         self.model: PreTrainedModel = stored.frame()
         self.original = original or Original(stored)
         self.num_blocks = architecture.num_blocks(self.model)
@@ -162,6 +171,7 @@ class Stream:
         for name, buffer in self.model.named_buffers():
             if name in present:
                 buffer.copy_(stored.read(name))
+            buffer.data = buffer.to(device)
 
     # What runs.
 
@@ -257,8 +267,10 @@ class Stream:
 
     def _run(self, tokens: Tensor, job: _Job) -> Tensor:
         self._job = job
+        if job.hidden is not None:
+            job.hidden = job.hidden.to(self.device)
         try:
-            output = self.model(input_ids=tokens, use_cache=False)
+            output = self.model(input_ids=tokens.to(self.device), use_cache=False)
         except _Answer as answer:
             return answer.value
         finally:
@@ -285,7 +297,8 @@ class Stream:
     def _fill(self, names: Iterable[str], numbers: Numbers) -> None:
         for name in names:
             weight = self._decided.get(name)
-            self._put(name, numbers.matrix(weight) if weight else self.stored.read(name).float())
+            values = numbers.matrix(weight) if weight else self.stored.read(name)
+            self._put(name, values.to(self.device).float())
 
     def _put(self, name: str, values: Tensor) -> None:
         module, _, attribute = name.rpartition(".")
@@ -334,11 +347,11 @@ class Stream:
         assert job is not None
         weight = self._tables["embedding"]
         if job.numbers is None or job.block == self.num_blocks:
-            return torch.zeros(*tokens.shape, weight.shape[1])
+            return torch.zeros(*tokens.shape, weight.shape[1], device=self.device)
         used, places = tokens.unique(return_inverse=True)
         padding, embedding.padding_idx = embedding.padding_idx, None
         try:
-            self._put(weight.name, job.numbers.rows(weight, used))
+            self._put(weight.name, job.numbers.rows(weight, used.cpu()).to(self.device))
             found = forward(places)
             return found.requires_grad_() if torch.is_grad_enabled() else found
         finally:
@@ -352,7 +365,7 @@ class Stream:
         if not job.logits:
             raise _Answer(hidden)
         weight, numbers = self._tables.get("head", self._tables["embedding"]), job.numbers
-        logits = cast(Tensor, _Product.apply(hidden, weight.shape[0], lambda which: numbers.rows(weight, which)))
+        logits = cast(Tensor, _Product.apply(hidden, weight.shape[0], lambda which: numbers.rows(weight, which).to(hidden.device)))
         bias = getattr(head, "bias", None)
         return logits if bias is None else logits + bias
 

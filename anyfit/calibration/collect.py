@@ -14,6 +14,7 @@ from anyfit.architectures.base import Architecture
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.errors import DataError
 from anyfit.core.units import Weight
+from anyfit.devices import matrix_speed
 from anyfit.distributed import ALONE, Group, exact
 from anyfit.progress import Progress
 
@@ -21,21 +22,22 @@ _ROWS_AT_ONCE = 512
 
 
 class Moments:
-    """Running sum of x xᵀ of one input, float64 across batches, and exact: the same in any order of the batches.
+    """Running sum of x xᵀ of one input, float64 across batches, and exact: the same in any order of the batches. Where x is.
 
     `agree`: what is called with the largest number of this process's first batch, and returns that of all batches' first.
     """
 
     def __init__(self, columns: int, agree: Callable[[float], float]) -> None:
-        self.total = torch.zeros(columns, columns, dtype=torch.float64)
-        self.count = 0
+        self.columns, self.count = columns, 0
+        self.total: Tensor | None = None
         self._agree = agree
         self._largest: float | None = None
 
     def add(self, x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        if self._largest is None:
+        if self._largest is None or self.total is None:
             self._largest = self._agree(float(x.square().sum(0).max()))
+            self.total = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=x.device)
         # Some rows at a time: the square of a wide input isn't held in three types at once.
         for start in range(0, len(self.total), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
@@ -44,14 +46,15 @@ class Moments:
 
     def add_up(self, group: Group, owner: int) -> None:
         """Over all processes, in the `owner`."""
-        group.add(self.total, owner)
+        if self.total is not None:
+            group.add(self.total, owner)
         self.count = sum(group.gathered(self.count))
 
     def statistics(self, name: str) -> InputStatistics:
         """Uses less memory than the moments: these may be dropped afterwards."""
-        if not self.count:
-            return InputStatistics.unknown(len(self.total))
-        hessian = torch.empty(self.total.shape)
+        if self.total is None:
+            return InputStatistics.unknown(self.columns)
+        hessian = torch.empty(self.total.shape, device=self.total.device)
         for start in range(0, len(self.total), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             torch.div(self.total[rows], self.count, out=hessian[rows])
@@ -99,8 +102,8 @@ def collect_growing(
     with observed(model, architecture, weights) as moments, progress.stage("calibrate", sizes[-1]) as stage:
         for start, stop in pairwise([0, *sizes]):
             for batch in tokens[start:stop].split(batch_size):
-                with bfloat16_products():
-                    model(input_ids=batch, use_cache=False)
+                with matrix_speed(model.device):
+                    model(input_ids=batch.to(model.device), use_cache=False)
                 stage.advance(len(batch))
             yield {name: entry.statistics(name) for name, entry in moments.items()}
 
@@ -126,24 +129,6 @@ def observed(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """For passes over calibration text: on CPUs that multiply bfloat16 numbers, factors of float32 products are rounded to them; sums
-    stay float32.
-
-    Twice to three times as fast. A moment's error is a thousandth of it, far below that of a sample of text.
-    """
-    if not torch.cpu.get_capabilities().get("avx512_bf16"):
-        yield
-        return
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def _observer(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -40,7 +40,7 @@ class Extracted:
     def parameter(self, name: str) -> Tensor:
         """Float32, in the checkpoint's orientation."""
         weight = self.weight(name)
-        return self._numbers.matrix(weight) if weight else self.source.read(name).float()
+        return (self._numbers.matrix(weight) if weight else self.source.read(name)).float()
 
     def rows(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """A parameter, its rows some at a time where it is the embedding or the head."""

@@ -48,6 +48,7 @@ class Variant(nn.Module):
     """One choice of one matrix: its codes, frozen, and what is trained of it. Rows are in the network's order."""
 
     codes: Tensor
+    levels: Tensor
     scale: Tensor
     offset: Tensor
 
@@ -59,6 +60,7 @@ class Variant(nn.Module):
         self.factors = nn.ParameterDict()
         codes, self.scales = self.format_.read(stored.data)
         self.register_buffer("codes", placed(codes, stored.order))
+        self.register_buffer("levels", self.format_.levels)
         self.register_buffer("scale", placed(self.scales.scale, stored.order))
         self.register_buffer("offset", placed(self.scales.offset, stored.order))
         if trains_offsets(self.format_):
@@ -73,7 +75,7 @@ class Variant(nn.Module):
     @property
     def frozen(self) -> Tensor:
         """The matrix but for its adapter, (outputs, inputs) float32."""
-        levels = self.codes.float() + self.format_.levels[0] if self.format_.uniform else self.format_.levels[self.codes.int()]
+        levels = self.codes.float() + self.levels[0] if self.format_.uniform else self.levels[self.codes.int()]
         scale = self._moved(self.scale, self.format_.scale_half)
         offset = self._moved(self.offset, self.format_.offset_half)
         return (levels.unflatten(1, (-1, self.format_.group)) * scale.unsqueeze(-1) - offset.unsqueeze(-1)).flatten(1)
@@ -99,18 +101,18 @@ class Variant(nn.Module):
             return None
         if self.adapter is not None:
             assert isinstance(self.format_, IntegerFormat)
-            zero = self.format_.zero_of(self.scales.scale, self.scales.offset - taken(self.adapter.sums, self.stored.order))
+            zero = self.format_.zero_of(self.scales.scale, self.scales.offset - taken(self.adapter.sums.cpu(), self.stored.order))
             return self.format_.assemble({**self.scales.stored, "zero": zero})
         halves = dict(self.scales.stored)
         for half, factor in self.factors.items():
-            moved = halves[half].float() * taken(factor.exp(), self.stored.order)
+            moved = halves[half].float() * taken(factor.exp().cpu(), self.stored.order)
             halves[half] = moved.clamp(-HALF_MAX, HALF_MAX).to(halves[half].dtype)
         return self.format_.assemble(halves)
 
     def settle(self, scales: Scales) -> None:
         """Run with these scales, rows in stored order, from now on; nothing is left to train."""
         self.scales, self.adapter, self.factors = scales, None, nn.ParameterDict()
-        self.scale, self.offset = placed(scales.scale, self.stored.order), placed(scales.offset, self.stored.order)
+        self.scale, self.offset = (placed(part, self.stored.order).to(self.codes.device) for part in (scales.scale, scales.offset))
 
 
 def trains_offsets(format_: GridFormat) -> bool:
@@ -154,7 +156,7 @@ class ElasticNetwork:
             path = next(iter(stored.values())).weight.name.removesuffix(".weight")
             bias = getattr(model.get_submodule(path), "bias", None)
             self.linears[unit] = ElasticLinear({name: Variant(entry, rank, generator) for name, entry in stored.items()}, bias)
-            model.set_submodule(path, self.linears[unit])
+            model.set_submodule(path, self.linears[unit].to(model.device))
 
     def set(self, config: Mapping[tuple[str, str], str] | Config) -> PreTrainedModel:
         for decision in self.decisions:

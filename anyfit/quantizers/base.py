@@ -51,4 +51,5 @@ class Quantizer(ABC):
 
 def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """The diagonal of D H Dᵀ, (rows,) float64: expected squared errors when the weights are off by D (rows, columns)."""
-    return ((difference @ hessian) * difference).sum(1, dtype=torch.float64).clamp_min(0)
+    difference = difference.to(hessian.device)
+    return ((difference @ hessian) * difference).sum(1, dtype=torch.float64).clamp_min(0).cpu()

@@ -25,16 +25,18 @@ Differences from the paper, and why:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from anyfit.calibration.statistics import InputStatistics
+from anyfit.devices import CPU
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join
 from anyfit.formats.choose import Levels
 from anyfit.formats.threads import each
@@ -46,6 +48,8 @@ DAMPING = 0.05
 _COLUMNS_AT_ONCE = 512
 _ROUNDED_TOGETHER = 64
 """Columns of a span, before their errors are pushed onto the rest of it by a matrix product."""
+_ROWS_ALIKE = 16
+"""A matrix of a multiple of so many rows is multiplied in whole tiles: what is left over would be summed up in another order."""
 COARSE_BITS, COARSE_PASSES = 4, 3
 """Formats of fewer bits a weight are solved so many times."""
 
@@ -62,22 +66,30 @@ class Factor:
     damping: Tensor
     passed: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.upper.device
+
     @cached_property
     def spans(self) -> tuple[_Span, ...]:
         """In the order of rounding."""
-        found, start = [], 0
-        while start < len(self.order):
-            first = int(self.order[start]) // SPAN * SPAN
-            end = start + min(SPAN, len(self.order) - first)
+        found, start, order = [], 0, self.order.tolist()
+        while start < len(order):
+            first = order[start] // SPAN * SPAN
+            end = start + min(SPAN, len(order) - first)
             steps = [slice(now, min(now + _ROUNDED_TOGETHER, end)) for now in range(start, end, _ROUNDED_TOGETHER)]
             found.append(_Span(first, slice(start, end), self.order[start:end].argsort(), tuple((now, self._of(now)) for now in steps)))
             start = end
         return tuple(found)
 
-    def _of(self, now: slice) -> Order:
+    def _of(self, now: slice) -> Order[Tensor]:
         vector = self.passed.shape[-1]
         passed = self.passed[now.start // vector : now.stop // vector]
-        return Order(*_arrays(self.upper[now, now], passed, passed @ passed.mT, self.damping[now], self.order[now] % SPAN))
+        parts = self.upper[now, now], passed, passed @ passed.mT, self.damping[now], self.order[now] % SPAN
+        return Order(*(part.contiguous() for part in parts))
+
+    def to(self, device: torch.device) -> Factor:
+        return Factor(*(part.to(device) for part in (self.order, self.upper, self.damping, self.passed)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class _Span:
     first: int
     place: slice
     storage: Tensor
-    steps: tuple[tuple[slice, Order], ...]
+    steps: tuple[tuple[slice, Order[Tensor]], ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,8 @@ class Factorised:
     """What every format of every matrix with this input shares.
 
     `factors` by the number of columns that are coded together; made when first asked for. `importance` (columns,): what
-    each column counts in a fit of scales. `dead` (columns,): inputs that were always zero.
+    each column counts in a fit of scales. `dead` (columns,): inputs that were always zero. Both are where scales are fitted, in
+    the machine's own memory.
     """
 
     statistics: InputStatistics
@@ -108,10 +121,10 @@ class Factorised:
     lock: Lock = field(default_factory=Lock, repr=False)
 
     def factor(self, vector: int) -> Factor:
-        """For formats that code `vector` columns together."""
+        """For formats that code `vector` columns together: where the moments are, but for codebooks, whose entries processors choose."""
         with self.lock:
             if vector not in self.factors:
-                self.factors[vector] = factorise(self.statistics, vector)[0]
+                self.factors[vector] = factorise(self.statistics, vector)[0].to(CPU)
             return self.factors[vector]
 
 
@@ -126,12 +139,14 @@ class GPTQ(Quantizer):
         dead = diagonal == 0
         if dead.any():
             notes = (*notes, f"{int(dead.sum())} of {len(dead)} inputs were always zero; their weights are set to zero")
-        return Factorised(statistics, {1: factor}, (diagonal * compensated).sqrt(), dead, notes)
+        return Factorised(statistics, {1: factor}, (diagonal * compensated).sqrt().cpu(), dead.cpu(), notes)
 
     def encode(self, weight: Tensor, prepared: Factorised, format_: Format) -> Encoded:
         if isinstance(format_, GridFormat) and prepared.statistics.count:
-            codes, scales, errors = solve(format_, weight, prepared)
-            return Encoded(format_.pack(codes, scales), errors, prepared.notes)
+            padded = functional.pad(weight, (0, 0, 0, -len(weight) % _ROWS_ALIKE))
+            codes, scales, errors = solve(format_, padded, prepared)
+            return Encoded(format_.pack(codes.cpu(), scales), errors.cpu(), prepared.notes).rows(slice(len(weight)))
+        weight = weight.cpu()
         if isinstance(format_, GridFormat):  # a table that is only looked up: no column can make good another's error
             data = encode_nearest(format_, weight, prepared.importance)
         else:
@@ -145,7 +160,7 @@ def factorise(statistics: InputStatistics, vector: int) -> tuple[Factor, tuple[s
     order = column_order(statistics.diagonal, vector)
     upper, damping, notes = inverse_factor(statistics.hessian, order)
     blocks = upper.unflatten(0, (-1, vector)).unflatten(2, (-1, vector)).diagonal(dim1=0, dim2=2).movedim(2, 0)
-    passed = torch.linalg.solve_triangular(blocks, torch.eye(vector).expand_as(blocks), upper=True)
+    passed = torch.linalg.solve_triangular(blocks, torch.eye(vector, device=blocks.device).expand_as(blocks), upper=True)
     return Factor(order, upper, damping, passed), notes
 
 
@@ -156,7 +171,7 @@ def column_order(diagonal: Tensor, vector: int = 1) -> Tensor:
     by_span = [SPAN // vector * i + span.argsort(descending=True, stable=True) for i, span in enumerate(spans)]
     largest = torch.stack([span.max() for span in spans])
     ordered = torch.cat([by_span[i] for i in largest.argsort(descending=True, stable=True)])
-    return (ordered[:, None] * vector + torch.arange(vector)).flatten()
+    return (ordered[:, None] * vector + torch.arange(vector, device=ordered.device)).flatten()
 
 
 def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -171,7 +186,7 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> tuple[Tensor, Tensor, tupl
     mean = diagonal.where(diagonal != 0, 1).double().mean()
     damping = DAMPING
     some = range(0, len(hessian), _COLUMNS_AT_ONCE)
-    lower = torch.empty(hessian.shape, dtype=torch.float64)
+    lower = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
     while True:
         for start in some:
             rows = slice(start, start + _COLUMNS_AT_ONCE)
@@ -211,7 +226,7 @@ def invert_lower(matrix: Tensor) -> None:
     """Put the inverse of a lower triangular matrix in its place, half by half."""
     size = len(matrix)
     if size <= _COLUMNS_AT_ONCE:
-        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype), upper=False))
+        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype, device=matrix.device), upper=False))
         return
     first, last = slice(size // 2), slice(size // 2, size)
     below = torch.linalg.solve_triangular(matrix[last, last], matrix[last, first], upper=False)
@@ -235,7 +250,7 @@ class Solution:
         better = other.errors < self.errors
 
         def pick(own: Tensor, theirs: Tensor) -> Tensor:
-            return torch.where(better[:, None], theirs, own)
+            return torch.where(better.to(own.device)[:, None], theirs, own)
 
         scales = Scales(
             scale=pick(self.scales.scale, other.scales.scale),
@@ -249,8 +264,8 @@ class Solution:
 def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Tensor, Scales, Tensor]:
     """Codes (rows, columns) uint8, the scales of all spans, both in storage order, and the errors, (rows,)."""
     factor = prepared.factor(format_.vector)
-    ordered = weight.T.contiguous()[factor.order]
-    ordered[prepared.dead[factor.order]] = 0
+    ordered = weight.to(factor.device).T.contiguous()[factor.order]
+    ordered[prepared.dead.to(factor.device)[factor.order]] = 0
     best = _pass(format_, ordered, factor, prepared.importance, None)
     for _ in range(COARSE_PASSES - 1 if format_.bits < COARSE_BITS else 0):
         best = best.with_better_rows(_pass(format_, ordered, factor, prepared.importance, best.rounded))
@@ -260,11 +275,11 @@ def solve(format_: GridFormat, weight: Tensor, prepared: Factorised) -> tuple[Te
 def _pass(format_: GridFormat, ordered: Tensor, factor: Factor, importance: Tensor, model: Tensor | None) -> Solution:
     """Round every column once. `ordered` (columns, rows): the weights in the factor's order. Scales are fitted to `model`, in the
     same order, or to the weights as they come."""
-    free, codes = ordered.clone(), torch.empty(ordered.shape, dtype=torch.uint8)
-    errors = torch.zeros(ordered.shape[1], dtype=torch.float64)
+    free, codes = ordered.clone(), torch.empty(ordered.shape, dtype=torch.uint8, device=ordered.device)
+    errors = torch.zeros(ordered.shape[1], dtype=torch.float64, device=ordered.device)
     scales: dict[int, Scales] = {}
     for span in factor.spans:
-        fitted_to = (free if model is None else model)[span.place][span.storage].T.contiguous()
+        fitted_to = (free if model is None else model)[span.place][span.storage].T.contiguous().cpu()
         fitted = format_.fit(fitted_to, importance[span.first : span.first + len(span.storage)])
         _round_span(format_, (ordered, free, codes, errors), factor, span, fitted)
         scales[span.first] = fitted
@@ -278,42 +293,48 @@ def _round_span(format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor, Tens
     column stay as they were when it was rounded.
     """
     inverse = torch.where(scales.scale == 0, 0, 1 / scales.scale)
-    grid = scales.scale.T.contiguous(), inverse.T.contiguous(), scales.offset.T.contiguous()
     ordered, free, codes, errors = columns
+    grid = Grid(format_.levels, format_.group, *(part.to(free.device).T.contiguous() for part in (scales.scale, inverse, scales.offset)))
     start, stop = span.place.start, span.place.stop
-    pushed = torch.empty(stop - start, free.shape[1])
+    pushed = torch.empty(stop - start, free.shape[1], device=free.device)
     for now, order in span.steps:
         own = pushed[now.start - start : now.stop - start]
-        _round_columns(format_, (ordered[now], free[now], codes[now], own, errors), order, grid)
+        round_columns(format_, Rows(ordered[now], free[now], codes[now], own, errors), order, grid)
         free[now.stop : stop].addmm_(factor.upper[now, now.stop : stop].T, own, alpha=-1)
     free[stop:].addmm_(factor.upper[span.place, stop:].T, pushed, alpha=-1)
 
 
-def _round_columns(format_: GridFormat, columns: tuple[Tensor, ...], order: Order, grid: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Round a few columns in turn, their errors made good among them. `columns`: see `gptq_span.Rows`, transposed; `grid`: scales, inverses
-    and offsets (groups, rows).
+def round_columns(format_: GridFormat, columns: Rows[Tensor], order: Order[Tensor], grid: Grid[Tensor]) -> None:
+    """Round a few columns in turn, their errors made good among them. `columns` and `grid` are transposed: rows lie side by side.
 
     An error costs e (H + diag(damping)) eᵀ, which is the sum of squares of what is passed on; the damping's part is taken off.
     """
-    levels = format_.levels.numpy()
+    if columns.free.device.type == "cuda":
+        from anyfit.quantizers.gptq_cuda import round_lanes as round_on_cuda
+
+        assert isinstance(format_.book, Levels)
+        round_on_cuda(format_.book, order, grid, columns)
+        return
+    shared, num_rows = Order(*_arrays(order)), columns.free.shape[1]
     if isinstance(format_.book, Levels):
-        scales, rows = Grid(levels, format_.group, *_arrays(*grid)), Rows(*_arrays(*columns))
-        each(lambda part: round_lanes(format_.book, order, scales, rows, part.start, part.stop), columns[0].shape[1], LANES)
+        scales, rows = Grid(*_arrays(grid)), Rows(*_arrays(columns))
+        each(lambda part: round_lanes(format_.book, shared, scales, rows, part.start, part.stop), num_rows, LANES)
         return
     own = [part.T.contiguous() for part in columns[:-1]]
-    by_row = _arrays(*(part.T for part in grid))
+    levels, group, *by_row = grid
 
     def some(rows: slice) -> None:
-        parts = (part[rows].numpy() for part in (*own, columns[-1]))
-        round_rows(format_.book, order, Grid(levels, format_.group, *(part[rows] for part in by_row)), Rows(*parts))
+        scales = Grid(levels.numpy(), group, *_arrays([part.T[rows] for part in by_row]))
+        round_rows(format_.book, shared, scales, Rows(*(part[rows].numpy() for part in (*own, columns.errors))))
 
-    each(some, len(own[0]), VECTOR_ROWS)
+    each(some, num_rows, VECTOR_ROWS)
     for part, rounded in zip(columns[1:], own[1:], strict=False):
         part.copy_(rounded.T)
 
 
-def _arrays(*tensors: Tensor) -> tuple[NDArray[Any], ...]:
-    return tuple(tensor.contiguous().numpy() for tensor in tensors)
+def _arrays(parts: Iterable[Any]) -> list[Any]:
+    """Tensors as arrays, which share their memory; whatever else as it is."""
+    return [part.contiguous().numpy() if isinstance(part, Tensor) else part for part in parts]
 
 
 QUANTIZER = GPTQ()

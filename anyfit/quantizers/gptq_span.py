@@ -6,10 +6,9 @@ with any number of threads.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anyfit.formats.choose import Codes, choose, memory, prepare
 from anyfit.formats.fitting_lanes import ZERO, Floats, compiled
@@ -21,7 +20,11 @@ VECTOR_ROWS = 128
 """At least so many where columns are coded together, as what a book prepares for a vector serves them all."""
 
 
-class Order(NamedTuple):
+Array = TypeVar("Array")
+"""Compiled loops take numpy's arrays; tensors lie in the same tuples before and elsewhere."""
+
+
+class Order(NamedTuple, Generic[Array]):
     """What all rows share of some columns of a span, in the order of rounding.
 
     `upper` (columns, columns): the factor's. `passed` (vectors, vector, vector): e @ passed is what is passed on of an
@@ -29,39 +32,39 @@ class Order(NamedTuple):
     moments' own. `place` (columns,): within the span.
     """
 
-    upper: Floats
-    passed: Floats
-    metric: Floats
-    damping: Floats
-    place: NDArray[np.int64]
+    upper: Array
+    passed: Array
+    metric: Array
+    damping: Array
+    place: Array
 
 
-class Grid(NamedTuple):
+class Grid(NamedTuple, Generic[Array]):
     """The format's `levels` (K,), the columns of a `group`, and for each row and group: `scale`, its `inverse` (0 for 0), and `offset`."""
 
-    levels: Floats
+    levels: Array
     group: int
-    scale: Floats
-    inverse: Floats
-    offset: Floats
+    scale: Array
+    inverse: Array
+    offset: Array
 
 
-class Rows(NamedTuple):
+class Rows(NamedTuple, Generic[Array]):
     """(rows, columns) each, in the order of rounding, and `errors` (rows,) float64, to which theirs are added.
 
     `weights` are those of the matrix; `free`: the weights as corrected, changed to what was really rounded.
     """
 
-    weights: Floats
-    free: Floats
-    codes: Codes
-    passed: Floats
+    weights: Array
+    free: Array
+    codes: Array
+    passed: Array
     """The errors to push onto later columns, through the factor."""
-    errors: NDArray[np.float64]
+    errors: Array
 
 
 @compiled
-def round_rows(book: Any, order: Order, grid: Grid, rows: Rows) -> None:
+def round_rows(book: Any, order: Order[Any], grid: Grid[Any], rows: Rows[Any]) -> None:
     """Round all columns, each vector's errors made good by the later ones, into `rows`."""
     free, levels = rows.free, grid.levels
     num_rows, columns = free.shape
@@ -92,7 +95,7 @@ def round_rows(book: Any, order: Order, grid: Grid, rows: Rows) -> None:
 
 
 @compiled
-def round_lanes(book: Any, order: Order, grid: Grid, rows: Rows, first: int, end: int) -> None:
+def round_lanes(book: Any, order: Order[Any], grid: Grid[Any], rows: Rows[Any], first: int, end: int) -> None:
     """What `round_rows` does, for `choose.Levels` and with all arrays transposed, so that rows lie side by side: those from `first`
     to `end`."""
     columns = len(rows.free)

@@ -21,11 +21,12 @@ class RoundToNearest(Quantizer):
         return statistics
 
     def encode(self, weight: Tensor, prepared: InputStatistics, format_: Format) -> Encoded:
+        weight = weight.cpu()
         if isinstance(format_, CastFormat):
             data = format_.encode(weight)
         else:
             assert isinstance(format_, GridFormat)
-            data = encode_nearest(format_, weight, prepared.diagonal)
+            data = encode_nearest(format_, weight, prepared.diagonal.cpu())
         return Encoded(data, output_errors(weight - format_.decode(data), prepared.hessian))
 
 

@@ -68,14 +68,16 @@ def _backward(stream: Stream, tokens: Tensor, share: Sequence[slice], stage: Sta
         with stream.block(index, stream.original) as run, torch.enable_grad():
             for segments in batches(tokens):
                 hidden = states.read(segments).requires_grad_()
-                run(tokens[segments], hidden).backward(gradients.read(segments))
+                output = run(tokens[segments], hidden)
+                output.backward(gradients.read(segments).to(output.device))
                 assert hidden.grad is not None
                 gradients.write(segments, hidden.grad)
         stage.advance(detail=f"block {index}")
     if stream.architecture.before:
         with stream.embedding(stream.original) as embed, torch.enable_grad():
             for segments in batches(tokens):
-                embed(tokens[segments]).backward(gradients.read(segments))
+                embedded = embed(tokens[segments])
+                embedded.backward(gradients.read(segments).to(embedded.device))
 
 
 def _from_labels(stream: Stream, tokens: Tensor, final: States, first: int) -> States:
@@ -89,8 +91,8 @@ def _from_labels(stream: Stream, tokens: Tensor, final: States, first: int) -> S
             for some in hidden[:, :-1].split(POSITIONS_AT_ONCE, 1):
                 some = some.clone().requires_grad_()
                 logits = run(some)[0].float()
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
                 parts.append(some.grad)
             gradients.write(segment, torch.cat([*parts, torch.zeros_like(hidden[:, -1:])], 1))
     return gradients

@@ -102,7 +102,7 @@ class Reference:
 
     def divergence(self, logits: Tensor, segments: Tensor) -> Tensor:
         """Mean KL per token in nats of `logits` (n, length, vocabulary) for these segments, to be differentiated."""
-        expected, log_probs = self.expected(segments), logits[:, :-1].float().log_softmax(-1)
+        expected, log_probs = self.expected(segments).to(logits.device), logits[:, :-1].float().log_softmax(-1)
         return kl_div(log_probs, expected, log_target=True, reduction="sum") / expected[..., 0].numel()
 
 

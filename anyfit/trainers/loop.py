@@ -79,15 +79,16 @@ def train(
 
 def _divergence(network: ElasticNetwork, config: Mapping[tuple[str, str], str], reference: Reference, batch: Tensor) -> Tensor:
     """Mean KL per token, in nats."""
-    with _matrix_speed():
-        logits = network.set(config)(input_ids=reference.tokens[batch], use_cache=False).logits
+    model = network.set(config)
+    with _matrix_speed(model.device):
+        logits = model(input_ids=reference.tokens[batch].to(model.device), use_cache=False).logits
     return reference.divergence(logits, batch)
 
 
-def _matrix_speed() -> AbstractContextManager[Any]:
-    """Products in bfloat16 where the CPU has them."""
-    fast = torch.cpu.get_capabilities().get("avx512_bf16")
-    return torch.autocast("cpu", torch.bfloat16) if fast else nullcontext()
+def _matrix_speed(where: torch.device) -> AbstractContextManager[Any]:
+    """Products in bfloat16 where the device has them."""
+    fast = where.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
+    return torch.autocast(where.type, torch.bfloat16) if fast else nullcontext()
 
 
 def _mean_bits(network: ElasticNetwork, config: Mapping[tuple[str, str], str]) -> float:
@@ -109,8 +110,8 @@ def _state(trained: Tensors, optimizer: torch.optim.Optimizer, step: int) -> dic
     """Everything that the next step depends on."""
     found = {"step": torch.tensor(step)}
     for name, value in trained.items():
-        found[f"value {name}"] = value.detach().clone()
-        found |= {f"{key} {name}": entry.clone() for key, entry in optimizer.state.get(value, {}).items()}
+        state = {"value": value.detach(), **optimizer.state.get(value, {})}
+        found |= {f"{key} {name}": entry.to("cpu", copy=True) for key, entry in state.items()}
     return found
 
 
@@ -121,7 +122,7 @@ def _restore(trained: Tensors, optimizer: torch.optim.Optimizer, checkpoint: Ten
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(checkpoint[f"value {name}"])
-            state = {key: checkpoint[f"{key} {name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key} {name}" in checkpoint}
-            if state:
-                optimizer.state[value] = state
+            if f"step {name}" in checkpoint:
+                averages = {key: checkpoint[f"{key} {name}"].to(value.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[value] = {"step": checkpoint[f"step {name}"].clone(), **averages}
     return int(checkpoint["step"])

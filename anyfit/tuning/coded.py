@@ -14,7 +14,7 @@ from anyfit.formats.base import Format, GridFormat, Scales
 
 def placed(rows: Tensor, order: Tensor | None) -> Tensor:
     """Rows in stored order as the network has them. `order` (rows,): stored rows as indices into the network's; None where equal."""
-    return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
+    return rows if order is None else torch.empty_like(rows).index_copy_(0, order.to(rows.device), rows)
 
 
 def taken(rows: Tensor, order: Tensor | None) -> Tensor:

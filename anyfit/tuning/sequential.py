@@ -75,7 +75,7 @@ def _matrix(model: PreTrainedModel, weight: Weight) -> Tensor:
 def _target(matrix: Tensor, statistics: InputStatistics, crossed: Tensor, share: float) -> Tensor:
     """The matrix, moved by `share` towards the least-squares answer to what arrives."""
     hessian = statistics.hessian.double()
-    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
     # C + λ in place of C: the same damping on both sides pulls towards the original matrix, not towards zero.
     pulled = crossed + (damped - hessian)
     answer = torch.cholesky_solve(pulled.T, torch.linalg.cholesky(damped)).T
@@ -90,7 +90,7 @@ class _Stream:
     ) -> None:
         self._networks = (stored, original)
         self._paths = [architecture.block.format(i=i) for i in range(architecture.num_blocks(original))]
-        batches = tokens.split(batch_size)
+        batches = tokens.to(original.device).split(batch_size)
         self._hidden = tuple([_first_input(network, self._paths[0], batch) for batch in batches] for network in self._networks)
         # What blocks are given besides depends on the shape of the batch alone: masks, positions.
         self._given = {len(batch): _arguments(original, self._paths, batch) for batch in (batches[0], batches[-1])}
@@ -98,7 +98,8 @@ class _Stream:
     def moments(self, block: int, architecture: Architecture, weight: Weight) -> tuple[InputStatistics, Tensor]:
         """Second moments of what arrives at the weight, and E[x̃ xᵀ] (columns, columns) float64."""
         columns = weight.shape[1]
-        own, crossed = (torch.zeros(columns, columns, dtype=torch.float64) for _ in range(2))
+        where = self._networks[0].device
+        own, crossed = (torch.zeros(columns, columns, dtype=torch.float64, device=where) for _ in range(2))
         path = architecture.hook_path(weight)
         assert path is not None
         count = 0

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -110,18 +111,19 @@ class _Sheet:
 
     def __init__(self, format_: GridFormat, matrices: Mapping[str, Matrix], lean: float) -> None:
         self.format_, self.matrices = format_, matrices
-        coded = [matrix.coded for matrix in matrices.values()]
-        codes = torch.cat([c.codes.reshape(-1, format_.group) for c in coded])
-        self.scale = torch.cat([c.scales.scale.reshape(-1, 1) for c in coded])
-        self.offset = torch.cat([c.scales.offset.reshape(-1, 1) for c in coded])
-        self.levels = format_.levels[codes.long()]
-        ordered = format_.levels.sort().values
+        coded, where = [matrix.coded for matrix in matrices.values()], next(iter(matrices.values())).weight.device
+        codes = torch.cat([c.codes.reshape(-1, format_.group) for c in coded]).to(where)
+        self.scale = torch.cat([c.scales.scale.reshape(-1, 1) for c in coded]).to(where)
+        self.offset = torch.cat([c.scales.offset.reshape(-1, 1) for c in coded]).to(where)
+        self.by_code = format_.levels.to(where)
+        self.levels = self.by_code[codes.long()]
+        ordered = self.by_code.sort().values
         self.spacing = float(ordered[-1] - ordered[0]) / (len(ordered) - 1)
         self.ends = float(ordered[0]) - self.spacing / 2, float(ordered[-1]) + self.spacing / 2
         self.latent = self._near_original(codes, lean)
         # Logarithms of what each half is multiplied by, (halves, 1).
         halves = dict.fromkeys(half for half in (format_.scale_half, format_.offset_half) if half)
-        self.factors = {half: torch.zeros(sum(c.scales.stored[half].numel() for c in coded), 1) for half in halves}
+        self.factors = {half: torch.zeros(sum(c.scales.stored[half].numel() for c in coded), 1, device=where) for half in halves}
 
     def parameters(self) -> dict[str, Tensor]:
         """The network's parameters with the values as they are now."""
@@ -141,18 +143,18 @@ class _Sheet:
             factor.sub_(sums[half].view(len(factor), -1).sum(1, keepdim=True).sign_(), alpha=half_rate * slower)
         if self.format_.vector == 1:
             self.latent.sub_((gradient * scale).sign_(), alpha=rate * slower * self.spacing).clamp_(*self.ends)
-            self.levels = self.format_.levels[self._codes().long()]
+            self.levels = self.by_code[self._codes().long()]
 
     def coded(self) -> dict[str, Coded]:
         """Every matrix as it is stored."""
-        codes = self._parts(self._codes()) if self.format_.vector == 1 else (matrix.coded.codes for matrix in self.matrices.values())
+        codes = self._parts(self._codes().cpu()) if self.format_.vector == 1 else (matrix.coded.codes for matrix in self.matrices.values())
         scales = self._scales()
         return {name: Coded(self.format_, part.clone(), scales[name]) for name, part in zip(self.matrices, codes, strict=True)}
 
     def _near_original(self, codes: Tensor, lean: float) -> Tensor:
         """Latents as near to the original weights as they can be and still round to `codes` (groups, columns)."""
-        ordered, order = self.format_.levels.sort(stable=True)
-        borders = torch.cat([torch.tensor([self.ends[0]]), (ordered[1:] + ordered[:-1]) / 2, torch.tensor([self.ends[1]])])
+        ordered, order = self.by_code.sort(stable=True)
+        borders = torch.cat([ordered.new_tensor([self.ends[0]]), (ordered[1:] + ordered[:-1]) / 2, ordered.new_tensor([self.ends[1]])])
         lowest, highest = torch.empty_like(ordered), torch.empty_like(ordered)
         lowest[order] = ordered + lean * (borders[:-1] - ordered)
         highest[order] = ordered + lean * (borders[1:] - ordered)
@@ -161,7 +163,7 @@ class _Sheet:
         return target.clamp(lowest[codes.long()], highest[codes.long()])
 
     def _codes(self) -> Tensor:
-        return nearest(self.format_.levels, self.format_.uniform, self.latent)
+        return nearest(self.by_code, self.format_.uniform, self.latent)
 
     def _grid(self) -> tuple[Tensor, Tensor]:
         """Scales and offsets as they are now, (groups, 1), but for the rounding of the halves."""
@@ -179,7 +181,7 @@ class _Sheet:
         scales = {name: matrix.coded.scales for name, matrix in self.matrices.items()}
         for half, factor in self.factors.items():
             sizes = [matrix.coded.scales.stored[half].numel() for matrix in self.matrices.values()]
-            for (name, matrix), part in zip(self.matrices.items(), factor.exp().view(-1).split(sizes), strict=True):
+            for (name, matrix), part in zip(self.matrices.items(), factor.exp().cpu().view(-1).split(sizes), strict=True):
                 old = matrix.coded.scales.stored[half]
                 new = (old.float() * part.view_as(old)).clamp(-HALF_MAX, HALF_MAX).to(old.dtype)
                 scales[name] = replace(scales[name], stored={**scales[name].stored, half: new})
@@ -202,13 +204,17 @@ def _sheets(matrices: Mapping[str, Matrix], lean: float) -> list[_Sheet]:
 def _logits(network: PreTrainedModel, sheets: list[_Sheet]) -> Logits:
     """The network with the sheets' values."""
     parameters = {name: values for sheet in sheets for name, values in sheet.parameters().items()}
-    return lambda tokens: functional_call(network, parameters, kwargs={"input_ids": tokens, "use_cache": False}).logits
+    return lambda tokens: functional_call(network, parameters, kwargs=_inputs(network, tokens)).logits
 
 
 def _divergence(network: PreTrainedModel, parameters: dict[str, Tensor], reference: Reference, batch: Tensor) -> Tensor:
     """Mean KL per token of the segments `batch`."""
-    logits = functional_call(network, parameters, kwargs={"input_ids": reference.tokens[batch], "use_cache": False}).logits
+    logits = functional_call(network, parameters, kwargs=_inputs(network, reference.tokens[batch])).logits
     return reference.divergence(logits, batch)
+
+
+def _inputs(network: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:
+    return {"input_ids": tokens.to(network.device), "use_cache": False}
 
 
 def _batches(num_segments: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:

@@ -1,0 +1,100 @@
+"""Where a run computes: this machine's processors, or one graphics processor for each process.
+
+On a graphics processor networks run, second moments are summed and factorised, columns are rounded and variants trained. Scales are
+searched, entries of codebooks chosen and bytes packed by the processors all the same, at the same time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from anyfit.core import memory
+from anyfit.core.errors import UserError
+
+AUTO = "auto"
+CPU = torch.device("cpu")
+NAMES = (AUTO, "cpu", "cuda")
+
+
+def device(name: str) -> torch.device:
+    """This process's; `auto` is a graphics processor where there is one. Raises `UserError`."""
+    if name not in NAMES:
+        raise UserError(f"There is no device {name!r}.", remedy=f"There are: {', '.join(NAMES)}.")
+    reason = _lacking()
+    if name == "cpu" or (name == AUTO and reason):
+        return CPU
+    if reason:
+        raise UserError(f"The device cuda can't be used: {reason}.", remedy="Say --device cpu.")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def moved(model: PreTrainedModel, where: torch.device) -> PreTrainedModel:
+    """The model itself, its numbers on the device."""
+    model.to(where)
+    return model
+
+
+def _lacking() -> str | None:
+    """Why no graphics processor can be used."""
+    if not torch.cuda.is_available():
+        return "torch finds no graphics processor that it was built for"
+    if importlib.util.find_spec("triton") is None:
+        return "triton, which compiles for it, isn't installed"
+    return None
+
+
+def free(where: torch.device) -> int | None:
+    """Bytes of its memory that this process could still take; None where the system doesn't say."""
+    if where.type == "cpu":
+        return memory.free()
+    return torch.cuda.mem_get_info(where)[0] + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+
+
+class Peak:
+    """The most memory of a graphics processor that this process's tensors have held since the object was made; 0 for the CPU."""
+
+    def __init__(self, where: torch.device) -> None:
+        self._where = where
+        if where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(where)
+
+    @property
+    def bytes_(self) -> int:
+        return torch.cuda.max_memory_allocated(self._where) if self._where.type == "cuda" else 0
+
+
+def limit(where: torch.device, most: int) -> None:
+    """Let this process hold no more than `most` bytes of a graphics processor's memory."""
+    if where.type == "cuda":
+        total = torch.cuda.get_device_properties(where).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), where)
+
+
+@contextmanager
+def matrix_speed(where: torch.device) -> Iterator[None]:
+    """For passes over calibration text: factors of float32 products are rounded to what matrix units take, where there are such; sums
+    stay float32.
+
+    bfloat16 on processors, two to three times as fast; TF32, which has three bits more, on graphics processors. A moment's error is a
+    thousandth of it at most, far below that of a sample of text.
+    """
+    settings: Any
+    if where.type == "cuda":
+        settings, fast = torch.backends.cuda.matmul, "tf32"
+    elif torch.cpu.get_capabilities().get("avx512_bf16"):
+        settings, fast = torch.backends.mkldnn.matmul, "bf16"  # type: ignore[attr-defined]
+    else:
+        yield
+        return
+    before, settings.fp32_precision = settings.fp32_precision, fast
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
