@@ -212,7 +212,7 @@ class _Rehearsal:
         def rehearse(weight: Weight, statistics: InputStatistics) -> float:
             columns = weight.shape[1]
             prepared, spent = _timed(lambda: quantizer.prepare(statistics))
-            rows = encoding.rows(weight, slice(min(weight.shape[0], max(1, NUMBERS_AT_ONCE // columns))))
+            rows = encoding.rows(weight, slice(min(weight.shape[0], max(1, NUMBERS_AT_ONCE[run.device.type] // columns))))
             for name in encoding.choices[weight.name]:
                 encode = partial(quantizer.encode, prepared=prepared, format_=all_formats.get(name))
                 encode(rows[:1])  # what is compiled, or read from disk, is so only once
@@ -223,7 +223,7 @@ class _Rehearsal:
 
         by_input = {weight.input: weight for weight in reversed(weights) if weight.input is not None}
         tables = {weight.shape[1]: weight for weight in run.weights if weight.input is None}
-        with Workers() as workers:
+        with Workers(run.device) as workers:
             for weight in tables.values():
                 rehearse(weight, InputStatistics.unknown(weight.shape[1]))
             # The widest first, beside the moments of the others, as in the run itself.

@@ -35,8 +35,7 @@ from anyfit.trainers import samplers
 from anyfit.trainers.loop import Settings, train
 from anyfit.training import stored_choices, trained
 
-LARGE = Shape(2048, 12)
-"""0.66 billion parameters."""
+LARGE = Shape(2048, 6, vocabulary=8192)
 FIVE = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K")
 LENGTH, SEGMENTS = 64, 32
 SAME_KL = 0.02
@@ -110,6 +109,7 @@ class _Stages(Silent):
         with super().stage(name, total) as stage:
             yield stage
         self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - began
+        print(f"{name}: {self.seconds[name]:.1f} s", file=sys.stderr, flush=True)
 
     @property
     def total(self) -> float:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from threading import Lock
 from typing import Any
 
@@ -294,7 +294,8 @@ def _round_span(format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor, Tens
     """
     inverse = torch.where(scales.scale == 0, 0, 1 / scales.scale)
     ordered, free, codes, errors = columns
-    grid = Grid(format_.levels, format_.group, *(part.to(free.device).T.contiguous() for part in (scales.scale, inverse, scales.offset)))
+    by_group = torch.stack([scales.scale.T, inverse.T, scales.offset.T]).to(free.device)
+    grid = Grid(levels_on(format_, free.device), format_.group, *by_group)
     start, stop = span.place.start, span.place.stop
     pushed = torch.empty(stop - start, free.shape[1], device=free.device)
     for now, order in span.steps:
@@ -302,6 +303,11 @@ def _round_span(format_: GridFormat, columns: tuple[Tensor, Tensor, Tensor, Tens
         round_columns(format_, Rows(ordered[now], free[now], codes[now], own, errors), order, grid)
         free[now.stop : stop].addmm_(factor.upper[now, now.stop : stop].T, own, alpha=-1)
     free[stop:].addmm_(factor.upper[span.place, stop:].T, pushed, alpha=-1)
+
+
+@cache
+def levels_on(format_: GridFormat, device: torch.device) -> Tensor:
+    return format_.levels.to(device)
 
 
 def round_columns(format_: GridFormat, columns: Rows[Tensor], order: Order[Tensor], grid: Grid[Tensor]) -> None:
@@ -312,8 +318,7 @@ def round_columns(format_: GridFormat, columns: Rows[Tensor], order: Order[Tenso
     if columns.free.device.type == "cuda":
         from anyfit.quantizers.gptq_cuda import round_lanes as round_on_cuda
 
-        assert isinstance(format_.book, Levels)
-        round_on_cuda(format_.book, order, grid, columns)
+        round_on_cuda(format_, order, grid, columns)
         return
     shared, num_rows = Order(*_arrays(order)), columns.free.shape[1]
     if isinstance(format_.book, Levels):

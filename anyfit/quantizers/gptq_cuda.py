@@ -7,13 +7,14 @@ is known only as the loop runs, and registers can't be indexed.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from anyfit.formats.base import GridFormat
 from anyfit.formats.choose import Levels
 from anyfit.quantizers.gptq_span import Grid, Order, Rows
 
@@ -23,23 +24,23 @@ MAGIC = 1.5 * 2**23
 """Added to a small float32 number and taken off again, it rounds to whole numbers, ties to even, as `rint` does."""
 
 
-def round_lanes(book: Levels, order: Order[Tensor], grid: Grid[Tensor], rows: Rows[Tensor]) -> None:
+def round_lanes(format_: GridFormat, order: Order[Tensor], grid: Grid[Tensor], rows: Rows[Tensor]) -> None:
     """Round all columns, each one's errors made good by the later ones, into `rows`. All arrays of `grid` and `rows` are transposed
     and lie side by side in the memory of one device."""
+    book = format_.book
+    assert isinstance(book, Levels), format_.name
     columns, num_rows = rows.free.shape
     for part in rows:
         assert part.is_contiguous(), part.stride()
     where = rows.free.device
-    borders = torch.from_numpy(book.borders).to(where)
-    codes = torch.from_numpy(book.order).to(where)
     with torch.cuda.device(where) if where.type == "cuda" else nullcontext():
         _round[(triton.cdiv(num_rows, ROWS),)](
             *(rows.weights, rows.free, rows.codes, rows.passed, rows.errors),
             *(order.upper, order.passed, order.damping, order.place),
             *(grid.scale, grid.inverse, grid.offset),
-            *(grid.levels.to(where), borders, codes, len(borders)),
+            *(grid.levels, *_borders(format_, where), len(book.borders)),
             *(float(book.lowest), float(book.top), columns, num_rows, grid.group),
-            uniform=len(borders) == 0,
+            uniform=len(book.borders) == 0,
             magic=MAGIC,
             padded=triton.next_power_of_2(columns),
             width=ROWS,
@@ -48,34 +49,40 @@ def round_lanes(book: Levels, order: Order[Tensor], grid: Grid[Tensor], rows: Ro
         )
 
 
+@cache
+def _borders(format_: GridFormat, where: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the format's book, and the codes between them."""
+    return torch.from_numpy(format_.book.borders).to(where), torch.from_numpy(format_.book.order).to(where)
+
+
 @triton.jit
-def _round(
-    weights: Any,
-    free: Any,
-    codes: Any,
-    passed: Any,
-    errors: Any,
-    upper: Any,
-    shares: Any,
-    dampings: Any,
-    place: Any,
-    scales: Any,
-    inverses: Any,
-    offsets: Any,
-    levels: Any,
-    borders: Any,
-    border_codes: Any,
-    num_borders: Any,
-    lowest: Any,
-    top: Any,
-    columns: Any,
-    num_rows: Any,
-    group: Any,
+def _round(  # type: ignore[no-untyped-def]
+    weights,
+    free,
+    codes,
+    passed,
+    errors,
+    upper,
+    shares,
+    dampings,
+    place,
+    scales,
+    inverses,
+    offsets,
+    levels,
+    borders,
+    border_codes,
+    num_borders,
+    lowest,
+    top,
+    columns,
+    num_rows,
+    group,
     uniform: tl.constexpr,
     magic: tl.constexpr,
     padded: tl.constexpr,
     width: tl.constexpr,
-) -> None:
+):
     column = tl.arange(0, padded)
     row = tl.program_id(0) * width + tl.arange(0, width)
     there = row < num_rows

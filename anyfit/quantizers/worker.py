@@ -10,10 +10,11 @@ from typing import TypeVar
 import torch
 from numba import config
 
+from anyfit.devices import CPU
 from anyfit.formats.threads import alone
 
-MOST_WORKERS = 8
-"""Each holds some pieces of matrices, so that their number counts in memory."""
+MOST_WORKERS = {"cpu": 8, "cuda": 16}
+"""Each holds some pieces of matrices, so that their number counts in memory. Those that share a graphics processor wait for it, too."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,8 +35,8 @@ class Workers:
     As many as the environment's NUMBA_NUM_THREADS says, or as there are processors, up to `MOST_WORKERS`.
     """
 
-    def __init__(self) -> None:
-        self.number = min(MOST_WORKERS, config.NUMBA_NUM_THREADS)
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.number = min(MOST_WORKERS[device.type], config.NUMBA_NUM_THREADS)
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.number, initializer=_begin)
 
