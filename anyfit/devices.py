@@ -32,6 +32,7 @@ def device(name: str) -> torch.device:
         return CPU
     if reason:
         raise UserError(f"The device cuda can't be used: {reason}.", remedy="Say --device cpu.")
+    torch.cuda.init()  # what asks for its memory doesn't
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 

@@ -37,7 +37,7 @@ from anyfit.targets.base import Target
 
 FOLDER = "calibration"
 """Of the journal: what arrives at the block that is being encoded."""
-NUMBERS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 22}
+NUMBERS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 23}
 """Of a matrix, encoded together: whole rows. Fixed, so that results don't depend on the memory at hand. A graphics processor takes about
 the same time for fewer."""
 

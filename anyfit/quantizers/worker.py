@@ -13,8 +13,10 @@ from numba import config
 from anyfit.devices import CPU
 from anyfit.formats.threads import alone
 
-MOST_WORKERS = {"cpu": 8, "cuda": 16}
-"""Each holds some pieces of matrices, so that their number counts in memory. Those that share a graphics processor wait for it, too."""
+MOST_WORKERS = 8
+"""Each holds some pieces of matrices, so that their number counts in memory."""
+NUM_DRIVERS = 3
+"""Workers that share a graphics processor: while it rounds for one, scales are searched for another."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,13 +34,15 @@ def one_thread() -> ThreadPoolExecutor:
 class Workers:
     """Threads that each compute alone, on pieces of their own: the same results, whatever their number.
 
-    As many as the environment's NUMBA_NUM_THREADS says, or as there are processors, up to `MOST_WORKERS`.
+    As many as the environment's NUMBA_NUM_THREADS says, or as there are processors, up to `MOST_WORKERS`. On a graphics processor
+    a few, which would be in each other's way if they were more, and what is left to the processors is shared out to them all.
     """
 
     def __init__(self, device: torch.device = CPU) -> None:
-        self.number = min(MOST_WORKERS[device.type], config.NUMBA_NUM_THREADS)
+        by_itself = device.type == "cpu"
+        self.number = min(MOST_WORKERS, config.NUMBA_NUM_THREADS) if by_itself else NUM_DRIVERS
         self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self.number, initializer=_begin)
+        self._pool = ThreadPoolExecutor(self.number, initializer=_begin, initargs=(by_itself,))
 
     def map(self, work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
         """The results in order. Pieces are made and results kept no further ahead than the workers need."""
@@ -58,6 +62,7 @@ class Workers:
         torch.set_num_threads(self._threads)  # the workers' own number is also that of threads begun later
 
 
-def _begin() -> None:
+def _begin(by_itself: bool) -> None:
     torch.set_num_threads(1)
-    alone()
+    if by_itself:
+        alone()
