@@ -18,7 +18,7 @@ PEER_hqq := hqq==0.2.8.post1
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-effort bench-family bench-formats bench-frontier bench-kill bench-scale bench-scores bench-train-once bench-zoo peers clean
+.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-device bench-effort bench-family bench-formats bench-frontier bench-kill bench-scale bench-scores bench-train-once bench-zoo peers clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -52,6 +52,10 @@ bench-ablation: $(VENV)/.installed  ## What each part brings, from plain roundin
 
 bench-allocation: $(VENV)/.installed  ## Who gets the bits: uniform, exact, evolution; the time of a whole frontier.
 	$(BIN)/python benchmarks/allocation.py
+
+bench-device: $(VENV)/.installed  ## A graphics processor against the processors: same results, time, memory. Needs one, and TORCH=torch for it.
+	$(BIN)/python -m pip -qq install peft
+	$(BIN)/python benchmarks/device.py
 
 bench-effort: $(VENV)/.installed  ## Low, normal and high effort: time, and quality at equal budgets.
 	$(BIN)/python benchmarks/effort.py
