@@ -20,7 +20,7 @@ from anyfit.family.store import Store
 from anyfit.formats.base import GridFormat
 from anyfit.progress import Progress
 from anyfit.tasks.language import Reference, kl
-from anyfit.trainers.loop import Settings, train
+from anyfit.trainers.loop import Divergence, Settings, train
 from anyfit.trainers.sampling import Sampler
 from anyfit.tuning.coded import Stored
 from anyfit.tuning.refining import windows
@@ -93,9 +93,8 @@ class Training:
             names = list(dict.fromkeys(choice.name for decision in self.decisions for choice in decision.choices))
             before = {name: self._measured(network, name, held_out) for name in names}
             train(
-                network,
+                Divergence(network, Reference.of(self.original, windows(self.text)), self.settings),
                 self.sampler(self.decisions, max(1, self.settings.num_steps // self.settings.num_periods)),
-                Reference.of(self.original, windows(self.text)),
                 self.settings,
                 checkpoint=self.store.tensors(_CHECKPOINT) if (self.store.folder / _CHECKPOINT).exists() else {},
                 keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),

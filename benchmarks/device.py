@@ -32,7 +32,7 @@ from anyfit.tasks.language import Reference
 from anyfit.testing.devices import rounding_case
 from anyfit.testing.models import tiny_text
 from anyfit.trainers import samplers
-from anyfit.trainers.loop import Settings, train
+from anyfit.trainers.loop import Divergence, Settings, train
 from anyfit.training import stored_choices, trained
 
 LARGE = Shape(2048, 4, vocabulary=8192)
@@ -254,7 +254,7 @@ def _elastic(run: Any, store: Store, matrices: Any, decisions: Any, reference: R
 
     def steps(number: int) -> None:
         few = replace(settings, num_steps=number)
-        train(network, sampler, reference, few, checkpoint={}, keep=lambda _: None, progress=Silent())
+        train(Divergence(network, reference, few), sampler, few, checkpoint={}, keep=lambda _: None, progress=Silent())
 
     return _timed(steps, reference, settings)
 

@@ -33,7 +33,7 @@ from anyfit.scores.table import Table
 from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Quality, Reference, measure
 from anyfit.trainers import samplers
-from anyfit.trainers.loop import Settings, train
+from anyfit.trainers.loop import Divergence, Settings, train
 from anyfit.training import stored_choices, trained, uniform
 from anyfit.tuning.refining import windows
 
@@ -78,7 +78,7 @@ class Bench:
         drawn = [replace(d, choices=tuple(c for c in d.choices if only in (None, c.name))) for d in self.decisions]
         period = max(1, settings.num_steps // settings.num_periods)
         made = samplers.get(sampler)(drawn, period)
-        train(network, made, self.text, settings, checkpoint={}, keep=lambda _: None, progress=progress)
+        train(Divergence(network, self.text, settings), made, settings, checkpoint={}, keep=lambda _: None, progress=progress)
         return network
 
     def configs(self) -> dict[float, Config]:

@@ -178,7 +178,8 @@ def state(made: ElasticNetwork) -> dict[str, Tensor]:
 def run(made: ElasticNetwork, about: list[Decision], text: Tensor, settings: loop.Settings = SETTINGS, **more: Any) -> None:
     reference = Reference.of(tiny_model("llama").eval(), text)
     sampler = samplers.get("balanced")(about, settings.num_steps // settings.num_periods)
-    loop.train(made, sampler, reference, settings, **{"checkpoint": {}, "keep": lambda _: None, "progress": Silent(), **more})
+    subject = loop.Divergence(made, reference, settings)
+    loop.train(subject, sampler, settings, **{"checkpoint": {}, "keep": lambda _: None, "progress": Silent(), **more})
 
 
 def test_what_is_not_drawn_is_left_alone(text: Tensor) -> None:

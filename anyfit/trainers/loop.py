@@ -1,20 +1,23 @@
-"""The one training loop: a config a step, drawn by a sampler; what is drawn alone is trained."""
+"""The one training loop: the configs of a step are drawn by a sampler; what is drawn alone is trained."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from anyfit.core.config import Config
 from anyfit.elastic.linear import ElasticNetwork
 from anyfit.progress import Progress
 from anyfit.tasks.language import Reference
-from anyfit.trainers.sampling import Sampler
+from anyfit.trainers.sampling import Draws
 
 BETAS = (0.9, 0.95)
 SECONDS = 60.0
@@ -24,7 +27,8 @@ SECONDS = 60.0
 @dataclass(frozen=True)
 class Settings:
     """`num_steps` of `batch_size` windows of text each. `rate`: of Adam, falling linearly to zero. `rank` of adapters.
-    `num_periods` of a sampler's schedule. `seed`: of adapters, configs and the order of the text."""
+    `num_periods` of a sampler's schedule. `seed`: of adapters, configs and the order of the text. `together`: where a step draws several
+    configs, their gradients are added up for one update; otherwise each has its own."""
 
     num_steps: int = 600
     batch_size: int = 4
@@ -32,57 +36,97 @@ class Settings:
     rank: int = 64
     num_periods: int = 4
     seed: int = 0
+    together: bool = True
 
 
 Tensors = Mapping[str, Tensor]
 
 
+class Trainable(ABC):
+    """What is trained. `groups`: parameters by name, by the name of their group. `buffers`: what else a step changes, by name."""
+
+    groups: Mapping[str, Mapping[str, nn.Parameter]]
+    buffers: Tensors = MappingProxyType({})
+
+    @abstractmethod
+    def loss(self, config: Config, step: int) -> Tensor:
+        """Of a step run as `config`."""
+
+    def rates(self, config: Config, rate: float) -> Mapping[str, float]:
+        """Of each group, once the gradients of `config` are there."""
+        return dict.fromkeys(self.groups, rate)
+
+    def described(self, config: Config) -> str:
+        """In a few words, for whoever watches."""
+        return ""
+
+
 def train(
-    network: ElasticNetwork,
-    sampler: Sampler,
-    reference: Reference,
+    trainable: Trainable,
+    sampler: Draws,
     settings: Settings,
     *,
     checkpoint: Tensors,
     keep: Callable[[dict[str, Tensor]], None],
     progress: Progress,
 ) -> None:
-    """Train what the drawn variants have to train, towards the original's predictions on `reference`'s text.
+    """Train what the drawn configs have to train.
 
     `checkpoint` is what `keep` was given last, empty at first: the run then goes on from there, to the very same numbers.
     """
-    parameters = dict(network.model.named_parameters())
-    trained = {name: value for name, value in parameters.items() if ".variants." in name}
-    for value in parameters.values():
-        value.requires_grad_(False)
+    trained = {name: value for group in trainable.groups.values() for name, value in group.items()}
+    groups = [{"params": list(group.values()), "name": name} for name, group in trainable.groups.items()]
+    optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=BETAS, weight_decay=0.0)
+    first = _restore(trained, trainable.buffers, optimizer, checkpoint)
+    kept = time.monotonic()
     for value in trained.values():
         value.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained.values(), lr=settings.rate, betas=BETAS, weight_decay=0.0)
-    first = _restore(trained, optimizer, checkpoint)
-    kept = time.monotonic()
     with progress.stage("train", settings.num_steps) as stage:
         stage.advance(first)
         for step in range(first, settings.num_steps):
-            config = sampler.draw(step, settings.seed)
-            optimizer.param_groups[0]["lr"] = settings.rate * (1 - step / settings.num_steps)
+            rate = settings.rate * (1 - step / settings.num_steps)
             optimizer.zero_grad()
-            loss = _divergence(network, config, reference, _batch(len(reference.tokens), settings, step))
-            loss.backward()
-            optimizer.step()
-            stage.advance(detail=f"KL {float(loss.detach()):.4f} at {_mean_bits(network, config):.1f} bits")
+            drawn = sampler.draws(step, settings.seed)
+            for number, config in enumerate(drawn, 1):
+                loss = trainable.loss(config, step)
+                loss.backward()
+                if number == len(drawn) or not settings.together:
+                    _update(optimizer, trainable.rates(config, rate))
+            stage.advance(detail=f"loss {float(loss.detach()):.4f}{trainable.described(config)}")
             if time.monotonic() - kept > SECONDS:
-                keep(_state(trained, optimizer, step + 1))
+                keep(_state(trained, trainable.buffers, optimizer, step + 1))
                 kept = time.monotonic()
     for value in trained.values():
         value.requires_grad_(False)
 
 
-def _divergence(network: ElasticNetwork, config: Mapping[tuple[str, str], str], reference: Reference, batch: Tensor) -> Tensor:
-    """Mean KL per token, in nats."""
-    model = network.set(config)
-    with _matrix_speed(model.device):
-        logits = model(input_ids=reference.tokens[batch].to(model.device), use_cache=False).logits
-    return reference.divergence(logits, batch)
+def _update(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Divergence(Trainable):
+    """A network whose matrices are elastic, towards the original's predictions on `reference`'s text."""
+
+    def __init__(self, network: ElasticNetwork, reference: Reference, settings: Settings) -> None:
+        self.network, self.reference, self.settings = network, reference, settings
+        parameters = dict(network.model.named_parameters())
+        for value in parameters.values():
+            value.requires_grad_(False)
+        self.groups = {"variants": {name: value for name, value in parameters.items() if ".variants." in name}}
+
+    def loss(self, config: Config, step: int) -> Tensor:
+        """Mean KL per token, in nats."""
+        model, batch = self.network.set(config), chosen(len(self.reference.tokens), self.settings, step)
+        with _matrix_speed(model.device):
+            logits = model(input_ids=self.reference.tokens[batch].to(model.device), use_cache=False).logits
+        return self.reference.divergence(logits, batch)
+
+    def described(self, config: Config) -> str:
+        sizes = [(d.choice(config[d.key]).stored_bytes, d.unit.num_weights) for d in self.network.decisions]
+        return f" at {8 * sum(size for size, _ in sizes) / sum(num for _, num in sizes):.1f} bits"
 
 
 def _matrix_speed(where: torch.device) -> AbstractContextManager[Any]:
@@ -91,35 +135,31 @@ def _matrix_speed(where: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(where.type, torch.bfloat16) if fast else nullcontext()
 
 
-def _mean_bits(network: ElasticNetwork, config: Mapping[tuple[str, str], str]) -> float:
-    """Stored bits per trained weight."""
-    chosen = [(d.choice(config[d.key]).stored_bytes, d.unit.num_weights) for d in network.decisions]
-    return 8 * sum(size for size, _ in chosen) / sum(num for _, num in chosen)
-
-
-def _batch(num_windows: int, settings: Settings, step: int) -> Tensor:
-    """Indices of the windows of a step: all windows come once before any comes again."""
-    each = min(settings.batch_size, num_windows)
-    per_epoch = num_windows // each
-    order = torch.randperm(num_windows, generator=Generator().manual_seed(settings.seed * 1_000_003 + step // per_epoch))
+def chosen(number: int, settings: Settings, step: int) -> Tensor:
+    """Which of so many windows or pictures a step reads: all come once before any comes again."""
+    each = min(settings.batch_size, number)
+    per_epoch = number // each
+    order = torch.randperm(number, generator=Generator().manual_seed(settings.seed * 1_000_003 + step // per_epoch))
     first = step % per_epoch * each
     return order[first : first + each]
 
 
-def _state(trained: Tensors, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
+def _state(trained: Tensors, buffers: Tensors, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
     """Everything that the next step depends on."""
-    found = {"step": torch.tensor(step)}
+    found = {"step": torch.tensor(step)} | {f"buffer {name}": value.to("cpu", copy=True) for name, value in buffers.items()}
     for name, value in trained.items():
         state = {"value": value.detach(), **optimizer.state.get(value, {})}
         found |= {f"{key} {name}": entry.to("cpu", copy=True) for key, entry in state.items()}
     return found
 
 
-def _restore(trained: Tensors, optimizer: torch.optim.Optimizer, checkpoint: Tensors) -> int:
+def _restore(trained: Tensors, buffers: Tensors, optimizer: torch.optim.Optimizer, checkpoint: Tensors) -> int:
     """The step to go on with."""
     if not checkpoint:
         return 0
     with torch.no_grad():
+        for name, value in buffers.items():
+            value.copy_(checkpoint[f"buffer {name}"])
         for name, value in trained.items():
             value.copy_(checkpoint[f"value {name}"])
             if f"step {name}" in checkpoint:

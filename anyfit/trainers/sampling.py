@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from torch import Generator
 
 from anyfit.core.config import Config
 from anyfit.core.space import Decision
+
+
+class Draws(Protocol):
+    """What training needs of a sampler."""
+
+    def draws(self, step: int, seed: int) -> Sequence[Config]:
+        """The configs of a step, one after another; by these numbers alone, so that a killed run goes on as it would have."""
+
 
 Probabilities = Mapping[tuple[str, str], NDArray[np.float64]]
 """Of each decision's choices, in their order."""
@@ -32,7 +41,12 @@ class Sampler(ABC):
     def probabilities(self, step: int) -> Probabilities:
         """The distribution that the step's config is drawn from."""
 
+    def draws(self, step: int, seed: int) -> Sequence[Config]:
+        """The configs of a step, one after another."""
+        return [self.draw(step, seed)]
+
     def draw(self, step: int, seed: int) -> Config:
+        """One config, from the stated distribution."""
         generator = Generator().manual_seed(seed * 1_000_003 + step)
         chosen = {}
         for decision in self.decisions:

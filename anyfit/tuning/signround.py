@@ -90,7 +90,7 @@ def tune(
     before = kl(_logits(network, sheets), held_out)
     order = Generator().manual_seed(settings.seed)
     with progress.stage("tune", settings.num_steps) as stage:
-        for step, batch in zip(range(settings.num_steps), _batches(len(reference.tokens), settings.batch_size, order), strict=False):
+        for step, batch in zip(range(settings.num_steps), batches(len(reference.tokens), settings.batch_size, order), strict=False):
             parameters = {name: values.requires_grad_() for sheet in sheets for name, values in sheet.parameters().items()}
             loss = _divergence(network, parameters, reference, batch)
             gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
@@ -217,7 +217,7 @@ def _inputs(network: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:
     return {"input_ids": tokens.to(network.device), "use_cache": False}
 
 
-def _batches(num_segments: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
+def batches(num_segments: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
     """Indices of segments, for ever: each once before any comes again."""
     while True:
         yield from torch.randperm(num_segments, generator=generator).split(batch_size)

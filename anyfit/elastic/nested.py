@@ -1,0 +1,115 @@
+"""Nested storage: one tensor of integers a layer, out of which an integer operation makes every smaller size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from anyfit.quantizers import double_rounding
+
+
+class NestedWeight(nn.Module):
+    """A parametrization of a layer's weight: the layer computes with the integers of `bits` that rounding twice makes of it."""
+
+    def __init__(self, weight: Tensor, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.high, self.bits = max(sizes), max(sizes)
+        self.scale = nn.Parameter(double_rounding.first_scale(weight.detach(), self.high, tuple(sizes)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return double_rounding.rounded_twice(weight, self.scale, self.high, self.bits)
+
+
+class SwitchedNorm(nn.Module):
+    """A batch norm for each size, as what arrives differs in mean and variance; all begin as the given one."""
+
+    def __init__(self, norm: nn.BatchNorm2d, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.of_size = nn.ModuleDict({str(bits): _copy(norm) for bits in sizes})
+        self.bits = max(sizes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.of_size[str(self.bits)](inputs)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One layer of a nested file: int8 `integers` of `high` bits, and their `scale`."""
+
+    integers: Tensor
+    scale: Tensor
+    high: int
+
+    @property
+    def bytes_(self) -> int:
+        return -(-self.integers.numel() * self.high // 8) + 4 * self.scale.numel()
+
+    def values(self, bits: int) -> Tensor:
+        return double_rounding.values(self.integers, self.scale, self.high, bits)
+
+
+class NestedNetwork:
+    """`model`, which is changed, with the weights at `paths` nested. `set` costs an assignment a layer."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], sizes: Sequence[int]) -> None:
+        self.model, self.paths, self.sizes = model, tuple(paths), tuple(sorted(sizes, reverse=True))
+        self._plain = copy.deepcopy(model)
+        self._weights: dict[str, NestedWeight] = {}
+        for path in paths:
+            layer: Any = model.get_submodule(path)
+            self._weights[path] = NestedWeight(layer.weight, sizes)
+            parametrize.register_parametrization(layer, "weight", self._weights[path])
+        norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        self._norms: dict[str, SwitchedNorm] = {}
+        for name in norms:
+            norm = model.get_submodule(name)
+            assert isinstance(norm, nn.BatchNorm2d)
+            self._norms[name] = SwitchedNorm(norm, sizes)
+            model.set_submodule(name, self._norms[name])
+
+    def set(self, bits: int | Mapping[str, int]) -> nn.Module:
+        """Run with these bits, everywhere or by path. Norms are those of the size that most weights have."""
+        for path, weight in self._weights.items():
+            weight.bits = bits if isinstance(bits, int) else bits[path]
+        own = [weight.bits for weight in self._weights.values()]
+        most = max(self.sizes, key=own.count)
+        for norm in self._norms.values():
+            norm.bits = most
+        return self.model
+
+    def extracted(self, bits: int | Mapping[str, int]) -> nn.Module:
+        """An ordinary network, of the class that was given, at these bits: out of the stored integers."""
+        self.set(bits)
+        stored, state = self.stored(), self.model.state_dict()
+        for path, entry in stored.items():
+            state[f"{path}.weight"] = entry.values(self._weights[path].bits)
+        for path, norm in self._norms.items():
+            state |= {f"{path}.{name}": value for name, value in norm.of_size[str(norm.bits)].state_dict().items()}
+        made = copy.deepcopy(self._plain).train(self.model.training)
+        made.load_state_dict({name: state[name] for name in made.state_dict()})
+        return made
+
+    def scales(self) -> dict[str, nn.Parameter]:
+        return {path: weight.scale for path, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Stored]:
+        """What a file holds of the weights, by path."""
+        found = {}
+        for path, weight in self._weights.items():
+            layer: Any = self.model.get_submodule(path)
+            original = layer.parametrizations.weight.original
+            found[path] = Stored(double_rounding.integers(original, weight.scale, weight.high), weight.scale.detach().clone(), weight.high)
+        return found
+
+
+def _copy(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    made = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    made.load_state_dict(norm.state_dict())
+    return made

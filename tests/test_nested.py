@@ -1,0 +1,152 @@
+"""Nested storage: one stored tensor of integers, smaller sizes by an integer operation, trained together."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Generator, Tensor, nn
+
+from anyfit.elastic.nested import NestedNetwork
+from anyfit.progress import Silent
+from anyfit.quantizers import double_rounding
+from anyfit.trainers import loop
+from anyfit.trainers.bit_switching import BitSwitching, EverySize, ladder
+
+SIZES = (8, 6, 4, 2)
+
+
+@given(code=st.integers(-128, 127), low=st.integers(2, 8))
+def test_switching_is_rounding_with_halves_upwards(code: int, low: int) -> None:
+    step = 2 ** (8 - low)
+    rounded = (2 * code + step) // (2 * step)  # floor(code / step + 1/2)
+    expected = min(max(rounded, -(2 ** (low - 1))), 2 ** (low - 1) - 1)
+    assert int(double_rounding.switched(torch.tensor([code], dtype=torch.int8), 8, low)) == expected
+
+
+def test_how_often_two_roundings_differ_from_one() -> None:
+    """Figures for normal weights in a range of three standard deviations."""
+    weight = torch.randn(400_000, generator=Generator().manual_seed(0))
+    scale = torch.tensor([3 / 127])
+    stored = double_rounding.integers(weight, scale, 8)
+    for low, share in ((6, 0.123), (4, 0.031), (3, 0.015), (2, 0.0075)):
+        once = (weight / (scale * 2 ** (8 - low))).round().clamp(*double_rounding.bounds(low))
+        different = (once != double_rounding.switched(stored, 8, low)).float().mean()
+        assert different == pytest.approx(share, rel=0.1), low
+
+
+@pytest.mark.parametrize("low", [8, 6, 4, 3, 2])
+def test_gradients_are_those_of_rounding_that_is_looked_through(low: int) -> None:
+    """Against autograd on an expression in which rounding adds a constant."""
+    generator = Generator().manual_seed(low)
+    weight, upstream = (torch.randn(300, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale = torch.tensor([0.02], dtype=torch.float64)
+    given_weight, given_scale = weight.clone().requires_grad_(), scale.clone().requires_grad_()
+    double_rounding.rounded_twice(given_weight, given_scale, 8, low).backward(upstream)
+    own_weight, own_scale = weight.clone().requires_grad_(), scale.clone().requires_grad_()
+    ratio = (own_weight / own_scale).clamp(-128, 127)
+    codes = double_rounding.switched(double_rounding.integers(weight, scale, 8), 8, low).double()
+    seen = ratio / 2 ** (8 - low)
+    ((seen + (codes - seen).detach()) * own_scale * 2 ** (8 - low)).backward(upstream)
+    assert all(one.grad is not None for one in (given_weight, given_scale, own_weight, own_scale))
+    inside = (weight / scale >= -128) & (weight / scale <= 127)
+    assert 0.5 < inside.double().mean() < 1
+    assert torch.equal(given_weight.grad, upstream * inside)
+    assert torch.allclose(given_weight.grad, own_weight.grad) and torch.allclose(given_scale.grad, own_scale.grad, rtol=1e-9)
+
+
+class Pictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, some: Tensor) -> Tensor:
+        return self.last(self.second(self.norm(self.first(some)).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def pictures() -> tuple[Pictures, Tensor, Tensor]:
+    generator = Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Pictures()
+    some = torch.randn(64, 3, 6, 6, generator=generator)
+    return model, some, (some.mean((1, 2, 3)) > 0).long() + 2 * (some.std((1, 2, 3)) > 1).long()
+
+
+def trained(network: NestedNetwork, some: Tensor, labels: Tensor, steps: int, **more: object) -> NestedNetwork:
+    network.model.train()
+    settings = loop.Settings(num_steps=steps, batch_size=16, rate=1e-2, together=False)
+
+    def objective(step: int) -> Tensor:
+        chosen = loop.chosen(len(some), settings, step)
+        return nn.functional.cross_entropy(network.model(some[chosen]), labels[chosen])
+
+    rest = {"checkpoint": {}, "keep": lambda _: None, "progress": Silent()} | more
+    loop.train(BitSwitching(network, objective), EverySize(network.sizes), settings, **rest)  # type: ignore[arg-type]
+    network.model.eval()
+    return network
+
+
+def test_stored_integers_give_the_very_outputs_of_training(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
+    model, some, labels = pictures
+    network = trained(NestedNetwork(model, ("first", "second"), SIZES), some, labels, 5)
+    assert all(entry.integers.dtype == torch.int8 for entry in network.stored().values())
+    with torch.no_grad():
+        for config in (*SIZES, {"first": 8, "second": 2}):
+            extracted = network.extracted(config)
+            assert type(extracted) is Pictures and set(extracted.state_dict()) == set(Pictures().state_dict())
+            assert torch.equal(extracted(some), network.set(config)(some)), config
+    assert len({float(network.set(bits)(some).sum()) for bits in SIZES}) == len(SIZES)
+
+
+def test_each_size_learns_and_has_norms_of_its_own(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
+    model, some, labels = pictures
+    network = NestedNetwork(model, ("first", "second"), SIZES)
+
+    def losses() -> list[float]:
+        network.model.eval()
+        with torch.no_grad():
+            return [float(nn.functional.cross_entropy(network.set(bits)(some), labels)) for bits in SIZES]
+
+    before = losses()
+    trained(network, some, labels, 60)
+    assert all(after < 0.8 * first for after, first in zip(losses(), before, strict=True))
+    norm = network.model.get_submodule("norm")
+    means = [norm.of_size[str(bits)].running_mean for bits in SIZES]  # type: ignore[index]
+    assert not any(torch.equal(means[0], other) for other in means[1:])
+
+
+def test_a_mix_of_sizes_runs(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
+    model, some, _ = pictures
+    network = NestedNetwork(model.eval(), ("first", "second"), SIZES)
+    mixed = network.set({"first": 8, "second": 2})(some)
+    assert not torch.equal(mixed, network.set(8)(some)) and not torch.equal(mixed, network.set(2)(some))
+
+
+def test_a_killed_run_ends_with_the_same_numbers(pictures: tuple[Pictures, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SECONDS", -1.0)
+    model, some, labels = pictures
+    kept: list[dict[str, Tensor]] = []
+    whole = trained(NestedNetwork(copy.deepcopy(model), ("first", "second"), SIZES), some, labels, 4, keep=kept.append)
+    again = trained(NestedNetwork(copy.deepcopy(model), ("first", "second"), SIZES), some, labels, 4, checkpoint=kept[1])
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_scales_move_slower_at_few_bits() -> None:
+    assert [ladder(missing) for missing in (0, 1, 2, 4, 6)] == pytest.approx([1, 0.5, 0.1, 0.01, 0.001])
+
+
+def test_scales_slow_down_where_gradients_are_large(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
+    network = NestedNetwork(pictures[0], ("first", "second"), SIZES)
+    subject = BitSwitching(network, lambda _: torch.zeros(()))
+    for scale, gradient in zip(network.scales().values(), (0.5, 7.0), strict=True):
+        scale.grad = torch.tensor([gradient])
+    config = EverySize(SIZES).draws(0, 0)[1]
+    assert subject.rates(config, 2.0) == {"weights": 2.0, "scales": pytest.approx(2.0 * 0.1 * (1 - 0.75))}
