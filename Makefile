@@ -78,8 +78,8 @@ bench-scale: $(VENV)/.installed $(if $(PEERS),,peers)  ## Memory, time and disk 
 bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
 	$(BIN)/python benchmarks/scores.py
 
-bench-train-once: $(VENV)/.installed  ## One run that trains every size, against a run for each.
-	$(BIN)/python benchmarks/train_once.py
+bench-train-once: $(VENV)/.installed  ## One run that trains every size, against a run for each. ASSETS=FOLDER adds Double Rounding.
+	$(BIN)/python benchmarks/train_once.py $(if $(ASSETS),--assets "$(ASSETS)")
 
 bench-zoo: $(VENV)/.installed  ## What plain rounding costs the embedded model.
 	$(BIN)/python benchmarks/zoo.py

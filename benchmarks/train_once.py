@@ -3,7 +3,9 @@
 All start from the same GPTQ variants in 2, 3 and 4 bits with trainable offsets, on the embedded default. A run for one size
 trains that size alone; between sizes, separate runs are stitched: each matrix from the run of its bits.
 
-    python benchmarks/train_once.py
+Besides: one stored tensor of integers a layer, run at several sizes (Double Rounding), and codes of two bits, tuned (PV-Tuning).
+
+    python benchmarks/train_once.py [--assets FOLDER] [--only SECTION]
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import subspace
+import switching
 import torch
 from table import Row, Section, finish_page
 from torch.func import functional_call
@@ -56,6 +61,8 @@ class Bench:
     table: Table
     text: Reference
     report: Reference
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of training, by what was trained."""
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -72,13 +79,15 @@ class Bench:
         """Every matrix in its largest choice, none elastic."""
         return self.run.elastic_model(self.store).set(self.run.space.largest())
 
-    def trained(self, sampler: str, settings: Settings, only: str | None, progress: Progress) -> ElasticNetwork:
+    def trained(self, what: str, sampler: str, settings: Settings, only: str | None, progress: Progress) -> ElasticNetwork:
         """With `only`, one format's variants are all that is ever drawn."""
         network = self.network(settings)
         drawn = [replace(d, choices=tuple(c for c in d.choices if only in (None, c.name))) for d in self.decisions]
         period = max(1, settings.num_steps // settings.num_periods)
         made = samplers.get(sampler)(drawn, period)
+        began = time.perf_counter()
         train(Divergence(network, self.text, settings), made, settings, checkpoint={}, keep=lambda _: None, progress=progress)
+        self.seconds[what] = self.seconds.get(what, 0) + time.perf_counter() - began
         return network
 
     def configs(self) -> dict[float, Config]:
@@ -141,25 +150,31 @@ def _codes_and_scales(variant: Variant) -> bool:
     return torch.equal(codes, again) and torch.equal(before.stored["scale"], after.stored["scale"])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
-    args = parser.parse_args()
-    settings = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps)
-    progress = to_stderr()
+def cost_section(bench: Bench) -> Section:
+    """Wall time of training."""
+    ours, rows = bench.seconds[ONCE], list[Row]()
+    for name in (ONCE, UNIFORM, THIRD, ALL):
+        spent = bench.seconds[name]
+        rows += [Row((name, f"{spent:.0f}", f"{ours / spent:.2f}"), ours < spent if name == ALL else None)]
+    remark = "The one run reads as much text as three runs with a third each, and takes the place of three that read all of it."
+    return Section("Cost", ("what", "seconds of training", "the one run's, as a part of it"), rows, (remark,))
+
+
+def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
+    """One run, and what it takes the place of."""
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(target="transformers", formats=("int8_asym", *FORMATS), segments=SEGMENTS)
+        run = prepare(target="transformers", formats=("int8_asym", *FORMATS), segments=SEGMENTS, device="cpu")
         store = Store(Path(folder))
         run.encode(store)
         table = run.score(store)
         bench = Bench(
             run, store, table, Reference.of(run.model, windows(run.segments.calibration)), Reference.of(run.model, run.segments.report)
         )
-        once = bench.trained("balanced", settings, None, progress)
+        once = bench.trained(ONCE, "balanced", settings, None, progress)
         merging = merge_section(bench, once)
-        networks = {ONCE: once, UNIFORM: bench.trained("uniform", settings, None, progress)}
-        for name, steps in ((THIRD, args.steps // 3), (ALL, args.steps)):
-            alone = {f: bench.trained("uniform", replace(settings, num_steps=steps), f, progress) for f in FORMATS}
+        networks = {ONCE: once, UNIFORM: bench.trained(UNIFORM, "uniform", settings, None, progress)}
+        for name, steps in ((THIRD, settings.num_steps // 3), (ALL, settings.num_steps)):
+            alone = {f: bench.trained(name, "uniform", replace(settings, num_steps=steps), f, progress) for f in FORMATS}
             for network in alone.values():
                 settle(network)
             networks[name] = stitched(bench, alone)
@@ -176,18 +191,40 @@ def main() -> int:
             cells = (f"{bits:g}", *(f"{found[n].perplexity:.3f} / {found[n].kl_mean:.5f}" for n in (NONE, THIRD, ALL, UNIFORM, ONCE)))
             print("  ".join(cells), flush=True)
             rows.append(Row(cells, holds))
-    sizes = Section(
-        "Sizes",
-        ("bits", NONE, THIRD, ALL, UNIFORM, ONCE),
-        rows,
-        (
-            "Perplexity / mean KL to the original on the report split, of what is stored. "
-            f"The one run takes {args.steps} steps of {settings.batch_size} windows; three runs have a third of them each, or all of them "
-            "each. A row holds where the one run is at or below the first, "
-            f"within {WITHIN:.0%} of the second, and at the ends better than with configs drawn uniformly.",
-        ),
+    remark = (
+        "Perplexity / mean KL to the original on the report split, of what is stored. "
+        f"The one run takes {settings.num_steps} steps of {settings.batch_size} windows; three runs have a third of them each, or all of "
+        f"them each. A row holds where the one run is at or below the first, within {WITHIN:.0%} of the second, and at the ends better "
+        "than with configs drawn uniformly."
     )
-    return finish_page("train-once", "One run for all sizes", "make bench-train-once", [sizes, merging])
+    yield Section("Sizes", ("bits", NONE, THIRD, ALL, UNIFORM, ONCE), rows, (remark,))
+    yield merging
+    yield cost_section(bench)
+
+
+def codes_section(progress: Progress) -> Section:
+    with tempfile.TemporaryDirectory() as folder:
+        run, store = prepare(formats=("Q8_0", subspace.FORMAT), device="cpu"), Store(Path(folder))
+        run.encode(store)
+        return subspace.section(run, store, progress)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
+    parser.add_argument("--assets", type=Path, default=None, help="a folder with cifar10 and cifar10-resnet, for Double Rounding")
+    parser.add_argument("--only", default=None, help="one of sizes, switching, codes")
+    args = parser.parse_args()
+    settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps), to_stderr()
+    sections = list[Section]()
+    if args.only in (None, "sizes"):
+        sections += sizes_sections(settings, progress)
+    if args.only in (None, "switching") and args.assets:
+        sections.append(switching.section(args.assets, progress))
+    if args.only in (None, "codes"):
+        sections.append(codes_section(progress))
+    remarks = () if args.assets or args.only else ("Without ASSETS=FOLDER: Double Rounding on ResNet-20 is left out.",)
+    return finish_page("train-once", "One run for all sizes", "make bench-train-once", sections, remarks)
 
 
 if __name__ == "__main__":
