@@ -37,6 +37,7 @@ from anyfit.finalists import WORK, Finalists
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
+from anyfit.recipes.base import Training as TrainingRecipe
 from anyfit.scores import sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
@@ -44,7 +45,7 @@ from anyfit.targets import targets
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
 from anyfit.training import FOLDER as TRAINING
-from anyfit.training import RESULT, Training, gains, trained
+from anyfit.training import RESULT, Changes, Training, Tuning, gains, trained
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
@@ -175,24 +176,30 @@ class Fit:
         return Encoding(stream, self.space, self.target, self.source, quantizer, store, tokens, self.progress, self.group)
 
     def train(self, store: Store) -> None:
-        """All variants trained at once, where the recipe does that. One process trains."""
-        if self.recipe.training is None:
-            return
-        if self.group.first:
-            Training(
-                store=store,
-                space=self.space,
-                decisions=trained(self.space),
-                original=self.model,
-                largest=lambda: self.elastic_model(store).set(self.space.largest()),
-                matrices=lambda config: stored_matrices(store.variant, self.space, config, self.target, self.source),
-                sampler=samplers.get(self.recipe.training.sampler),
-                settings=self.recipe.training.settings_for(self.effort),
-                text=self.segments.calibration,
-                held_out=self.segments.search,
-                progress=self.progress,
-            ).run()
+        """Variants made better by gradients, where the recipe does that. One process does it."""
+        if self.recipe.training is not None and self.group.first:
+            self._changes(store).run()
         self.group.wait()
+
+    def _changes(self, store: Store) -> Changes:
+        how, shared = (
+            self.recipe.training,
+            {
+                "store": store,
+                "space": self.space,
+                "decisions": trained(self.space),
+                "original": self.model,
+                "largest": lambda: self.elastic_model(store).set(self.space.largest()),
+                "matrices": lambda config: stored_matrices(store.variant, self.space, config, self.target, self.source),
+                "text": self.segments.calibration,
+                "held_out": self.segments.search,
+                "progress": self.progress,
+            },
+        )
+        assert how is not None
+        if isinstance(how, TrainingRecipe):
+            return Training(**shared, sampler=samplers.get(how.sampler), settings=how.settings_for(self.effort))
+        return Tuning(**shared, settings=how.settings_for(self.effort))
 
     def score(self, store: Store) -> Table:
         """The additive table: measured sensitivities times each choice's own output error."""

@@ -1,13 +1,16 @@
-"""The stage of a fit that trains every variant at once, where the recipe asks for it.
+"""The stage of a fit that makes variants better by gradients, where the recipe asks for it: all at once, or each format by itself.
 
-The network is in memory, its matrices in the blocks elastic, everything else in its largest choice. What was trained is merged
-into the scales that are stored; codes stay. Formats that didn't gain on held-out text keep what they had.
+The network is in memory, everything outside the blocks in its largest choice. Training leaves codes as they are and merges what was trained
+into the scales that are stored; tuning changes codes, too. Formats that didn't gain on held-out text keep what they had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +25,7 @@ from anyfit.progress import Progress
 from anyfit.tasks.language import Reference, kl
 from anyfit.trainers.loop import Divergence, Settings, train
 from anyfit.trainers.sampling import Sampler
+from anyfit.tuning import pv
 from anyfit.tuning.coded import Stored
 from anyfit.tuning.refining import windows
 
@@ -55,9 +59,9 @@ class Gain:
 
 
 @dataclass
-class Training:
-    """Trains the variants in a store. `decisions`: `trained`. `largest` makes a second network, with each decision's largest choice;
-    `matrices`: a config's, of the whole space. `text` and `held_out`: (segments, length)."""
+class Changes(ABC):
+    """Makes the variants in a store better. `decisions`: `trained`. `largest` makes a second network, with each decision's largest
+    choice; `matrices`: a config's, of the whole space. `text` and `held_out`: (segments, length)."""
 
     store: Store
     space: Space
@@ -65,8 +69,6 @@ class Training:
     original: PreTrainedModel
     largest: Callable[[], PreTrainedModel]
     matrices: Callable[[Config], list[Stored]]
-    sampler: type[Sampler]
-    settings: Settings
     text: Tensor
     held_out: Tensor
     progress: Progress
@@ -75,23 +77,43 @@ class Training:
         """{format: what it gained}; what was done before isn't done again."""
         found = gains(self.store)
         if found is None:
-            merged = self._merged()
-            found = gains(self.store, f"{FOLDER}/{RESULT}")
-            assert found is not None
-            for unit, stored in self._stored().items():
-                changed = {name: self._bytes(entry, unit, merged) for name, entry in stored.items() if found[name].kept}
-                self.store.rewrite(next(iter(stored.values())).weight.name, changed)
+            found = self._prepared()
+            stored = self._stored()
+            for unit, entries in stored.items():
+                changed = {name: self._bytes(entry, unit) for name, entry in entries.items() if found[name].kept}
+                self.store.rewrite(next(iter(entries.values())).weight.name, changed)
             write_json(self.store.folder / RESULT, {name: [gain.before, gain.after] for name, gain in found.items()})
         remove(self.store.folder / FOLDER)
         return found
 
-    def _merged(self) -> dict[str, Tensor]:
-        """What is stored of the trained scales. Kept in a file before any variant is changed."""
+    @abstractmethod
+    def _prepared(self) -> dict[str, Gain]:
+        """What each format gained, once all that is to be stored lies in files: before any variant is changed."""
+
+    @abstractmethod
+    def _bytes(self, entry: Stored, unit: str) -> Tensor:
+        """A variant as it is to be stored from now on. The store may hold it already."""
+
+    @property
+    def formats(self) -> list[str]:
+        return list(dict.fromkeys(choice.name for decision in self.decisions for choice in decision.choices))
+
+    def _stored(self) -> dict[str, dict[str, Stored]]:
+        return stored_choices(self.space, self.decisions, self.matrices)
+
+
+@dataclass
+class Training(Changes):
+    """Trains all variants at once: a sampler draws a config at each step."""
+
+    sampler: type[Sampler]
+    settings: Settings
+
+    def _prepared(self) -> dict[str, Gain]:
         if not (self.store.folder / _MERGED).exists():
             network = ElasticNetwork(self.largest(), self.decisions, self._stored(), self.settings.rank, self.settings.seed)
             held_out = Reference.of(self.original, self.held_out)
-            names = list(dict.fromkeys(choice.name for decision in self.decisions for choice in decision.choices))
-            before = {name: self._measured(network, name, held_out) for name in names}
+            before = {name: self._measured(network, name, held_out) for name in self.formats}
             train(
                 Divergence(network, Reference.of(self.original, windows(self.text)), self.settings),
                 self.sampler(self.decisions, max(1, self.settings.num_steps // self.settings.num_periods)),
@@ -105,24 +127,64 @@ class Training:
                 if (scales := variant.merged()) is not None:
                     merged |= {_key(unit, name, part): value for part, value in scales.stored.items()}
                     variant.settle(scales)
-            after = {name: self._measured(network, name, held_out) for name in names}
-            result = {name: [before[name], after[name]] for name in names}
-            write_json(self.store.folder / FOLDER / RESULT, result)
+            after = {name: self._measured(network, name, held_out) for name in self.formats}
+            write_json(self.store.folder / FOLDER / RESULT, {name: [before[name], after[name]] for name in self.formats})
             self.store.write_tensors(_MERGED, merged)
-        return self.store.tensors(_MERGED)
+        found = gains(self.store, f"{FOLDER}/{RESULT}")
+        assert found is not None
+        return found
 
     def _measured(self, network: ElasticNetwork, name: str, held_out: Reference) -> float:
         return kl(network.set(uniform(self.decisions, name)), held_out)
 
-    def _stored(self) -> dict[str, dict[str, Stored]]:
-        return stored_choices(self.space, self.decisions, self.matrices)
+    @cached_property
+    def _merged(self) -> dict[str, Tensor]:
+        return self.store.tensors(_MERGED)
 
-    def _bytes(self, entry: Stored, unit: str, merged: Mapping[str, Tensor]) -> Tensor:
-        """A variant with what was trained of its scales."""
+    def _bytes(self, entry: Stored, unit: str) -> Tensor:
         assert isinstance(entry.format_, GridFormat)
         codes, scales = entry.format_.read(entry.data)
-        stored = {part: merged.get(_key(unit, entry.format_.name, part), value) for part, value in scales.stored.items()}
+        stored = {part: self._merged.get(_key(unit, entry.format_.name, part), value) for part, value in scales.stored.items()}
         return entry.format_.pack(codes, entry.format_.assemble(stored))
+
+
+@dataclass
+class Tuning(Changes):
+    """Tunes each format by itself, with all its matrices in the network: codes and scales."""
+
+    settings: pv.Settings
+
+    def _prepared(self) -> dict[str, Gain]:
+        stored, network, found = self._stored(), self.largest(), {}
+        for name in self.formats:
+            if read_json(self._file(name, "json")) is None:
+                matrices = {own[name].weight.name: own[name].matrix(self.original) for own in stored.values() if name in own}
+                tuned = pv.tune(network, matrices, self._text, self._held_out, settings=self.settings, progress=self.progress)
+                data = {unit: tuned.coded[own[name].weight.name].data for unit, own in stored.items() if name in own}
+                self.store.write_tensors(f"{FOLDER}/{name}.safetensors", data)
+                write_json(self._file(name, "json"), {"before": tuned.before, "after": tuned.after})
+            figures = read_json(self._file(name, "json"))
+            assert figures is not None
+            found[name] = Gain(**figures)
+        return found
+
+    def _file(self, name: str, suffix: str) -> Path:
+        return self.store.folder / FOLDER / f"{name}.{suffix}"
+
+    @cached_property
+    def _text(self) -> Reference:
+        return Reference.of(self.original, windows(self.text))
+
+    @cached_property
+    def _held_out(self) -> Reference:
+        return Reference.of(self.original, self.held_out)
+
+    @cached_property
+    def _data(self) -> dict[str, dict[str, Tensor]]:
+        return {name: self.store.tensors(f"{FOLDER}/{name}.safetensors") for name in self.formats}
+
+    def _bytes(self, entry: Stored, unit: str) -> Tensor:
+        return self._data[entry.format_.name][unit]
 
 
 def stored_choices(space: Space, decisions: Iterable[Decision], matrices: Callable[[Config], list[Stored]]) -> dict[str, dict[str, Stored]]:

@@ -16,6 +16,7 @@ from anyfit.formats.base import GridFormat, join
 from anyfit.progress import Silent
 from anyfit.tasks.language import Reference, kl
 from anyfit.testing.models import tiny_model
+from anyfit.tuning import pv
 from anyfit.tuning.coded import Coded, Matrix
 from anyfit.tuning.signround import Settings, Tuned, tune
 
@@ -158,3 +159,46 @@ def test_no_steps_change_nothing() -> None:
         for parameter, matrix in given.items():
             values = [entry.format_.decode(entry.data) for entry in (matrix.coded, result.coded[parameter])]
             assert torch.equal(*values)
+
+
+FEW = pv.Settings(num_steps=30, code_rate=0.06)
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ3_S", "Q2_K", "int2_asym", "MXFP4"])
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_pv_tuning_changes_codes_and_scales_to_what_can_be_stored(name: str, share: float) -> None:
+    given = matrices(network(), {"embedding": "Q8_0"}, everywhere=name, order=True)
+    text = [Reference.of(network(), tokens(16, 1))] * 2
+    before = [parameter.clone() for parameter in network().parameters()]
+    found = pv.tune(network(), given, *text, settings=replace(FEW, share=share), progress=Silent())
+    scales_alone = pv.tune(network(), given, *text, settings=replace(FEW, share=1e-9), progress=Silent())
+    assert found.after < 0.8 * scales_alone.after < 0.8 * found.before
+    assert all(torch.equal(one, other) for one, other in zip(before, network().parameters(), strict=True))
+    changed = 0
+    for key, entry in found.coded.items():
+        codes, scales = entry.format_.read(entry.data)
+        assert torch.equal(codes, entry.codes) and torch.equal(scales.scale, entry.scales.scale), "what is tuned is what is stored"
+        changed += int((codes != given[key].coded.codes).sum())
+    assert changed > 0
+    again = pv.tune(network(), given, *text, settings=replace(FEW, share=share), progress=Silent())
+    assert all(torch.equal(entry.data, again.coded[key].data) for key, entry in found.coded.items())
+
+
+def test_only_a_share_of_the_vectors_moves_in_a_step() -> None:
+    (matrix,) = (entry for name, entry in matrices(network(), {"embedding": "Q8_0"}, everywhere="IQ2_XXS").items() if "up_proj" in name)
+    subject = pv._Subject(matrix)
+    gradient = torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0))
+    kept = subject.codes.clone()
+    moved = subject.move(gradient, replace(FEW, share=0.1, code_rate=1.0), 1.0)
+    other = (subject.codes != kept).unflatten(1, (-1, 8)).any(-1)
+    assert 0 < moved == int(other.sum()) <= round(0.1 * subject.num_vectors)
+    away = (subject.buffer - pv._Subject(matrix).values()).square().unflatten(1, (-1, 8)).sum(-1)
+    assert away[other].min() > 0.8 * away.flatten().kthvalue(round(0.9 * away.numel())).values, "those that want to move furthest"
+
+
+def test_all_codes_at_once_are_those_nearest_to_the_buffer() -> None:
+    (matrix,) = (entry for name, entry in matrices(network(), {}, everywhere="int3_sym").items() if "up_proj" in name)
+    subject = pv._Subject(matrix)
+    subject.move(torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0)), replace(FEW, share=1.0), 1.0)
+    scale = subject._grid()[0].repeat_interleave(32, 1)
+    assert torch.equal(subject.codes.float() - 4, (subject.buffer / scale).round().clamp(-4, 3))

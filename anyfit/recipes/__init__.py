@@ -8,6 +8,8 @@ recipes: Registry[Recipe] = Registry(
     {
         "gptq": "anyfit.recipes.gptq:RECIPE",
         "llm-qfa": "anyfit.recipes.llm_qfa:RECIPE",
+        "pv-tuning": "anyfit.recipes.pv_tuning:RECIPE",
+        "qat": "anyfit.recipes.qat:RECIPE",
         "rtn": "anyfit.recipes.rtn:RECIPE",
     },
 )

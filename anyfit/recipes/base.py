@@ -10,6 +10,7 @@ from anyfit.core.effort import Effort
 
 if TYPE_CHECKING:
     from anyfit.trainers.loop import Settings
+    from anyfit.tuning import pv
 
 _STEPS = {Effort.LOW: 1 / 3, Effort.NORMAL: 1.0, Effort.HIGH: 3.0}
 """Times the usual number of training steps."""
@@ -27,6 +28,16 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How a recipe tunes the codes and scales of each format by itself."""
+
+    settings: pv.Settings
+
+    def settings_for(self, effort: Effort) -> pv.Settings:
+        return replace(self.settings, num_steps=round(_STEPS[effort] * self.settings.num_steps))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Names of the parts that `fit` puts together, and what a person should know before choosing it."""
 
@@ -37,6 +48,6 @@ class Recipe:
     """What it does and when to choose it, in one paragraph."""
     quantizer: str
     score: str
-    training: Training | None = None
+    training: Training | Tuning | None = None
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By target, what it is meant for: offered unless others are named."""
