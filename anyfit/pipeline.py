@@ -6,7 +6,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,7 @@ from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.recipes.base import Training as TrainingRecipe
-from anyfit.scores import sensitivities
+from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
 from anyfit.targets import targets
@@ -198,7 +198,12 @@ class Fit:
         )
         assert how is not None
         if isinstance(how, TrainingRecipe):
-            return Training(**shared, sampler=samplers.get(how.sampler), settings=how.settings_for(self.effort))
+            settings, tokens = how.settings_for(self.effort), self.segments.search[:NUM_PROBE_SEGMENTS]
+
+            def sensitivity() -> dict[str, float]:
+                return fisher.information(replace(self.elastic(store), group=ALONE), shared["decisions"], tokens, self.progress)
+
+            return Training(**shared, sampler=samplers.get(how.sampler), settings=settings, sensitivity=sensitivity)
         return Tuning(**shared, settings=how.settings_for(self.effort))
 
     def score(self, store: Store) -> Table:

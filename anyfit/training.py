@@ -108,6 +108,8 @@ class Training(Changes):
 
     sampler: type[Sampler]
     settings: Settings
+    sensitivity: Callable[[], dict[str, float]]
+    """Of the decided units, by name: asked for where the sampler wants it."""
 
     def _prepared(self) -> dict[str, Gain]:
         if not (self.store.folder / _MERGED).exists():
@@ -116,7 +118,7 @@ class Training(Changes):
             before = {name: self._measured(network, name, held_out) for name in self.formats}
             train(
                 Divergence(network, Reference.of(self.original, windows(self.text)), self.settings),
-                self.sampler(self.decisions, max(1, self.settings.num_steps // self.settings.num_periods)),
+                self._sampler(),
                 self.settings,
                 checkpoint=self.store.tensors(_CHECKPOINT) if (self.store.folder / _CHECKPOINT).exists() else {},
                 keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),
@@ -133,6 +135,10 @@ class Training(Changes):
         found = gains(self.store, f"{FOLDER}/{RESULT}")
         assert found is not None
         return found
+
+    def _sampler(self) -> Sampler:
+        period = max(1, self.settings.num_steps // self.settings.num_periods)
+        return self.sampler(self.decisions, period, self.sensitivity() if self.sampler.learns_sensitivity else None)
 
     def _measured(self, network: ElasticNetwork, name: str, held_out: Reference) -> float:
         return kl(network.set(uniform(self.decisions, name)), held_out)

@@ -25,6 +25,7 @@ from anyfit.recipes.base import Training
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.trainers import loop, samplers
+from anyfit.trainers.sampling import Sampler, Shifted
 from anyfit.tuning.coded import Coded, Stored
 
 PERIOD = 200
@@ -43,10 +44,19 @@ def decisions(number: int) -> list[Decision]:
     return found
 
 
+def sampler_of(name: str, about: list[Decision]) -> Sampler:
+    """Every other unit is sensitive. One that learns has learnt that the smallest sizes still gain."""
+    sampler = samplers.get(name)(about, PERIOD, {d.unit.name: float(1 + 9 * (index % 2)) for index, d in enumerate(about)})
+    losses = {0: 1.0, sampler.INTERVAL: 0.5} if isinstance(sampler, Shifted) else {}
+    for step, factor in losses.items():
+        sampler.observe(step, lambda config: factor / mean_bits(config, about))  # noqa: B023
+    return sampler
+
+
 @pytest.mark.parametrize("name", samplers)
 @pytest.mark.parametrize("step", [0, 37, 100, 163])
 def test_configs_follow_the_stated_distribution(name: str, step: int) -> None:
-    sampler = samplers.get(name)(decisions(4), PERIOD)
+    sampler = sampler_of(name, decisions(4))
     stated = sampler.probabilities(step)
     drawn = [sampler.draw(step, seed) for seed in range(1500)]
     for decision in sampler.decisions:
@@ -55,7 +65,8 @@ def test_configs_follow_the_stated_distribution(name: str, step: int) -> None:
         error = np.sqrt(stated[decision.key] * (1 - stated[decision.key]) / len(drawn))
         assert stated[decision.key].sum() == pytest.approx(1)
         assert (np.abs(shares - stated[decision.key]) <= 4.5 * error + 1e-9).all(), (decision.key, shares, stated[decision.key])
-    assert sampler.draw(step, 3) == samplers.get(name)(decisions(4), PERIOD).draw(step, 3)
+    assert sampler.draw(step, 3) == sampler_of(name, decisions(4)).draw(step, 3)
+    assert len(sampler.draws(step, 3)) >= 1 and all(set(config) == {d.key for d in sampler.decisions} for config in sampler.draws(step, 3))
 
 
 def mean_bits(config: Config, about: list[Decision]) -> float:
@@ -73,6 +84,46 @@ def test_the_balanced_schedule_spends_as_much_on_the_ends_as_on_the_middle() -> 
         shares[name] = np.histogram(found, bins=8, range=(2, 4))[0] / PERIOD
     assert shares["balanced"].min() > 0.06, shares
     assert shares["uniform"][[0, 1, 6, 7]].max() < 0.02, shares
+
+
+@pytest.mark.parametrize("name", ["sandwich", "hessian-aware"])
+def test_the_largest_and_the_smallest_are_always_trained(name: str) -> None:
+    about = decisions(5)
+    for step in (0, 100, 250):
+        means = [mean_bits(config, about) for config in sampler_of(name, about).draws(step, 1)]
+        assert max(means) == 4 and min(means) == mean_bits(Config({d.key: d.choices[0].name for d in about}), about)
+        assert len(means) == 3
+
+
+def test_sensitive_units_draw_more_bits_as_time_goes_on() -> None:
+    about = decisions(5)
+    early, late = (sampler_of("hessian-aware", about).probabilities(step) for step in (0, PERIOD))
+    sensitive, other = about[1].key, about[2].key
+    assert early[sensitive] == pytest.approx(np.full(3, 1 / 3), abs=2e-3)
+    assert late[sensitive][2] > late[sensitive][0] + 0.05 and late[other] == pytest.approx(np.full(3, 1 / 3))
+
+
+def test_bins_that_still_gain_are_drawn_more() -> None:
+    """One bin's loss doesn't fall any more, and one's falls most."""
+    about = decisions(6)
+    sampler = Shifted(about, PERIOD)
+    assert sampler.bins == pytest.approx(np.full(Shifted.BINS, 1 / Shifted.BINS))
+    losses, seen = np.full(Shifted.BINS, 8.0), list[int]()
+
+    def evaluate(config: Config) -> float:
+        seen.append(len(seen) % Shifted.BINS)
+        return float(losses[seen[-1]])
+
+    for update in range(6):
+        sampler.observe(update * Shifted.INTERVAL, evaluate)
+        losses -= np.array([1.0, 0, *[0.5] * (Shifted.BINS - 2)])
+    sampler.observe(7, evaluate)
+    assert len(seen) == 6 * Shifted.BINS, "between updates nothing is measured"
+    assert sampler.bins.argmax() == 0 and sampler.bins.argmin() == 1
+    assert Shifted.EVEN / Shifted.BINS < sampler.bins[1] < 0.6 / Shifted.BINS
+    again = Shifted(about, PERIOD)
+    again.restore(sampler.state())
+    assert np.array_equal(again.bins, sampler.bins)
 
 
 def test_the_expected_mean_is_the_target() -> None:
@@ -177,7 +228,7 @@ def state(made: ElasticNetwork) -> dict[str, Tensor]:
 
 def run(made: ElasticNetwork, about: list[Decision], text: Tensor, settings: loop.Settings = SETTINGS, **more: Any) -> None:
     reference = Reference.of(tiny_model("llama").eval(), text)
-    sampler = samplers.get("balanced")(about, settings.num_steps // settings.num_periods)
+    sampler = samplers.get(more.pop("sampler", "balanced"))(about, settings.num_steps // settings.num_periods)
     subject = loop.Divergence(made, reference, settings)
     loop.train(subject, sampler, settings, **{"checkpoint": {}, "keep": lambda _: None, "progress": Silent(), **more})
 
@@ -200,15 +251,17 @@ def test_training_lowers_the_divergence(text: Tensor) -> None:
     assert training.kl(made.set(small), reference) < 0.9 * before
 
 
-def test_a_run_goes_on_from_any_checkpoint_to_the_same_numbers(text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sampler", ["balanced", "sandwich", "shifted"])
+def test_a_run_goes_on_from_any_checkpoint_to_the_same_numbers(sampler: str, text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SECONDS", -1.0)
+    monkeypatch.setattr(Shifted, "INTERVAL", 2)
     whole, about = network()
     kept: list[dict[str, Tensor]] = []
-    run(whole, about, text, keep=kept.append)
+    run(whole, about, text, keep=kept.append, sampler=sampler)
     assert [int(entry["step"]) for entry in kept] == [1, 2, 3, 4, 5, 6]
     for checkpoint in (kept[0], kept[3]):
         again, _ = network()
-        run(again, about, text, checkpoint=checkpoint)
+        run(again, about, text, checkpoint=checkpoint, sampler=sampler)
         for name, value in state(whole).items():
             assert torch.equal(value, state(again)[name]), name
 

@@ -13,6 +13,9 @@ samplers: Registry[type[Sampler]] = Registry(
     "sampler",
     {
         "balanced": "anyfit.trainers.sampling:Balanced",
+        "hessian-aware": "anyfit.trainers.sampling:HessianAware",
+        "sandwich": "anyfit.trainers.sampling:Sandwich",
+        "shifted": "anyfit.trainers.sampling:Shifted",
         "uniform": "anyfit.trainers.sampling:Uniform",
     },
 )

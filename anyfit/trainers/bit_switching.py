@@ -18,6 +18,7 @@ from torch import Tensor
 from anyfit.core.config import FORMAT, Config
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.trainers.loop import Trainable
+from anyfit.trainers.sampling import Draws
 
 FLOOR = 0.05
 """Of the rate, that is left where gradients are large everywhere."""
@@ -29,7 +30,7 @@ def at(bits: int) -> Config:
     return Config({(ALL, FORMAT): str(bits)})
 
 
-class EverySize:
+class EverySize(Draws):
     """A sampler: each step draws every size once, from the largest on."""
 
     def __init__(self, sizes: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,8 @@ from anyfit.trainers.sampling import Draws
 BETAS = (0.9, 0.95)
 SECONDS = 60.0
 """Between two checkpoints."""
+_SAMPLER = "sampler "
+"""What names of its state in a checkpoint begin with."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def train(
     groups = [{"params": list(group.values()), "name": name} for name, group in trainable.groups.items()]
     optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=BETAS, weight_decay=0.0)
     first = _restore(trained, trainable.buffers, optimizer, checkpoint)
+    sampler.restore({key.removeprefix(_SAMPLER): value for key, value in checkpoint.items() if key.startswith(_SAMPLER)})
     kept = time.monotonic()
     for value in trained.values():
         value.requires_grad_(True)
@@ -86,6 +90,7 @@ def train(
         for step in range(first, settings.num_steps):
             rate = settings.rate * (1 - step / settings.num_steps)
             optimizer.zero_grad()
+            sampler.observe(step, partial(_evaluated, trainable))
             drawn = sampler.draws(step, settings.seed)
             for number, config in enumerate(drawn, 1):
                 loss = trainable.loss(config, step)
@@ -94,10 +99,17 @@ def train(
                     _update(optimizer, trainable.rates(config, rate))
             stage.advance(detail=f"loss {float(loss.detach()):.4f}{trainable.described(config)}")
             if time.monotonic() - kept > SECONDS:
-                keep(_state(trained, trainable.buffers, optimizer, step + 1))
+                learnt = {f"{_SAMPLER}{name}": value for name, value in sampler.state().items()}
+                keep(_state(trained, trainable.buffers, optimizer, step + 1) | learnt)
                 kept = time.monotonic()
     for value in trained.values():
         value.requires_grad_(False)
+
+
+@torch.no_grad()
+def _evaluated(trainable: Trainable, config: Config) -> float:
+    """Always on what the first step reads."""
+    return float(trainable.loss(config, 0))
 
 
 def _update(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:

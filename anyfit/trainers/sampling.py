@@ -1,58 +1,74 @@
-"""Which config each step of training runs as.
-
-A sampler states a distribution over the choices of every decision; decisions are drawn from it independently.
-"""
+"""Which configs each step of training runs as."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator
+from torch import Generator, Tensor
 
 from anyfit.core.config import Config
 from anyfit.core.space import Decision
 
-
-class Draws(Protocol):
-    """What training needs of a sampler."""
-
-    def draws(self, step: int, seed: int) -> Sequence[Config]:
-        """The configs of a step, one after another; by these numbers alone, so that a killed run goes on as it would have."""
-
-
 Probabilities = Mapping[tuple[str, str], NDArray[np.float64]]
 """Of each decision's choices, in their order."""
+Evaluate = Callable[[Config], float]
+"""The loss of a config on text that is always the same."""
 
 
-class Sampler(ABC):
-    """Deterministic: a step's config depends on the step and the seed alone, so that a killed run goes on as it would have."""
+class Draws(ABC):
+    """What training needs of a sampler. Draws depend on the step, the seed, and the `state`: a killed run goes on as it would have."""
 
-    def __init__(self, decisions: Sequence[Decision], period: int) -> None:
-        """`period`: steps after which a schedule begins anew."""
-        self.decisions, self.period = tuple(decisions), period
+    @abstractmethod
+    def draws(self, step: int, seed: int) -> Sequence[Config]:
+        """The configs of a step, one after another."""
+
+    def observe(self, step: int, evaluate: Evaluate) -> None:  # noqa: B027 (most don't)
+        """Called before each step, for those that learn from how training goes."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What was learnt."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have none)
+        """Go on from an earlier `state`; nothing where there is none."""
+
+
+class Sampler(Draws):
+    """States a distribution over the choices of every decision, and draws decisions from it independently."""
+
+    learns_sensitivity = False
+    """Whether it asks for `sensitivity`."""
+
+    def __init__(self, decisions: Sequence[Decision], period: int, sensitivity: Mapping[str, float] | None = None) -> None:
+        """`period`: steps after which a schedule begins anew. `sensitivity` of each unit, by name."""
+        self.decisions, self.period, self.sensitivity = tuple(decisions), period, sensitivity
 
     @abstractmethod
     def probabilities(self, step: int) -> Probabilities:
-        """The distribution that the step's config is drawn from."""
+        """The distribution that the step's config is drawn from, decision by decision."""
 
     def draws(self, step: int, seed: int) -> Sequence[Config]:
-        """The configs of a step, one after another."""
         return [self.draw(step, seed)]
 
     def draw(self, step: int, seed: int) -> Config:
         """One config, from the stated distribution."""
-        generator = Generator().manual_seed(seed * 1_000_003 + step)
+        return self._drawn(self.probabilities(step), _generator(step, seed))
+
+    def _drawn(self, stated: Probabilities, generator: Generator) -> Config:
         chosen = {}
         for decision in self.decisions:
-            weights = torch.from_numpy(self.probabilities(step)[decision.key])
+            weights = torch.from_numpy(stated[decision.key])
             chosen[decision.key] = decision.choices[int(torch.multinomial(weights, 1, generator=generator))].name
         return Config(chosen)
+
+    def _extreme(self, pick: Callable[..., int]) -> Config:
+        """The largest or the smallest choice everywhere."""
+        return Config({d.key: d.choices[pick(range(len(d.choices)), key=lambda i: d.choices[i].stored_bytes)].name for d in self.decisions})
 
 
 class Uniform(Sampler):
@@ -62,15 +78,91 @@ class Uniform(Sampler):
         return {d.key: np.full(len(d.choices), 1 / len(d.choices)) for d in self.decisions}
 
 
+class Sandwich(Uniform):
+    """Of universally slimmable networks (arXiv 1903.05134): the largest, the smallest, and one between them in every step."""
+
+    def draws(self, step: int, seed: int) -> Sequence[Config]:
+        return [self._extreme(max), self._extreme(min), self.draw(step, seed)]
+
+
+class HessianAware(Sampler):
+    """HASB of Double Rounding (arXiv 2502.01199): a step runs once at each size, where with a growing probability a unit draws for itself.
+
+    Units that are less sensitive than the mean draw any choice; the others choices in proportion to their bits. The largest and the
+    smallest size are always among the configs as they are. `period` is the time in which the probability grows to `MOST`.
+    """
+
+    MOST = 0.5
+    learns_sensitivity = True
+
+    def probabilities(self, step: int) -> Probabilities:
+        share = self._share(step)
+        return {d.key: (1 - share) / len(d.choices) + share * own for d, own in zip(self.decisions, self._own(), strict=True)}
+
+    def draws(self, step: int, seed: int) -> Sequence[Config]:
+        most = max(len(d.choices) for d in self.decisions)
+        bases = [self._mixed(step, place / max(1, most - 1), _generator(step * most + place, seed)) for place in range(1, most - 1)]
+        return [self._extreme(max), *bases, self._extreme(min)]
+
+    def draw(self, step: int, seed: int) -> Config:
+        generator = _generator(step, seed)
+        return self._mixed(step, float(torch.rand(1, generator=generator)), generator)
+
+    def _mixed(self, step: int, part: float, generator: Generator) -> Config:
+        """The size that is `part` of the way from the smallest to the largest, but for the units that draw for themselves."""
+        chosen = {}
+        for decision, own in zip(self.decisions, self._own(), strict=True):
+            ordered = sorted(decision.choices, key=lambda choice: choice.stored_bytes)
+            pick = ordered[min(int(part * len(ordered)), len(ordered) - 1)]
+            if float(torch.rand(1, generator=generator)) < self._share(step):
+                pick = decision.choices[int(torch.multinomial(torch.from_numpy(own), 1, generator=generator))]
+            chosen[decision.key] = pick.name
+        return Config(chosen)
+
+    def _share(self, step: int) -> float:
+        return self.MOST * min(1.0, (step + 1) / self.period)
+
+    def _own(self) -> list[NDArray[np.float64]]:
+        assert self.sensitivity is not None, "this sampler needs the units' sensitivity"
+        mean = float(np.mean([self.sensitivity[d.unit.name] for d in self.decisions]))
+        found = []
+        for decision in self.decisions:
+            bits = np.array([float(choice.stored_bytes) for choice in decision.choices])
+            alike = self.sensitivity[decision.unit.name] < mean
+            found.append(np.full(len(bits), 1 / len(bits)) if alike else bits / bits.sum())
+        return found
+
+
 @dataclass(frozen=True)
 class _Bits:
     """Of the choices of each decision, and how many weights that is about."""
 
+    decisions: tuple[Decision, ...]
     choices: tuple[NDArray[np.float64], ...]
     weights: NDArray[np.float64]
 
-    def mean(self, tilt: float) -> float:
-        """Expected bits per weight where choices have probabilities in proportion to exp(tilt * bits)."""
+    MARGIN = 0.01
+    """Of the way between the ends that a mean keeps off them, where the tilt would be infinite."""
+
+    @classmethod
+    def of(cls, decisions: tuple[Decision, ...]) -> _Bits:
+        bits = tuple(np.array([8 * choice.stored_bytes / d.unit.num_weights for choice in d.choices]) for d in decisions)
+        return cls(decisions, bits, np.array([float(d.unit.num_weights) for d in decisions]))
+
+    def between(self, part: float) -> float:
+        """Mean stored bits per weight, at a part of the way from the lowest to the highest."""
+        low, high = (float(np.average([pick(b) for b in self.choices], weights=self.weights)) for pick in (np.min, np.max))
+        return low + (high - low) * min(max(part, self.MARGIN), 1 - self.MARGIN)
+
+    def at(self, target: float) -> Probabilities:
+        """Probabilities in proportion to exp(tilt * bits), the same tilt for all, with the expected mean at the target."""
+        low, high = -64.0, 64.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._mean(middle) < target else (low, middle)
+        return {d.key: _tilted(bits, (low + high) / 2) for d, bits in zip(self.decisions, self.choices, strict=True)}
+
+    def _mean(self, tilt: float) -> float:
         means = [float(_tilted(bits, tilt) @ bits) for bits in self.choices]
         return float(np.average(means, weights=self.weights))
 
@@ -82,36 +174,77 @@ class Balanced(Sampler):
     follow from the mean isn't in the paper: here p(b) is in proportion to exp(theta b), with theta such that the mean is met.
     """
 
-    MARGIN = 0.01
-    """Of the way between the ends that the mean keeps off them, where theta would be infinite."""
-
-    def __init__(self, decisions: Sequence[Decision], period: int) -> None:
-        super().__init__(decisions, period)
-        bits = tuple(np.array([8 * choice.stored_bytes / d.unit.num_weights for choice in d.choices]) for d in self.decisions)
-        self._bits = _Bits(bits, np.array([float(d.unit.num_weights) for d in self.decisions]))
-        self._lowest = float(np.average([b.min() for b in bits], weights=self._bits.weights))
-        self._highest = float(np.average([b.max() for b in bits], weights=self._bits.weights))
+    def __init__(self, decisions: Sequence[Decision], period: int, sensitivity: Mapping[str, float] | None = None) -> None:
+        super().__init__(decisions, period, sensitivity)
+        self._bits = _Bits.of(self.decisions)
         self._known: dict[int, Probabilities] = {}
 
     def target(self, step: int) -> float:
         """Mean stored bits per weight at this step."""
-        part = abs(2 * (step % self.period) / self.period - 1)
-        return self._lowest + (self._highest - self._lowest) * min(max(part, self.MARGIN), 1 - self.MARGIN)
+        return self._bits.between(abs(2 * (step % self.period) / self.period - 1))
 
     def probabilities(self, step: int) -> Probabilities:
         place = step % self.period
         if place not in self._known:
-            tilt = self._tilt(self.target(step))
-            parts = zip(self.decisions, self._bits.choices, strict=True)
-            self._known[place] = {decision.key: _tilted(bits, tilt) for decision, bits in parts}
+            self._known[place] = self._bits.at(self.target(step))
         return self._known[place]
 
-    def _tilt(self, target: float) -> float:
-        low, high = -64.0, 64.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._bits.mean(middle) < target else (low, middle)
-        return (low + high) / 2
+
+class Shifted(Sampler):
+    """ShiftNAS (arXiv 2307.08300): sizes whose loss still falls are trained more.
+
+    The range of mean bits is cut into bins. Each `INTERVAL` steps the loss of one config in each bin is measured, always the same one; bins
+    are then drawn with probabilities in proportion to exp(average fall / `TEMPERATURE` of the largest), mixed with `EVEN` of all
+    alike. Differs from the paper: it learns the distribution and a generator of configs by gradients; here the difference between two
+    snapshots, which is its gradient's estimate, is used as it is, and configs of a bin are drawn as in `Balanced`.
+    """
+
+    BINS, INTERVAL, KEPT, TEMPERATURE, EVEN = 8, 25, 0.5, 0.5, 0.2
+
+    def __init__(self, decisions: Sequence[Decision], period: int, sensitivity: Mapping[str, float] | None = None) -> None:
+        super().__init__(decisions, period, sensitivity)
+        bits = _Bits.of(self.decisions)
+        self._in_bin = [bits.at(bits.between((number + 0.5) / self.BINS)) for number in range(self.BINS)]
+        self._probes = [self._drawn(stated, _generator(number, -1)) for number, stated in enumerate(self._in_bin)]
+        self._last, self._fall = np.full(self.BINS, np.nan), np.full(self.BINS, np.nan)
+
+    def observe(self, step: int, evaluate: Evaluate) -> None:
+        if step % self.INTERVAL:
+            return
+        losses = np.array([evaluate(config) for config in self._probes])
+        fall = self._last - losses
+        self._fall = np.where(np.isnan(self._fall), fall, self.KEPT * self._fall + (1 - self.KEPT) * fall)
+        self._last = losses
+
+    @property
+    def bins(self) -> NDArray[np.float64]:
+        """The probability of each bin, from the least bits to the most."""
+        alike = np.full(self.BINS, 1 / self.BINS)
+        largest = np.abs(self._fall).max()
+        if not largest > 0:  # nothing is known yet
+            return alike
+        shifted = np.exp(self._fall / (self.TEMPERATURE * largest))
+        return self.EVEN * alike + (1 - self.EVEN) * shifted / shifted.sum()
+
+    def probabilities(self, step: int) -> Probabilities:
+        return {d.key: sum(p * stated[d.key] for p, stated in zip(self.bins, self._in_bin, strict=True)) for d in self.decisions}
+
+    def draw(self, step: int, seed: int) -> Config:
+        generator = _generator(step, seed)
+        number = int(torch.multinomial(torch.from_numpy(self.bins), 1, generator=generator))
+        return self._drawn(self._in_bin[number], generator)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"last": torch.from_numpy(self._last.copy()), "fall": torch.from_numpy(self._fall.copy())}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        if not state:
+            return
+        self._last, self._fall = state["last"].numpy().copy(), state["fall"].numpy().copy()
+
+
+def _generator(step: int, seed: int) -> Generator:
+    return Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 def _tilted(bits: NDArray[np.float64], tilt: float) -> NDArray[np.float64]:
