@@ -32,7 +32,8 @@ from anyfit.pipeline import Fit
 from anyfit.progress import Silent
 from anyfit.scores import sensitivities
 from anyfit.scores.table import Table
-from anyfit.searchers.evolution import Fitness, Settings, Stage, evolve
+from anyfit.searchers import correlation
+from anyfit.searchers.evolution import Fitness, Ranked, Settings, Stage, evolve
 from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Reference, kl
 
@@ -48,13 +49,15 @@ CLEARLY, LEAST = 1.5, 0.1
 FEW, SOME, ALL = 2, 8, 16
 """Segments of the search split: offspring are sorted on few, sensitivities measured on some, parents chosen on all."""
 ENTRANTS, GENERATIONS = (16, 3), 5
+EXPLORED = correlation.Settings(most_bits=1.2 * max(BITS))
 NUM_BUDGETS, NUM_UNITS, NUM_CHOICES, SLOWEST_FRONTIER = 64, 200, 14, 1.0
 REMARKS = (
     f"`below the uniform line`: how much lower than the KL of the uniform settings, its logarithm interpolated at the config's own bits. "
     f'`against exact`: the change from the row "{EXACT}", its error from the paired differences. Formats: {", ".join(FORMATS)}.',
     f"Sensitivities are measured on {SOME} segments of the search split, {EXACT!r} and what starts from it use them; evolution sorts "
     f"{ENTRANTS[0]} offspring a generation on {FEW} segments and the best {ENTRANTS[1]} of them on {ALL}, for {GENERATIONS} generations. "
-    "`passes`: configs times segments, beyond the table.",
+    f"`passes`: configs times segments, beyond the table. Correlation-guided sampling (LLM-QFA) measures {EXPLORED.first + EXPLORED.then} "
+    f"configs on {ALL} segments once for all budgets, {ALL * (EXPLORED.first + EXPLORED.then) // len(BITS)} passes for each of them.",
     "Claimed: the exact optimum is below the uniform line by "
     + ", ".join(f"{gain:.0%} at {bits:g} bits" for bits, gain in LOWEST_GAIN.items())
     + "; evolution from it isn't worse by more than two standard errors on text that it hasn't seen.",
@@ -71,6 +74,8 @@ class Bench:
     errors: dict[str, dict[str, float]]
     report: list[Reference]
     passes: int = 0
+    explored: list[Ranked] = field(default_factory=list)
+    """What correlation-guided sampling measured, once for all budgets."""
     _references: dict[int, Reference] = field(default_factory=dict)
 
     @classmethod
@@ -155,6 +160,7 @@ def searchers(bench: Bench, tables: dict[str, Table], budget: Budget) -> Iterato
     yield "exact, measured again around it", again
     yield "evolution from uniform, no table", lambda: evolved(blind(space), bench.uniform(budget))
     yield EVOLVED, lambda: evolved(tables["kl"], exact("kl"))
+    yield "correlation-guided, no table", lambda: correlation.best(bench.explored, space, budget) or space.smallest()
 
 
 def allocation(bench: Bench, tables: dict[str, Table], line: tuple[np.ndarray, np.ndarray]) -> Iterator[Row]:
@@ -245,6 +251,7 @@ def main() -> int:
         bench = Bench.of(fit, store)
         tables = {name: bench.table(name) for name in sensitivities}
         uniform, bits, divergence = zip(*against_uniform(bench, tables["kl"]), strict=True)
+        bench.explored = correlation.explore(fit.space, bench.fitness(ALL), EXPLORED, Silent())
         rows = list(allocation(bench, tables, (np.array(bits), np.log(divergence))))
     sections = [
         Section(

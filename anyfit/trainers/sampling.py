@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,9 +12,8 @@ from torch import Generator, Tensor
 
 from anyfit.core.config import Config
 from anyfit.core.space import Decision
+from anyfit.core.tilted import Bits, Probabilities
 
-Probabilities = Mapping[tuple[str, str], NDArray[np.float64]]
-"""Of each decision's choices, in their order."""
 Evaluate = Callable[[Config], float]
 """The loss of a config on text that is always the same."""
 
@@ -133,40 +131,6 @@ class HessianAware(Sampler):
         return found
 
 
-@dataclass(frozen=True)
-class _Bits:
-    """Of the choices of each decision, and how many weights that is about."""
-
-    decisions: tuple[Decision, ...]
-    choices: tuple[NDArray[np.float64], ...]
-    weights: NDArray[np.float64]
-
-    MARGIN = 0.01
-    """Of the way between the ends that a mean keeps off them, where the tilt would be infinite."""
-
-    @classmethod
-    def of(cls, decisions: tuple[Decision, ...]) -> _Bits:
-        bits = tuple(np.array([8 * choice.stored_bytes / d.unit.num_weights for choice in d.choices]) for d in decisions)
-        return cls(decisions, bits, np.array([float(d.unit.num_weights) for d in decisions]))
-
-    def between(self, part: float) -> float:
-        """Mean stored bits per weight, at a part of the way from the lowest to the highest."""
-        low, high = (float(np.average([pick(b) for b in self.choices], weights=self.weights)) for pick in (np.min, np.max))
-        return low + (high - low) * min(max(part, self.MARGIN), 1 - self.MARGIN)
-
-    def at(self, target: float) -> Probabilities:
-        """Probabilities in proportion to exp(tilt * bits), the same tilt for all, with the expected mean at the target."""
-        low, high = -64.0, 64.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._mean(middle) < target else (low, middle)
-        return {d.key: _tilted(bits, (low + high) / 2) for d, bits in zip(self.decisions, self.choices, strict=True)}
-
-    def _mean(self, tilt: float) -> float:
-        means = [float(_tilted(bits, tilt) @ bits) for bits in self.choices]
-        return float(np.average(means, weights=self.weights))
-
-
 class Balanced(Sampler):
     """The resource-balanced schedule of LLM-QFA: over a `period`, the mean bits go from the most to the least and back.
 
@@ -176,7 +140,7 @@ class Balanced(Sampler):
 
     def __init__(self, decisions: Sequence[Decision], period: int, sensitivity: Mapping[str, float] | None = None) -> None:
         super().__init__(decisions, period, sensitivity)
-        self._bits = _Bits.of(self.decisions)
+        self._bits = Bits.of(self.decisions)
         self._known: dict[int, Probabilities] = {}
 
     def target(self, step: int) -> float:
@@ -203,7 +167,7 @@ class Shifted(Sampler):
 
     def __init__(self, decisions: Sequence[Decision], period: int, sensitivity: Mapping[str, float] | None = None) -> None:
         super().__init__(decisions, period, sensitivity)
-        bits = _Bits.of(self.decisions)
+        bits = Bits.of(self.decisions)
         self._in_bin = [bits.at(bits.between((number + 0.5) / self.BINS)) for number in range(self.BINS)]
         self._probes = [self._drawn(stated, _generator(number, -1)) for number, stated in enumerate(self._in_bin)]
         self._last, self._fall = np.full(self.BINS, np.nan), np.full(self.BINS, np.nan)
@@ -245,9 +209,3 @@ class Shifted(Sampler):
 
 def _generator(step: int, seed: int) -> Generator:
     return Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-
-
-def _tilted(bits: NDArray[np.float64], tilt: float) -> NDArray[np.float64]:
-    powers = tilt * bits
-    weights = np.exp(powers - powers.max())
-    return weights / weights.sum()
