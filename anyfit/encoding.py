@@ -215,7 +215,8 @@ class _Worker:
                 continue
             statistics = seen.statistics(key) if seen else InputStatistics.unknown(own[0][0].shape[1])
             del seen
-            prepared = self.encoding.quantizer.prepare(statistics)
+            names = dict.fromkeys(name for group in own for name in self.encoding.choices[group[0].name])
+            prepared = self.encoding.quantizer.prepare(statistics, [formats.get(name) for name in names])
             del statistics
             release()
             for group in own:

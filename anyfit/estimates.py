@@ -214,7 +214,8 @@ class _Rehearsal:
 
         def rehearse(weight: Weight, statistics: InputStatistics) -> float:
             columns = weight.shape[1]
-            prepared, spent = _timed(lambda: quantizer.prepare(statistics))
+            wanted = [all_formats.get(name) for name in encoding.choices[weight.name]]
+            prepared, spent = _timed(lambda: quantizer.prepare(statistics, wanted))
             rows = encoding.rows(weight, slice(min(weight.shape[0], max(1, NUMBERS_AT_ONCE[run.device.type] // columns))))
             for name in encoding.choices[weight.name]:
                 encode = partial(quantizer.encode, prepared=prepared, format_=all_formats.get(name))

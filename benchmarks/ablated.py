@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from unittest.mock import patch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats import fitting_line, formats
-from anyfit.formats.base import GridFormat, Scales
+from anyfit.formats.base import Format, GridFormat, Scales
 from anyfit.formats.integer import IntegerFormat
 from anyfit.quantizers import gptq
 from anyfit.quantizers.base import Encoded
@@ -30,7 +30,7 @@ NUDGES = (0.5, -0.5, 0.25, -0.25)
 class Blind(RoundToNearest):
     """Plain rounding with scales of least squared error of the weights."""
 
-    def prepare(self, statistics: InputStatistics) -> InputStatistics:
+    def prepare(self, statistics: InputStatistics, formats: Iterable[Format] = ()) -> InputStatistics:
         return InputStatistics.unknown(len(statistics.hessian))
 
 
@@ -47,7 +47,7 @@ class PlainGPTQ(gptq.GPTQ):
     compensated: bool = False
     passes: int = 1
 
-    def prepare(self, statistics: InputStatistics) -> gptq.Factorised:
+    def prepare(self, statistics: InputStatistics, formats: Iterable[Format] = ()) -> gptq.Factorised:
         diagonal, hessian = statistics.diagonal, statistics.hessian.double().clone()
         dead = diagonal == 0
         hessian.diagonal()[dead] = 1

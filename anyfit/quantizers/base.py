@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,9 @@ class Quantizer(ABC):
     name: str
 
     @abstractmethod
-    def prepare(self, statistics: InputStatistics) -> Any:
-        """Whatever all formats of all matrices with this input can share: orders, factorisations."""
+    def prepare(self, statistics: InputStatistics, formats: Iterable[Format] = ()) -> Any:
+        """Whatever all formats of all matrices with this input can share: orders, factorisations. `formats`: those that are known to be
+        asked for."""
 
     @abstractmethod
     def encode(self, weight: Tensor, prepared: Any, format_: Format) -> Encoded:

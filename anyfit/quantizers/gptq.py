@@ -131,15 +131,20 @@ class Factorised:
 class GPTQ(Quantizer):
     name = "gptq"
 
-    def prepare(self, statistics: InputStatistics) -> Factorised:
+    def prepare(self, statistics: InputStatistics, formats: Iterable[Format] = ()) -> Factorised:
         diagonal = statistics.diagonal
+        if not statistics.count:  # nothing is made good
+            return Factorised(statistics, {}, torch.ones_like(diagonal), diagonal == 0, ())
         factor, notes = factorise(statistics, 1)
         compensated = torch.empty_like(diagonal)
         compensated[factor.order] = factor.upper.diagonal().pow(-2)
         dead = diagonal == 0
         if dead.any():
             notes = (*notes, f"{int(dead.sum())} of {len(dead)} inputs were always zero; their weights are set to zero")
-        return Factorised(statistics, {1: factor}, (diagonal * compensated).sqrt().cpu(), dead.cpu(), notes)
+        prepared = Factorised(statistics, {1: factor}, (diagonal * compensated).sqrt().cpu(), dead.cpu(), notes)
+        for vector in sorted({format_.vector for format_ in formats if isinstance(format_, GridFormat)}):
+            prepared.factor(vector)
+        return prepared
 
     def encode(self, weight: Tensor, prepared: Factorised, format_: Format) -> Encoded:
         if isinstance(format_, GridFormat) and prepared.statistics.count:

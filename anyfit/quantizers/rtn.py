@@ -6,6 +6,8 @@ each weight is rounded by itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 class RoundToNearest(Quantizer):
     name = "rtn"
 
-    def prepare(self, statistics: InputStatistics) -> InputStatistics:
+    def prepare(self, statistics: InputStatistics, formats: Iterable[Format] = ()) -> InputStatistics:
         return statistics
 
     def encode(self, weight: Tensor, prepared: InputStatistics, format_: Format) -> Encoded:
