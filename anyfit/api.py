@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +29,12 @@ from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
+from anyfit.recipes.base import Nesting
 from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.training import nested_sizes, trained
 from anyfit.zoo import DATA, MODEL
 
 NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 16, 32
@@ -156,6 +159,8 @@ def prepare(
     reason = runtime.supports(run.source)
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
+    if isinstance(method.training, Nesting):
+        nested_sizes(trained(run.space, math.inf))
     most = num_batches(run.segments.num_tokens("calibration") // length, length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")

@@ -33,7 +33,7 @@ from anyfit.formats import formats as all_formats
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.worker import Workers
-from anyfit.recipes.base import Tuning
+from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.tasks.language import Reference, kept_bytes, measure
@@ -140,7 +140,7 @@ def _in_memory(run: Fit) -> int:
     # Training holds every variant's codes and scales, and what is made of those that are drawn.
     variants = sum(len(decision.choices) * decision.unit.num_weights for decision in trained(run.space))
     # Tuning holds levels, a buffer, squares, values, gradients and what they are made of, of one format at a time.
-    each = 12 * model if isinstance(run.recipe.training, Tuning) else 4 * model + 2 * variants
+    each = 12 * model if isinstance(run.recipe.training, (Tuning, Nesting)) else 4 * model + 2 * variants
     training = each if run.recipe.training else 0
     return model + max(writing, refining, training)
 
@@ -297,7 +297,7 @@ def _training(run: Fit) -> int:
     if run.recipe.training is None:
         return 0
     settings = run.recipe.training.settings_for(run.effort)
-    if isinstance(run.recipe.training, Tuning):
+    if isinstance(run.recipe.training, (Tuning, Nesting)):
         formats = {choice.name for decision in trained(run.space) for choice in decision.choices}
         return 5 * len(formats) * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
     return 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)

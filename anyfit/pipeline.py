@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from anyfit.finalists import WORK, Finalists
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
+from anyfit.recipes.base import Nesting as NestingRecipe
 from anyfit.recipes.base import Training as TrainingRecipe
 from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
@@ -45,7 +47,7 @@ from anyfit.targets import targets
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
 from anyfit.training import FOLDER as TRAINING
-from anyfit.training import RESULT, Changes, Training, Tuning, gains, trained
+from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, gains, trained
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
@@ -182,28 +184,30 @@ class Fit:
         self.group.wait()
 
     def _changes(self, store: Store) -> Changes:
-        how, shared = (
-            self.recipe.training,
-            {
-                "store": store,
-                "space": self.space,
-                "decisions": trained(self.space),
-                "original": self.model,
-                "largest": lambda: self.elastic_model(store).set(self.space.largest()),
-                "matrices": lambda config: stored_matrices(store.variant, self.space, config, self.target, self.source),
-                "text": self.segments.calibration,
-                "held_out": self.segments.search,
-                "progress": self.progress,
-            },
-        )
+        how = self.recipe.training
         assert how is not None
+        decisions = trained(self.space, math.inf) if isinstance(how, NestingRecipe) else trained(self.space)
+        shared: dict[str, Any] = {
+            "store": store,
+            "space": self.space,
+            "decisions": decisions,
+            "original": self.model,
+            "largest": lambda: self.elastic_model(store).set(self.space.largest()),
+            "matrices": lambda config: stored_matrices(store.variant, self.space, config, self.target, self.source),
+            "text": self.segments.calibration,
+            "held_out": self.segments.search,
+            "progress": self.progress,
+        }
         if isinstance(how, TrainingRecipe):
-            settings, tokens = how.settings_for(self.effort), self.segments.search[:NUM_PROBE_SEGMENTS]
+            tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
 
             def sensitivity() -> dict[str, float]:
-                return fisher.information(replace(self.elastic(store), group=ALONE), shared["decisions"], tokens, self.progress)
+                return fisher.information(replace(self.elastic(store), group=ALONE), decisions, tokens, self.progress)
 
+            settings = how.settings_for(self.effort)
             return Training(**shared, sampler=samplers.get(how.sampler), settings=settings, sensitivity=sensitivity)
+        if isinstance(how, NestingRecipe):
+            return Nesting(**shared, settings=how.settings_for(self.effort))
         return Tuning(**shared, settings=how.settings_for(self.effort))
 
     def score(self, store: Store) -> Table:
@@ -226,9 +230,10 @@ class Fit:
             rows = [store.errors(weight.name) for weight in decision.unit.weights]
             found[decision.unit.name] = {c.name: sum(row[c.name] for row in rows) for c in decision.choices}
         if (gained := gains(store)) is not None:
-            for decision in trained(self.space):
+            for decision in trained(self.space, math.inf):
                 for choice in decision.choices:
-                    found[decision.unit.name][choice.name] *= gained[choice.name].factor
+                    if choice.name in gained:
+                        found[decision.unit.name][choice.name] *= gained[choice.name].factor
         return found
 
     def finalists(self, store: Store, table: Table) -> tuple[Original, list[Point]]:

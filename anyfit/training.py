@@ -8,25 +8,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyfit.core.config import Config
+from anyfit.core.errors import UserError
 from anyfit.core.files import read_json, remove, write_json
 from anyfit.core.space import Decision, Space
 from anyfit.elastic.linear import ElasticNetwork
+from anyfit.elastic.nested import NestedNetwork
 from anyfit.family.store import Store
+from anyfit.formats import formats
 from anyfit.formats.base import GridFormat
+from anyfit.formats.fitting import HALF_MAX
+from anyfit.formats.nested import nested_bits, packed
 from anyfit.progress import Progress
 from anyfit.tasks.language import Reference, kl
-from anyfit.trainers.loop import Divergence, Settings, train
+from anyfit.trainers.bit_switching import BitSwitching, EverySize
+from anyfit.trainers.loop import Divergence, Settings, divergence, train
 from anyfit.trainers.sampling import Sampler
 from anyfit.tuning import pv
-from anyfit.tuning.coded import Stored
+from anyfit.tuning.coded import Stored, taken
 from anyfit.tuning.refining import windows
 
 FOLDER = "training"
@@ -43,12 +51,16 @@ class Gain:
 
     before: float
     after: float
+    nested: bool = False
+    """All formats are made of one: each stays, better or not."""
 
     @property
     def kept(self) -> bool:
-        return self.after < self.before
+        return self.nested or self.after < self.before
 
     def __str__(self) -> str:
+        if self.nested:
+            return f"nested, KL {self.before:.4g} by itself and {self.after:.4g} nested on held-out text"
         outcome = f"trained, KL {self.before:.4g} before and {self.after:.4g} after on held-out text"
         return outcome if self.kept else f"{outcome}; left as it was"
 
@@ -78,17 +90,21 @@ class Changes(ABC):
         found = gains(self.store)
         if found is None:
             found = self._prepared()
-            stored = self._stored()
-            for unit, entries in stored.items():
-                changed = {name: self._bytes(entry, unit) for name, entry in entries.items() if found[name].kept}
-                self.store.rewrite(next(iter(entries.values())).weight.name, changed)
-            write_json(self.store.folder / RESULT, {name: [gain.before, gain.after] for name, gain in found.items()})
+            for unit, entries in self._stored().items():
+                self._rewrite(
+                    unit, next(iter(entries.values())).weight.name, {n: e for n, e in entries.items() if n in found and found[n].kept}
+                )
+            write_json(self.store.folder / RESULT, {name: asdict(gain) for name, gain in found.items()})
         remove(self.store.folder / FOLDER)
         return found
 
     @abstractmethod
     def _prepared(self) -> dict[str, Gain]:
         """What each format gained, once all that is to be stored lies in files: before any variant is changed."""
+
+    def _rewrite(self, unit: str, weight: str, entries: dict[str, Stored]) -> None:
+        """Put what was prepared into the store, for the variants of one matrix that gained. It may be there already."""
+        self.store.rewrite(weight, {name: self._bytes(entry, unit) for name, entry in entries.items()})
 
     @abstractmethod
     def _bytes(self, entry: Stored, unit: str) -> Tensor:
@@ -130,7 +146,7 @@ class Training(Changes):
                     merged |= {_key(unit, name, part): value for part, value in scales.stored.items()}
                     variant.settle(scales)
             after = {name: self._measured(network, name, held_out) for name in self.formats}
-            write_json(self.store.folder / FOLDER / RESULT, {name: [before[name], after[name]] for name in self.formats})
+            write_json(self.store.folder / FOLDER / RESULT, {name: asdict(Gain(before[name], after[name])) for name in self.formats})
             self.store.write_tensors(_MERGED, merged)
         found = gains(self.store, f"{FOLDER}/{RESULT}")
         assert found is not None
@@ -168,7 +184,7 @@ class Tuning(Changes):
                 tuned = pv.tune(network, matrices, self._text, self._held_out, settings=self.settings, progress=self.progress)
                 data = {unit: tuned.coded[own[name].weight.name].data for unit, own in stored.items() if name in own}
                 self.store.write_tensors(f"{FOLDER}/{name}.safetensors", data)
-                write_json(self._file(name, "json"), {"before": tuned.before, "after": tuned.after})
+                write_json(self._file(name, "json"), asdict(Gain(tuned.before, tuned.after)))
             figures = read_json(self._file(name, "json"))
             assert figures is not None
             found[name] = Gain(**figures)
@@ -193,6 +209,102 @@ class Tuning(Changes):
         return self._data[entry.format_.name][unit]
 
 
+@dataclass
+class Nesting(Changes):
+    """Trains one matrix of integers for all formats that can be nested, and stores that alone.
+
+    `Gain.before` is what each format had by itself.
+    """
+
+    settings: Settings
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return nested_sizes(self.decisions)
+
+    def _prepared(self) -> dict[str, Gain]:
+        if not (self.store.folder / _MERGED).exists():
+            model, paths = self.largest(), {d.unit.name: d.unit.weights[0].name.removesuffix(".weight") for d in self.decisions}
+            held_out, reference = (Reference.of(self.original, text) for text in (self.held_out, windows(self.text)))
+            before = {name: self._by_itself(model, name, held_out) for name in self.sizes}
+            self._put(model, {path: self.original.get_parameter(f"{path}.weight") for path in paths.values()})
+            transposed = {d.unit.weights[0].name.removesuffix(".weight") for d in self.decisions if d.unit.weights[0].transposed}
+            group = _grid(next(iter(self.sizes))).group
+            network = NestedNetwork(model, list(paths.values()), list(self.sizes.values()), group, transposed)
+            subject = BitSwitching(network, lambda step: divergence(model, reference, self.settings, step), rest=False)
+            checkpoint = self.store.tensors(_CHECKPOINT) if (self.store.folder / _CHECKPOINT).exists() else {}
+            train(
+                subject,
+                EverySize(network.sizes),
+                self.settings,
+                checkpoint=checkpoint,
+                keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),
+                progress=self.progress,
+            )
+            with torch.no_grad():  # as it is stored
+                for scale in network.scales().values():
+                    scale.copy_(scale.clamp(-HALF_MAX, HALF_MAX).half())
+            stored = network.stored()
+            after = {name: kl(cast(PreTrainedModel, network.set(bits)), held_out) for name, bits in self.sizes.items()}
+            write_json(
+                self.store.folder / FOLDER / RESULT, {name: asdict(Gain(before[name], after[name], nested=True)) for name in self.sizes}
+            )
+            found = {_key(unit, "nested", "integers"): stored[path].integers.cpu() for unit, path in paths.items()}
+            found |= {_key(unit, "nested", "scale"): stored[path].scale.squeeze(-1).half().cpu() for unit, path in paths.items()}
+            self.store.write_tensors(_MERGED, found)
+        found_gains = gains(self.store, f"{FOLDER}/{RESULT}")
+        assert found_gains is not None
+        return found_gains
+
+    def _by_itself(self, model: PreTrainedModel, name: str, held_out: Reference) -> float:
+        entries = [own[name] for own in self._choices.values() if name in own]
+        self._put(model, {entry.weight.name.removesuffix(".weight"): entry.values() for entry in entries})
+        return kl(model, held_out)
+
+    @cached_property
+    def _choices(self) -> dict[str, dict[str, Stored]]:
+        return self._stored()
+
+    @torch.no_grad()
+    def _put(self, model: PreTrainedModel, values: dict[str, Tensor]) -> None:
+        for path, value in values.items():
+            model.get_parameter(f"{path}.weight").copy_(value)
+
+    def _rewrite(self, unit: str, weight: str, entries: dict[str, Stored]) -> None:
+        high, *lows = (name for name in self.sizes if name in entries)
+        self.store.nest(weight, high, self._bytes(entries[high], unit), lows)
+
+    @cached_property
+    def _nested(self) -> dict[str, Tensor]:
+        return self.store.tensors(_MERGED)
+
+    def _bytes(self, entry: Stored, unit: str) -> Tensor:
+        assert isinstance(entry.format_, GridFormat)
+        parts = (taken(self._nested[_key(unit, "nested", part)], entry.order) for part in ("integers", "scale"))
+        return packed(entry.format_, *parts)
+
+
+def nested_sizes(decisions: Iterable[Decision]) -> dict[str, int]:
+    """{format: bits} of the choices that can be made of the finest of them, which is the first. Raises `UserError` where they are fewer
+    than two."""
+    names = list(dict.fromkeys(choice.name for decision in decisions for choice in decision.choices))
+    bits = {name: nested_bits(formats.get(name)) for name in names}
+    found = dict(sorted(((name, b) for name, b in bits.items() if b), key=lambda entry: -entry[1]))
+    found = {name: b for name, b in found.items() if _grid(name).group == _grid(next(iter(found))).group}
+    if len(found) < 2:
+        raise UserError(
+            f"No two of the formats that the blocks can have are nested in each other: {', '.join(names)}.",
+            remedy="Leave out --formats, name several symmetric ones, or take another target.",
+        )
+    return found
+
+
+def _grid(name: str) -> GridFormat:
+    format_ = formats.get(name)
+    assert isinstance(format_, GridFormat)
+    return format_
+
+
 def stored_choices(space: Space, decisions: Iterable[Decision], matrices: Callable[[Config], list[Stored]]) -> dict[str, dict[str, Stored]]:
     """{unit: {choice: its matrix}} of these decisions. `matrices`: a config's, of the whole `space`."""
     about = {decision.unit.weights[0].name: decision for decision in decisions}
@@ -205,12 +317,12 @@ def stored_choices(space: Space, decisions: Iterable[Decision], matrices: Callab
     return found
 
 
-def trained(space: Space) -> tuple[Decision, ...]:
+def trained(space: Space, most_bits: float = MOST_BITS) -> tuple[Decision, ...]:
     """The decisions about one matrix of a block, with the choices that training has something to gain from."""
     found = []
     for decision in space.decisions:
         weights = decision.unit.weights
-        choices = tuple(choice for choice in decision.choices if 8 * choice.stored_bytes <= MOST_BITS * decision.unit.num_weights)
+        choices = tuple(choice for choice in decision.choices if 8 * choice.stored_bytes <= most_bits * decision.unit.num_weights)
         if len(weights) == 1 and weights[0].block is not None and choices:
             found.append(replace(decision, choices=choices))
     return tuple(found)
@@ -226,7 +338,7 @@ def uniform(decisions: Iterable[Decision], name: str) -> Config:
 def gains(store: Store, name: str = RESULT) -> dict[str, Gain] | None:
     """What training brought, by format; None where it hasn't come to its end."""
     found = read_json(store.folder / name)
-    return None if found is None else {name: Gain(*entry) for name, entry in found.items()}
+    return None if found is None else {name: Gain(**entry) for name, entry in found.items()}
 
 
 def _key(unit: str, choice: str, part: str) -> str:

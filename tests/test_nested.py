@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
 from anyfit.elastic.nested import NestedNetwork
+from anyfit.formats.nested import bounds, switched
 from anyfit.progress import Silent
 from anyfit.quantizers import double_rounding
 from anyfit.trainers import loop
@@ -24,7 +25,7 @@ def test_switching_is_rounding_with_halves_upwards(code: int, low: int) -> None:
     step = 2 ** (8 - low)
     rounded = (2 * code + step) // (2 * step)  # floor(code / step + 1/2)
     expected = min(max(rounded, -(2 ** (low - 1))), 2 ** (low - 1) - 1)
-    assert int(double_rounding.switched(torch.tensor([code], dtype=torch.int8), 8, low)) == expected
+    assert int(switched(torch.tensor([code], dtype=torch.int8), 8, low)) == expected
 
 
 def test_how_often_two_roundings_differ_from_one() -> None:
@@ -33,8 +34,8 @@ def test_how_often_two_roundings_differ_from_one() -> None:
     scale = torch.tensor([3 / 127])
     stored = double_rounding.integers(weight, scale, 8)
     for low, share in ((6, 0.123), (4, 0.031), (3, 0.015), (2, 0.0075)):
-        once = (weight / (scale * 2 ** (8 - low))).round().clamp(*double_rounding.bounds(low))
-        different = (once != double_rounding.switched(stored, 8, low)).float().mean()
+        once = (weight / (scale * 2 ** (8 - low))).round().clamp(*bounds(low))
+        different = (once != switched(stored, 8, low)).float().mean()
         assert different == pytest.approx(share, rel=0.1), low
 
 
@@ -48,7 +49,7 @@ def test_gradients_are_those_of_rounding_that_is_looked_through(low: int) -> Non
     double_rounding.rounded_twice(given_weight, given_scale, 8, low).backward(upstream)
     own_weight, own_scale = weight.clone().requires_grad_(), scale.clone().requires_grad_()
     ratio = (own_weight / own_scale).clamp(-128, 127)
-    codes = double_rounding.switched(double_rounding.integers(weight, scale, 8), 8, low).double()
+    codes = switched(double_rounding.integers(weight, scale, 8), 8, low).double()
     seen = ratio / 2 ** (8 - low)
     ((seen + (codes - seen).detach()) * own_scale * 2 ** (8 - low)).backward(upstream)
     assert all(one.grad is not None for one in (given_weight, given_scale, own_weight, own_scale))

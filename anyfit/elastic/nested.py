@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,25 @@ from anyfit.quantizers import double_rounding
 
 
 class NestedWeight(nn.Module):
-    """A parametrization of a layer's weight: the layer computes with the integers of `bits` that rounding twice makes of it."""
+    """A parametrization of a layer's weight: the layer computes with the integers of `bits` that rounding twice makes of it.
 
-    def __init__(self, weight: Tensor, sizes: Sequence[int]) -> None:
+    One `scale` for the layer, as in the paper, or one for each `group` of columns, (rows, groups, 1). `transposed`: the weight is
+    (columns, rows).
+    """
+
+    def __init__(self, weight: Tensor, sizes: Sequence[int], group: int | None, transposed: bool) -> None:
         super().__init__()
-        self.high, self.bits = max(sizes), max(sizes)
-        self.scale = nn.Parameter(double_rounding.first_scale(weight.detach(), self.high, tuple(sizes)))
+        self.high, self.bits, self.group, self.transposed = max(sizes), max(sizes), group, transposed
+        self.scale = nn.Parameter(double_rounding.first_scale(self.grouped(weight.detach()), self.high, tuple(sizes)))
+
+    def grouped(self, weight: Tensor) -> Tensor:
+        """With what shares a scale in the last dimension."""
+        rows = weight.T if self.transposed else weight
+        return rows.flatten() if self.group is None else rows.unflatten(1, (-1, self.group))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return double_rounding.rounded_twice(weight, self.scale, self.high, self.bits)
+        rounded = double_rounding.rounded_twice(self.grouped(weight), self.scale, self.high, self.bits)
+        return rounded.flatten(1).T if self.transposed else rounded.view(weight.shape)
 
 
 class SwitchedNorm(nn.Module):
@@ -40,30 +50,43 @@ class SwitchedNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Stored:
-    """One layer of a nested file: int8 `integers` of `high` bits, and their `scale`."""
+    """One layer of a nested file: int8 `integers` of `high` bits, (rows, columns) or as the layer's weight, and their `scale`, see
+    `NestedWeight`."""
 
     integers: Tensor
     scale: Tensor
     high: int
+    transposed: bool = False
 
     @property
     def bytes_(self) -> int:
         return -(-self.integers.numel() * self.high // 8) + 4 * self.scale.numel()
 
     def values(self, bits: int) -> Tensor:
-        return double_rounding.values(self.integers, self.scale, self.high, bits)
+        grouped = self.integers.view(*self.scale.shape[:-1], -1)
+        found = double_rounding.values(grouped, self.scale, self.high, bits).view(self.integers.shape)
+        return found.T if self.transposed else found
 
 
 class NestedNetwork:
-    """`model`, which is changed, with the weights at `paths` nested. `set` costs an assignment a layer."""
+    """`model`, which is changed, with the weights at `paths` nested. `set` costs an assignment a layer. `group`: see `NestedWeight`;
+    `transposed`: those paths where the weight is."""
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        sizes: Sequence[int],
+        group: int | None = None,
+        transposed: Collection[str] = (),
+    ) -> None:
+        assert group is not None or not transposed
         self.model, self.paths, self.sizes = model, tuple(paths), tuple(sorted(sizes, reverse=True))
         self._plain = copy.deepcopy(model)
         self._weights: dict[str, NestedWeight] = {}
         for path in paths:
             layer: Any = model.get_submodule(path)
-            self._weights[path] = NestedWeight(layer.weight, sizes)
+            self._weights[path] = NestedWeight(layer.weight, sizes, group, path in transposed)
             parametrize.register_parametrization(layer, "weight", self._weights[path])
         norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
         self._norms: dict[str, SwitchedNorm] = {}
@@ -105,7 +128,9 @@ class NestedNetwork:
         for path, weight in self._weights.items():
             layer: Any = self.model.get_submodule(path)
             original = layer.parametrizations.weight.original
-            found[path] = Stored(double_rounding.integers(original, weight.scale, weight.high), weight.scale.detach().clone(), weight.high)
+            rounded = double_rounding.integers(weight.grouped(original), weight.scale, weight.high)
+            shaped = rounded.flatten(1) if weight.transposed else rounded.view(original.shape)
+            found[path] = Stored(shaped, weight.scale.detach().clone(), weight.high, weight.transposed)
         return found
 
 

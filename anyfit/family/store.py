@@ -7,7 +7,7 @@ export is a copy. Files are opened lazily; each is compared with its hash before
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -26,6 +26,8 @@ from anyfit.core.files import sha256, written_aside
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.formats import formats
+from anyfit.formats.base import GridFormat
+from anyfit.formats.nested import lowered
 from anyfit.quantizers.base import Encoded
 from anyfit.targets.base import Target, Variants
 from anyfit.tuning.coded import Stored
@@ -61,8 +63,18 @@ class Store:
         data = {name: changed[name] if name in changed else self.variant(weight, name) for name in about}
         with self.writing(weight, {name: (part.shape[0], part.shape[1]) for name, part in data.items()}) as writing:
             for name, part in data.items():
-                error = torch.tensor([about[name]["error"]], dtype=torch.float64)
-                writing.put(name, 0, Encoded(part, error, tuple(about[name]["notes"])))
+                writing.put(name, 0, _encoded(part, about[name]))
+
+    def nest(self, weight: str, high: str, data: Tensor, lows: Iterable[str]) -> None:
+        """Keep one format's bytes, of which those of `lows` are made whenever they are asked for; what else there is stays."""
+        about, nested = self._metadata(weight), {high, *lows}
+        rest = {name: self.variant(weight, name) for name in about if name not in nested}
+        stored = {high: data, **rest}
+        with self.writing(weight, {name: (part.shape[0], part.shape[1]) for name, part in stored.items()}) as writing:
+            for name, part in stored.items():
+                writing.put(name, 0, _encoded(part, about[name]))
+            for name in lows:
+                writing.derive(name, high, _encoded(data[:0], about[name]))
 
     def errors(self, weight: str) -> dict[str, float]:
         """{format: expected squared output error} of one matrix."""
@@ -73,10 +85,15 @@ class Store:
         return list(dict.fromkeys(note for row in self._metadata(weight).values() for note in row["notes"]))
 
     def variant(self, weight: str, format_: str) -> Tensor:
-        """The bytes of one variant, uint8 (rows, row_bytes), memory-mapped."""
-        path = self._variants(weight)
-        with self._open(path) as file:
-            return file.get_tensor(format_)
+        """The bytes of one variant, uint8 (rows, row_bytes): memory-mapped, or made of the one that it is nested in."""
+        with self._open(self._variants(weight)) as file:
+            if format_ in file.keys():  # noqa: SIM118  (safe_open isn't iterable)
+                return file.get_tensor(format_)
+            high = json.loads(file.metadata()["variants"])[format_]["of"]
+            data = file.get_tensor(high)
+        finer, coarser = formats.get(high), formats.get(format_)
+        assert isinstance(finer, GridFormat) and isinstance(coarser, GridFormat)
+        return lowered(finer, coarser, data)
 
     def refined(self, config: Config) -> Variants:
         """Like `variant`, with the config's own matrices where it has them."""
@@ -142,6 +159,7 @@ class Writing:
         self._places = {name: (end - size, end) for name, end, size in zip(shapes, ends, sizes, strict=True)}
         self._errors = dict.fromkeys(shapes, 0.0)
         self._notes: dict[str, dict[str, None]] = {name: {} for name in shapes}
+        self._derived: dict[str, str] = {}
 
     def put(self, name: str, first: int, encoded: Encoded) -> None:
         """Rows from `first` on of one variant."""
@@ -151,8 +169,14 @@ class Writing:
         self._errors[name] += encoded.error
         self._notes[name] |= dict.fromkeys(encoded.notes)
 
+    def derive(self, name: str, high: str, encoded: Encoded) -> None:
+        """A variant that isn't written, as it is made of another; `encoded` has no rows, but the error and the notes."""
+        self._derived[name], self._errors[name], self._notes[name] = high, encoded.error, dict.fromkeys(encoded.notes)
+
     def close(self) -> None:
-        about = {name: {"error": self._errors[name], "notes": list(self._notes[name])} for name in self._shapes}
+        about: dict[str, Any] = {name: {"error": self._errors[name], "notes": list(self._notes[name])} for name in self._errors}
+        for name, high in self._derived.items():
+            about[name]["of"] = high
         header: dict[str, Any] = {"__metadata__": {"variants": json.dumps(about, sort_keys=True)}}
         for name, shape in self._shapes.items():
             header[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": list(self._places[name])}
@@ -160,6 +184,11 @@ class Writing:
         assert len(text) == _HEADER_BYTES - 8, "more notes than there is room for"
         self._file.seek(0)
         self._file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _encoded(data: Tensor, about: Mapping[str, Any]) -> Encoded:
+    """A variant with the error and the notes that it had."""
+    return Encoded(data, torch.tensor([about["error"]], dtype=torch.float64), tuple(about["notes"]))
 
 
 def refined_file(config: Config) -> str:

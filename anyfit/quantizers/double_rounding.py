@@ -19,25 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from anyfit.formats.nested import bounds, switched
+
 FACTORS = 40
 """Scales that `first_scale` tries, as parts of the one at which nothing is clipped."""
-
-
-def bounds(bits: int) -> tuple[int, int]:
-    """The lowest and the highest integer."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+TINY = 1e-30
 
 
 def integers(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """What is stored, int8: `weight` over `scale`, which broadcasts, rounded and clipped to at most eight `bits`."""
     return (weight / scale).round_().clamp_(*bounds(bits)).to(torch.int8)
-
-
-def switched(stored: Tensor, high: int, low: int) -> Tensor:
-    """The integers of `low` bits out of those of `high`, int8; integer operations only."""
-    step = high - low
-    half = (1 << step) >> 1
-    return ((stored.short() + half) >> step).clamp_(*bounds(low)).to(torch.int8)
 
 
 def values(stored: Tensor, scale: Tensor, high: int, low: int) -> Tensor:
@@ -73,16 +64,18 @@ class _RoundedTwice(torch.autograd.Function):
 
 
 def first_scale(weight: Tensor, high: int, lows: tuple[int, ...]) -> Tensor:
-    """One scale for the whole matrix, (1,): of those tried, the one whose squared errors at all sizes have the least product.
+    """For each row of the last dimension one scale, (..., 1): of those tried, the one whose squared errors at all sizes have the least
+    product.
 
     A product, so that the many times larger errors of few bits don't decide alone.
     """
-    largest = weight.abs().max().clamp_min(torch.finfo(torch.float32).tiny) / bounds(high)[1]
-    scales = [largest * (number / FACTORS) for number in range(FACTORS // 10, FACTORS + 1)]
-
-    def error(scale: Tensor) -> float:
+    largest = weight.abs().amax(-1, keepdim=True).clamp_min(TINY) / bounds(high)[1]
+    best, least = largest.clone(), torch.full_like(largest, torch.inf)
+    for number in range(FACTORS // 10, FACTORS + 1):
+        scale = largest * (number / FACTORS)
         stored = integers(weight, scale, high)
-        squares = torch.stack([(values(stored, scale, high, low) - weight).square().mean() for low in lows])
-        return float(squares.clamp_min(1e-30).log().sum())
-
-    return min(scales, key=error).reshape(1)
+        errors = [(values(stored, scale, high, low) - weight).square().mean(-1, keepdim=True) for low in lows]
+        total = sum(error.clamp_min(TINY).log() for error in errors)
+        assert isinstance(total, Tensor)
+        best, least = torch.where(total < least, scale, best), torch.minimum(total, least)
+    return best

@@ -6,6 +6,7 @@ from anyfit.recipes.base import Recipe
 recipes: Registry[Recipe] = Registry(
     "recipe",
     {
+        "double-rounding": "anyfit.recipes.double_rounding:RECIPE",
         "gptq": "anyfit.recipes.gptq:RECIPE",
         "llm-qfa": "anyfit.recipes.llm_qfa:RECIPE",
         "pv-tuning": "anyfit.recipes.pv_tuning:RECIPE",

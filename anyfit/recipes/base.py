@@ -38,6 +38,16 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Nesting:
+    """How a recipe trains one stored matrix of integers for all formats."""
+
+    settings: Settings
+
+    def settings_for(self, effort: Effort) -> Settings:
+        return replace(self.settings, num_steps=round(_STEPS[effort] * self.settings.num_steps))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Names of the parts that `fit` puts together, and what a person should know before choosing it."""
 
@@ -48,6 +58,6 @@ class Recipe:
     """What it does and when to choose it, in one paragraph."""
     quantizer: str
     score: str
-    training: Training | Tuning | None = None
+    training: Training | Tuning | Nesting | None = None
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By target, what it is meant for: offered unless others are named."""

@@ -41,13 +41,17 @@ class EverySize(Draws):
 
 
 class BitSwitching(Trainable):
-    """`objective`: the loss of the network at a step. `adaptive`: scales at their own rates."""
+    """`objective`: the loss of the network at a step. `adaptive`: scales at their own rates. `rest`: train what isn't nested, too."""
 
-    def __init__(self, network: NestedNetwork, objective: Callable[[int], Tensor], *, adaptive: bool = True) -> None:
+    def __init__(self, network: NestedNetwork, objective: Callable[[int], Tensor], *, adaptive: bool = True, rest: bool = True) -> None:
         self.network, self._objective, self._adaptive = network, objective, adaptive
         scales = network.scales()
         known = {id(scale) for scale in scales.values()}
         weights = {name: value for name, value in network.model.named_parameters() if id(value) not in known}
+        if not rest:
+            for value in weights.values():
+                value.requires_grad_(False)
+            weights = {name: value for name, value in weights.items() if ".parametrizations." in name}
         self.buffers = dict(network.model.named_buffers())
         self.groups = {"weights": weights, "scales": {f"scale of {path}": scale for path, scale in scales.items()}}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from transformers import PreTrainedModel
 
 from anyfit.core.config import Config
 from anyfit.elastic.linear import ElasticNetwork
@@ -130,15 +131,19 @@ class Divergence(Trainable):
         self.groups = {"variants": {name: value for name, value in parameters.items() if ".variants." in name}}
 
     def loss(self, config: Config, step: int) -> Tensor:
-        """Mean KL per token, in nats."""
-        model, batch = self.network.set(config), chosen(len(self.reference.tokens), self.settings, step)
-        with _matrix_speed(model.device):
-            logits = model(input_ids=self.reference.tokens[batch].to(model.device), use_cache=False).logits
-        return self.reference.divergence(logits, batch)
+        return divergence(self.network.set(config), self.reference, self.settings, step)
 
     def described(self, config: Config) -> str:
         sizes = [(d.choice(config[d.key]).stored_bytes, d.unit.num_weights) for d in self.network.decisions]
         return f" at {8 * sum(size for size, _ in sizes) / sum(num for _, num in sizes):.1f} bits"
+
+
+def divergence(model: PreTrainedModel, reference: Reference, settings: Settings, step: int) -> Tensor:
+    """Mean KL per token, in nats, of what a step reads."""
+    batch = chosen(len(reference.tokens), settings, step)
+    with _matrix_speed(model.device):
+        logits = model(input_ids=reference.tokens[batch].to(model.device), use_cache=False).logits
+    return reference.divergence(logits, batch)
 
 
 def _matrix_speed(where: torch.device) -> AbstractContextManager[Any]:

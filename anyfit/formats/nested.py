@@ -1,0 +1,60 @@
+"""Formats whose integers can be made of those of a finer one: one stored matrix then holds all of them.
+
+Of such a family all are whole numbers times a half for each group of equally many columns. With D bits fewer, integers are the
+finer ones over 2^D, halves rounded up and clipped, and the half is 2^D times as large, which is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anyfit.formats.base import Format, GridFormat, Scales
+
+
+def bounds(bits: int) -> tuple[int, int]:
+    """The lowest and the highest integer."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def switched(stored: Tensor, high: int, low: int) -> Tensor:
+    """The integers of `low` bits out of those of `high`, int8; integer operations only."""
+    step = high - low
+    half = (1 << step) >> 1
+    return ((stored.short() + half) >> step).clamp_(*bounds(low)).to(torch.int8)
+
+
+def nested_bits(format_: Format) -> int | None:
+    """The bits of the format's integers; None where it can't be nested."""
+    if not isinstance(format_, GridFormat) or not format_.uniform or format_.offset_half or not format_.scale_half or format_.vector > 1:
+        return None
+    bits = len(format_.levels).bit_length() - 1
+    lowest, highest = bounds(bits)
+    whole = float(format_.levels[0]) == lowest and float(format_.levels[-1]) == highest
+    return bits if whole and format_.block == format_.group else None
+
+
+def packed(format_: GridFormat, integers: Tensor, scale: Tensor) -> Tensor:
+    """The bytes of int8 `integers` (rows, columns) and halves `scale` (rows, groups)."""
+    assert format_.scale_half is not None
+    codes = (integers.short() - int(format_.levels[0])).to(torch.uint8)
+    return format_.pack(codes, format_.assemble({format_.scale_half: scale}))
+
+
+def integers_of(format_: GridFormat, data: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `packed`."""
+    codes, scales = format_.read(data)
+    return (codes.short() + int(format_.levels[0])).to(torch.int8), _halves(format_, scales)
+
+
+def lowered(high: GridFormat, low: GridFormat, data: Tensor) -> Tensor:
+    """The bytes of the coarser format out of those of the finer one, (rows, bytes) each."""
+    many, few = nested_bits(high), nested_bits(low)
+    assert many is not None and few is not None and many >= few and high.group == low.group, (high.name, low.name)
+    integers, scale = integers_of(high, data)
+    return packed(low, switched(integers, many, few), (scale.float() * 2 ** (many - few)).to(scale.dtype))
+
+
+def _halves(format_: GridFormat, scales: Scales) -> Tensor:
+    assert format_.scale_half is not None
+    return scales.stored[format_.scale_half]

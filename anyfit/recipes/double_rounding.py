@@ -1,0 +1,24 @@
+"""Double Rounding: one stored matrix of integers, out of which every size is made."""
+
+from anyfit.recipes.base import Nesting, Recipe
+from anyfit.trainers.loop import Settings
+
+RECIPE = Recipe(
+    name="double-rounding",
+    title="One stored matrix of eight-bit integers holds every smaller size",
+    paper="Nearly Lossless Adaptive Bit Switching, arXiv 2502.01199",
+    about=(
+        "The network is trained at all sizes at once, an update for each size and a slower rate of the shared scales at few bits; what is "
+        "kept is one tensor of eight-bit integers a matrix, and an integer operation makes the smaller ones of it. Choose it where the "
+        "family itself must be small, or a device is to switch sizes: it costs quality at each size against variants of its own, and the "
+        "family's notes say how much. Differs from the paper in scales for each group of columns, as runtimes store them, in the loss, "
+        "which is the divergence from the original's predictions, and in quantising weights alone."
+    ),
+    quantizer="gptq",
+    score="kl",
+    training=Nesting(Settings(num_steps=100, batch_size=4, rate=3e-4, together=False)),
+    formats={
+        "transformers": ("F16", "BF16", "int8_sym", "int6_sym", "int4_sym", "int3_sym", "int2_sym"),
+        "llama.cpp": ("F16", "Q8_0", "Q5_0", "Q4_0"),
+    },
+)
