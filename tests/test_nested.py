@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
+import anyfit
+from anyfit import finalists, pipeline, training
+from anyfit.core.errors import UserError
 from anyfit.elastic.nested import NestedNetwork
-from anyfit.formats.nested import bounds, switched
+from anyfit.family.store import Store
+from anyfit.formats import formats
+from anyfit.formats.base import GridFormat
+from anyfit.formats.nested import bounds, integers_of, lowered, nested_bits, packed, switched
 from anyfit.progress import Silent
 from anyfit.quantizers import double_rounding
+from anyfit.recipes import recipes
+from anyfit.testing.models import save_tiny, tiny_text
 from anyfit.trainers import loop
 from anyfit.trainers.bit_switching import BitSwitching, EverySize, ladder
 
@@ -151,3 +161,91 @@ def test_scales_slow_down_where_gradients_are_large(pictures: tuple[Pictures, Te
         scale.grad = torch.tensor([gradient])
     config = EverySize(SIZES).draws(0, 0)[1]
     assert subject.rates(config, 2.0) == {"weights": 2.0, "scales": pytest.approx(2.0 * 0.1 * (1 - 0.75))}
+
+
+def grid(name: str) -> GridFormat:
+    format_ = formats.get(name)
+    assert isinstance(format_, GridFormat)
+    return format_
+
+
+def test_which_formats_can_be_nested() -> None:
+    bits = {name: found for name in formats if (found := nested_bits(formats.get(name)))}
+    assert {"Q8_0": 8, "Q5_0": 5, "Q4_0": 4, "int8_sym": 8, "int2_sym": 2, "int3_sym_g64": 3}.items() <= bits.items()
+    assert not {"Q4_K", "Q6_K", "Q4_1", "IQ4_NL", "TQ2_0", "MXFP4", "int4_asym", "int4_offset", "F16"} & set(bits)
+
+
+@pytest.mark.parametrize(("high", "low"), [("Q8_0", "Q5_0"), ("Q8_0", "Q4_0"), ("int8_sym", "int2_sym"), ("int6_sym", "int3_sym")])
+def test_bytes_of_a_coarser_format_stand_for_the_switched_integers(high: str, low: str) -> None:
+    """Decoded as a runtime does, against the formula."""
+    generator = Generator().manual_seed(0)
+    many, few = nested_bits(formats.get(high)), nested_bits(formats.get(low))
+    assert many is not None and few is not None
+    integers = torch.randint(*bounds(many), (6, 64), generator=generator).to(torch.int8)
+    scale = (torch.rand(6, 2, generator=generator) * 1e-3).half()
+    data = packed(grid(high), integers, scale)
+    assert all(torch.equal(one, other) for one, other in zip(integers_of(grid(high), data), (integers, scale), strict=True))
+    expected = double_rounding.values(integers.view(6, 2, 32), scale.float().unsqueeze(-1), many, few).flatten(1)
+    assert torch.equal(grid(low).decode(lowered(grid(high), grid(low), data)), expected)
+    assert lowered(grid(high), grid(low), data).shape == (6, grid(low).row_bytes(64))
+
+
+NAMES = ("F16", "int8_sym", "int4_sym", "int2_sym")
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """A short run."""
+    recipe = recipes.get("double-rounding")
+    assert recipe.training is not None
+    few = replace(recipe.training, settings=replace(recipe.training.settings, num_steps=6))  # type: ignore[arg-type, type-var]
+    monkeypatch.setitem(recipe.__dict__, "training", few)
+    monkeypatch.setattr(finalists, "NUM_FINALISTS", 3)
+    monkeypatch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 2)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    return {"data": notes, "target": "transformers", "formats": NAMES, "length": 32, "segments": 8, "recipe": "double-rounding"}
+
+
+def test_one_stored_matrix_holds_every_size(asked: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1)
+    family = anyfit.fit(tiny, output=tmp_path / "whole.family", **asked)  # type: ignore[arg-type]
+    weight = next(w for d in family.space.decisions for w in d.unit.weights if w.block is not None)
+    stored = (family.path / "variants" / f"{weight.name}.safetensors").stat().st_size
+    assert stored < weight.num_weights * (16 + 8.5) / 8 + 2**15, "the floating-point choice, and eight bits"
+    told = [note for note in family.manifest.notes if "nested, KL" in note]
+    assert [note.partition(":")[0] for note in told] == ["int2_sym", "int4_sym", "int8_sym"]
+    variant = family.variants(family.space.smallest())
+    assert torch.equal(variant(weight.name, "int4_sym"), lowered(grid("int8_sym"), grid("int4_sym"), variant(weight.name, "int8_sym")))
+    for budget in ("30%", "45%"):
+        assert all(check.passed for check in family.export(budget, tmp_path / f"model{budget[:2]}").checks)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for place, name in ((training, "kl"), (Store, "nest")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                anyfit.fit(tiny, output=tmp_path / "killed.family", **asked)  # type: ignore[arg-type]
+    assert anyfit.fit(tiny, output=tmp_path / "killed.family", **asked).digest == family.digest  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_nested_is_refused_before_any_work(asked: dict[str, object], tmp_path: Path) -> None:
+    tiny = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"No two of the formats .* are nested"):
+        anyfit.fit(tiny, output=tmp_path / "x.family", **{**asked, "formats": ("F16", "int4_sym", "int3_asym")})  # type: ignore[arg-type]
+    assert not (tmp_path / "x.family").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_transposed_weights_are_nested_along_their_inputs() -> None:
+    layer = nn.Linear(64, 8)
+    turned = nn.Module()
+    turned.weight = nn.Parameter(layer.weight.detach().T.clone())
+    outer, other = nn.ModuleDict({"own": layer}), nn.ModuleDict({"own": turned})
+    straight = NestedNetwork(outer, ["own"], SIZES, 32)
+    transposed = NestedNetwork(other, ["own"], SIZES, 32, {"own"})
+    for bits in SIZES:
+        values = [network.set(bits).get_submodule("own").weight for network in (straight, transposed)]
+        assert torch.equal(values[0].T, values[1])  # type: ignore[union-attr]
+    assert torch.equal(straight.stored()["own"].integers, transposed.stored()["own"].integers)

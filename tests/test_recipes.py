@@ -33,7 +33,13 @@ def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "notes.txt").write_text("\n\n".join(tiny_text(300, seed=seed) for seed in range(20)))
     model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
     family = anyfit.fit(
-        model, data=tmp_path / "notes.txt", output=tmp_path / "x.family", recipe=name, formats=("Q8_0", "Q2_K"), length=32, segments=8
+        model,
+        data=tmp_path / "notes.txt",
+        output=tmp_path / "x.family",
+        recipe=name,
+        formats=("Q8_0", "Q4_0", "Q2_K"),
+        length=32,
+        segments=8,
     )
     assert family.manifest.recipe == name and len(family.frontier) >= 2
     export = family.export("60%", tmp_path / "x.gguf")
