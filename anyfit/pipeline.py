@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from anyfit.architectures.coverage import uncovered
 from anyfit.calibration.data import PURPOSES, Segments
 from anyfit.checkpoint import Checkpoint, Source
 from anyfit.core.effort import Effort
+from anyfit.core.errors import UserError
 from anyfit.core.files import output_error, remove, sha256, write_json, written_aside
 from anyfit.core.space import Space, coverage
 from anyfit.core.units import Weight
@@ -152,6 +154,11 @@ class Fit:
                     self.close(journal, self.manifest(store, table, original, points))
             except OSError as error:
                 raise output_error(error, output) from error
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"The graphics processor's memory is full: {str(error).splitlines()[0]}",
+                    remedy="Close what else uses it, or say --device cpu. What is finished is kept only for the same device.",
+                ) from error
             finally:
                 self._stream = None
         self.group.wait()
