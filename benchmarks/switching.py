@@ -17,7 +17,7 @@ from anyfit.trainers.bit_switching import BitSwitching, EverySize
 from anyfit.trainers.loop import Settings, Trainable, chosen, train
 
 SIZES = (8, 6, 4, 2)
-SETTINGS = Settings(num_steps=100, batch_size=64, rate=5e-4, together=False)
+SETTINGS = Settings(num_steps=250, batch_size=64, rate=5e-4, together=False)
 NUM_TRAINED, NUM_TESTED = 5000, 4000
 NEAR = 1.0
 """Points of accuracy that the sizes but the smallest may lose."""

@@ -41,14 +41,15 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Settings:
-    """`share` of the vectors of each matrix that may get other codes in a step: 0.01 in the paper, 1.0 is straight-through estimation.
+    """`share` of the vectors of each matrix that may get other codes in a step: 1.0 is straight-through estimation, 0.01 the paper's.
+    In hundreds of steps a tenth does better than a hundredth, and all better still, in half as much time again.
     `code_rate`: a step of the buffer as a share of its norm, `half_rate`: of Adam, for the logarithms of the halves; both at two bits a
     weight, and half as much with each bit more.
     """
 
     num_steps: int = 150
     batch_size: int = 4
-    share: float = 0.01
+    share: float = 0.1
     code_rate: float = 0.02
     half_rate: float = 5e-3
     seed: int = 0
