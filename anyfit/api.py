@@ -34,7 +34,7 @@ from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, measure
-from anyfit.training import nested_sizes, trained
+from anyfit.training import MOST_BITS, nested_sizes, trained
 from anyfit.zoo import DATA, MODEL
 
 NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 16, 32
@@ -84,10 +84,12 @@ def fit(
     refuse_existing(output, force=force, ours=is_family, inputs=_inputs(model, wishes.get("data")))
     run = prepare(model, progress=progress, **wishes)
     run.checkpoint.check_finite(progress)
-    limits = [_limited(given, where) for where in dict.fromkeys((devices.CPU, run.device))]
-    if limits[0] is not None:
-        estimates.require_memory(run, limits[0] // run.group.size, limits[-1] or 0)
-    devices.limit(run.device, limits[-1] or 0)
+    shares = {devices.CPU: run.group.size, run.device: devices.sharing(run.device, run.group.size)}
+    limits = {where: _limited(given, where) for where in shares}
+    own = {where: limit // shares[where] for where, limit in limits.items() if limit is not None}
+    if devices.CPU in own:
+        estimates.require_memory(run, own[devices.CPU], own[run.device])
+    devices.limit(run.device, own.get(run.device, 0))
     for note in run.notes():
         progress.note(note)
     run.run(output, restart=restart, force=force)
@@ -161,6 +163,11 @@ def prepare(
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
     if isinstance(method.training, Nesting):
         nested_sizes(trained(run.space, math.inf))
+    elif method.training and not trained(run.space):
+        raise UserError(
+            f"{recipe} has nothing to train: no matrix in the blocks of {checkpoint.name} can have a format of at most {MOST_BITS:g} bits.",
+            remedy="Name such formats, or take --recipe gptq.",
+        )
     most = num_batches(run.segments.num_tokens("calibration") // length, length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")

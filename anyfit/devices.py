@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from anyfit.core import memory
@@ -32,6 +33,7 @@ def device(name: str) -> torch.device:
         return CPU
     if reason:
         raise UserError(f"The device cuda can't be used: {reason}.", remedy="Say --device cpu.")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, products may differ from one run to the next
     torch.cuda.init()  # what asks for its memory doesn't
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
@@ -58,6 +60,11 @@ def free(where: torch.device) -> int | None:
     return torch.cuda.mem_get_info(where)[0] + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
 
 
+def sharing(where: torch.device, processes: int) -> int:
+    """How many of a machine's processes use the same device."""
+    return processes if where.type == "cpu" else -(-processes // torch.cuda.device_count())
+
+
 class Peak:
     """The most memory of a graphics processor that this process's tensors have held since the object was made; 0 for the CPU."""
 
@@ -76,6 +83,21 @@ def limit(where: torch.device, most: int) -> None:
     if where.type == "cuda":
         total = torch.cuda.get_device_properties(where).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), where)
+
+
+@contextmanager
+def repeatable(where: torch.device) -> Iterator[None]:
+    """For gradients: on a graphics processor, the usual ways back through attention and through indexing add up in any order."""
+    if where.type == "cpu":
+        yield
+        return
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 @contextmanager

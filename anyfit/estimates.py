@@ -81,7 +81,10 @@ def needs(run: Fit) -> Needs:
         peak = devices.Peak(run.device)
         rehearsal = _Rehearsal(run, Path(folder))
         seconds = rehearsal.seconds()
-        memory, device_memory = rehearsal.memory, peak.bytes_
+        # The network that writes text stays.
+        writer = 4 * run.space.num_parameters if run.segments.num_pending else 0
+        on_device = run.device.type != "cpu"
+        memory, device_memory = rehearsal.memory + (0 if on_device else writer), peak.bytes_ + (writer if on_device else 0)
     if _takes_all(run):
         if run.device.type == "cpu":
             memory = max(memory, Peak().bytes_ + _in_memory(run))

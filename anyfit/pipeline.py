@@ -187,7 +187,9 @@ class Fit:
     def train(self, store: Store) -> None:
         """Variants made better by gradients, where the recipe does that. One process does it."""
         if self.recipe.training is not None and self.group.first:
-            self._changes(store).run()
+            if gains(store) is None:
+                self._changes(store).run()
+            remove(store.folder / TRAINING)
         self.group.wait()
 
     def _changes(self, store: Store) -> Changes:
@@ -297,7 +299,10 @@ class Fit:
         store.write_tensors(TEXT, {name: getattr(self.segments, name).int() for name in PURPOSES})
 
     def manifest(self, store: Store, table: Table, original: Original, points: list[Point]) -> Manifest:
-        notes = [*self.notes(), *(f"{name}: {gain}" for name, gain in (gains(store) or {}).items())]
+        gained = gains(store) or {}
+        notes = [*self.notes(), *(f"{name}: {gain}" for name, gain in gained.items())]
+        if gained and (rest := [name for name in self.space.formats() if name not in gained]):
+            notes.append(f"{', '.join(rest)}: not trained: too fine to gain anything, or of another kind")
         for decision in self.space.decisions:
             notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
         return Manifest(

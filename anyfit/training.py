@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from anyfit.core.config import Config
 from anyfit.core.errors import UserError
-from anyfit.core.files import read_json, remove, write_json
+from anyfit.core.files import read_json, write_json
 from anyfit.core.space import Decision, Space
 from anyfit.elastic.linear import ElasticNetwork
 from anyfit.elastic.nested import NestedNetwork
@@ -86,16 +86,12 @@ class Changes(ABC):
     progress: Progress
 
     def run(self) -> dict[str, Gain]:
-        """{format: what it gained}; what was done before isn't done again."""
-        found = gains(self.store)
-        if found is None:
-            found = self._prepared()
-            for unit, entries in self._stored().items():
-                self._rewrite(
-                    unit, next(iter(entries.values())).weight.name, {n: e for n, e in entries.items() if n in found and found[n].kept}
-                )
-            write_json(self.store.folder / RESULT, {name: asdict(gain) for name, gain in found.items()})
-        remove(self.store.folder / FOLDER)
+        """{format: what it gained}; what a killed run has on file isn't made again. `FOLDER` is left for whoever called."""
+        found = self._prepared()
+        for unit, entries in self._stored().items():
+            kept = {name: entry for name, entry in entries.items() if name in found and found[name].kept}
+            self._rewrite(unit, next(iter(entries.values())).weight.name, kept)
+        write_json(self.store.folder / RESULT, {name: asdict(gain) for name, gain in found.items()})
         return found
 
     @abstractmethod

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 import anyfit
 from anyfit import finalists, pipeline, training
 from anyfit.core.config import Config
+from anyfit.core.errors import ModelError, UserError
 from anyfit.core.space import Choice, Decision
 from anyfit.core.units import Unit, Weight
 from anyfit.elastic.linear import ElasticLinear, ElasticNetwork, Variant
@@ -21,12 +22,14 @@ from anyfit.formats import formats
 from anyfit.formats.base import GridFormat, quantize
 from anyfit.progress import Silent
 from anyfit.recipes import llm_qfa, recipes
-from anyfit.recipes.base import Training
+from anyfit.recipes.base import Training, Tuning
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.trainers import loop, samplers
 from anyfit.trainers.sampling import Sampler, Shifted
+from anyfit.tuning import pv
 from anyfit.tuning.coded import Coded, Stored
+from anyfit.tuning.signround import Tuned
 
 PERIOD = 200
 OFFSETS = ("int4_offset", "int3_offset", "int2_offset")
@@ -58,14 +61,14 @@ def sampler_of(name: str, about: list[Decision]) -> Sampler:
 def test_configs_follow_the_stated_distribution(name: str, step: int) -> None:
     sampler = sampler_of(name, decisions(4))
     stated = sampler.probabilities(step)
-    drawn = [sampler.draw(step, seed) for seed in range(1500)]
+    drawn = [config for seed in range(1000) for config in sampler.draws(step, seed)]
     for decision in sampler.decisions:
         counts = Counter(config[decision.key] for config in drawn)
         shares = np.array([counts[choice.name] for choice in decision.choices]) / len(drawn)
         error = np.sqrt(stated[decision.key] * (1 - stated[decision.key]) / len(drawn))
         assert stated[decision.key].sum() == pytest.approx(1)
         assert (np.abs(shares - stated[decision.key]) <= 4.5 * error + 1e-9).all(), (decision.key, shares, stated[decision.key])
-    assert sampler.draw(step, 3) == sampler_of(name, decisions(4)).draw(step, 3)
+    assert sampler.draws(step, 3) == sampler_of(name, decisions(4)).draws(step, 3)
     assert len(sampler.draws(step, 3)) >= 1 and all(set(config) == {d.key for d in sampler.decisions} for config in sampler.draws(step, 3))
 
 
@@ -100,7 +103,7 @@ def test_sensitive_units_draw_more_bits_as_time_goes_on() -> None:
     early, late = (sampler_of("hessian-aware", about).probabilities(step) for step in (0, PERIOD))
     sensitive, other = about[1].key, about[2].key
     assert early[sensitive] == pytest.approx(np.full(3, 1 / 3), abs=2e-3)
-    assert late[sensitive][2] > late[sensitive][0] + 0.05 and late[other] == pytest.approx(np.full(3, 1 / 3))
+    assert late[sensitive][2] > late[sensitive][0] + 0.02 and late[other][2] == pytest.approx(late[other][0])
 
 
 def test_bins_that_still_gain_are_drawn_more() -> None:
@@ -124,6 +127,15 @@ def test_bins_that_still_gain_are_drawn_more() -> None:
     again = Shifted(about, PERIOD)
     again.restore(sampler.state())
     assert np.array_equal(again.bins, sampler.bins)
+
+
+def test_a_loss_that_is_no_number_is_told(text: Tensor) -> None:
+    with pytest.raises(ModelError, match="aren't finite"):
+        Shifted(decisions(3), PERIOD).observe(0, lambda _: float("nan"))
+    made, about = network()
+    next(iter(made.variants().values())).scale.fill_(torch.inf)
+    with pytest.raises(ModelError, match="isn't finite at step"):
+        run(made, about, text, loop.Settings(num_steps=8, batch_size=2, rank=2, num_periods=1))
 
 
 def test_the_expected_mean_is_the_target() -> None:
@@ -317,3 +329,53 @@ def test_a_format_that_lost_keeps_what_it_had(few_steps: None, tmp_path: Path, m
     for name, same in ((better, False), (worse, True)):
         ours, theirs = (one.variants(one.space.uniform(name))(weight.name, name) for one in (family, plain))
         assert torch.equal(ours, theirs) == same
+
+
+@pytest.mark.parametrize("recipe", ["llm-qfa", "pv-tuning", "qat"])
+def test_a_recipe_with_nothing_to_train_is_refused_before_any_work(recipe: str, tmp_path: Path) -> None:
+    tiny, notes = save_tiny(tmp_path / "tiny", "llama"), tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    with pytest.raises(UserError, match="has nothing to train"):
+        anyfit.fit(tiny, data=notes, output=tmp_path / "x.family", formats=("F16", "Q8_0"), length=32, segments=8, recipe=recipe)
+    assert not list(tmp_path.glob("x.family*"))
+
+
+def test_tuned_variants_are_what_is_exported_and_a_killed_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What held-out text says is made up here, as a network of random numbers learns nothing that lasts."""
+    recipe = recipes.get("pv-tuning")
+    assert recipe.training is not None
+    settings = pv.Settings(num_steps=4, code_rate=0.3)
+    monkeypatch.setitem(recipe.__dict__, "training", Tuning(settings))
+    monkeypatch.setattr(finalists, "NUM_FINALISTS", 3)
+    monkeypatch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 4)
+    tiny, notes = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1), tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    asked: dict[str, Any] = {"data": notes, "formats": ("F16", "Q4_K", "Q2_K"), "length": 32, "segments": 8}
+    plain = anyfit.fit(tiny, output=tmp_path / "plain.family", **asked)
+    told = {"Q2_K": (1.0, 0.5), "Q4_K": (1.0, 2.0)}
+
+    def tune(network: Any, matrices: Any, *rest: Any, **more: Any) -> Tuned:
+        name = next(iter(matrices.values())).coded.format_.name
+        return Tuned(pv_tune(network, matrices, *rest, **more).coded, *told[name])
+
+    pv_tune = pv.tune
+    monkeypatch.setattr(pv, "tune", tune)
+    family = anyfit.fit(tiny, output=tmp_path / "tuned.family", recipe="pv-tuning", **asked)
+    assert any(note == "Q2_K: trained, KL 1 before and 0.5 after on held-out text" for note in family.manifest.notes)
+    assert any(note.startswith("Q4_K: trained, KL 1 before and 2 after") for note in family.manifest.notes)
+    assert any(note.startswith("F16: not trained") for note in family.manifest.notes)
+    weight = next(w for d in family.space.decisions for w in d.unit.weights if w.block is not None)
+    for name, same in (("Q2_K", False), ("Q4_K", True)):
+        ours, theirs = (one.variants(one.space.uniform(name))(weight.name, name) for one in (family, plain))
+        assert torch.equal(ours, theirs) == same
+    assert all(check.passed for check in family.export("30%", tmp_path / "model.gguf").checks)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in (training.Tuning, pipeline.Store):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "_bytes" if place is training.Tuning else "rewrite", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                anyfit.fit(tiny, output=tmp_path / "killed.family", recipe="pv-tuning", **asked)
+    assert anyfit.fit(tiny, output=tmp_path / "killed.family", recipe="pv-tuning", **asked).digest == family.digest

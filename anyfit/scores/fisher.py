@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from anyfit.core.space import Decision
+from anyfit.devices import repeatable
 from anyfit.elastic.stream import ElasticStream
 from anyfit.progress import Progress, Stage
 from anyfit.scores.base import Errors, Sensitivity, disturbance
@@ -40,7 +41,8 @@ class Fisher(Sensitivity):
 def information(elastic: ElasticStream, products: Sequence[Decision], tokens: Tensor, progress: Progress) -> dict[str, float]:
     """The sensitivity of units whose outputs are products, by unit name; text (segments, length)."""
     group = elastic.group
-    with _squares(elastic.stream, products) as squares, progress.stage("backward pass", elastic.stream.num_blocks + 1) as stage:
+    stream = elastic.stream
+    with _squares(stream, products) as squares, repeatable(stream.device), progress.stage("backward pass", stream.num_blocks + 1) as stage:
         _backward(elastic.stream, tokens, group.share(batches(tokens)), stage)
     found: dict[str, list[float]] = {decision.unit.name: [] for decision in products}
     for name, square in (row for part in group.gathered(squares) for row in part):

@@ -16,6 +16,8 @@ from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from anyfit.core.config import Config
+from anyfit.core.errors import ModelError
+from anyfit.devices import repeatable
 from anyfit.elastic.linear import ElasticNetwork
 from anyfit.progress import Progress
 from anyfit.tasks.language import Reference
@@ -86,7 +88,8 @@ def train(
     kept = time.monotonic()
     for value in trained.values():
         value.requires_grad_(True)
-    with progress.stage("train", settings.num_steps) as stage:
+    where = next(iter(trained.values())).device
+    with repeatable(where), progress.stage("train", settings.num_steps) as stage:
         stage.advance(first)
         for step in range(first, settings.num_steps):
             rate = settings.rate * (1 - step / settings.num_steps)
@@ -95,6 +98,11 @@ def train(
             drawn = sampler.draws(step, settings.seed)
             for number, config in enumerate(drawn, 1):
                 loss = trainable.loss(config, step)
+                if not loss.isfinite():
+                    raise ModelError(
+                        f"Training went astray: its loss isn't finite at step {step}{trainable.described(config)}.",
+                        remedy="Check the original, or take --recipe gptq, which trains nothing.",
+                    )
                 loss.backward()
                 if number == len(drawn) or not settings.together:
                     _update(optimizer, trainable.rates(config, rate))
@@ -141,12 +149,12 @@ class Divergence(Trainable):
 def divergence(model: PreTrainedModel, reference: Reference, settings: Settings, step: int) -> Tensor:
     """Mean KL per token, in nats, of what a step reads."""
     batch = chosen(len(reference.tokens), settings, step)
-    with _matrix_speed(model.device):
+    with _autocast(model.device):
         logits = model(input_ids=reference.tokens[batch].to(model.device), use_cache=False).logits
     return reference.divergence(logits, batch)
 
 
-def _matrix_speed(where: torch.device) -> AbstractContextManager[Any]:
+def _autocast(where: torch.device) -> AbstractContextManager[Any]:
     """Products in bfloat16 where the device has them."""
     fast = where.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
     return torch.autocast(where.type, torch.bfloat16) if fast else nullcontext()

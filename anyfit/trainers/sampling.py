@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from anyfit.core.config import Config
+from anyfit.core.errors import ModelError
 from anyfit.core.space import Decision
 from anyfit.core.tilted import Bits, Probabilities
 
@@ -37,7 +38,7 @@ class Draws(ABC):
 
 
 class Sampler(Draws):
-    """States a distribution over the choices of every decision, and draws decisions from it independently."""
+    """States how often it draws each choice of every decision."""
 
     learns_sensitivity = False
     """Whether it asks for `sensitivity`."""
@@ -48,13 +49,13 @@ class Sampler(Draws):
 
     @abstractmethod
     def probabilities(self, step: int) -> Probabilities:
-        """The distribution that the step's config is drawn from, decision by decision."""
+        """How often each choice is in the step's configs, decision by decision, over all seeds."""
 
     def draws(self, step: int, seed: int) -> Sequence[Config]:
         return [self.draw(step, seed)]
 
     def draw(self, step: int, seed: int) -> Config:
-        """One config, from the stated distribution."""
+        """One config; here decisions are drawn independently, as stated."""
         return self._drawn(self.probabilities(step), _generator(step, seed))
 
     def _drawn(self, stated: Probabilities, generator: Generator) -> Config:
@@ -66,7 +67,14 @@ class Sampler(Draws):
 
     def _extreme(self, pick: Callable[..., int]) -> Config:
         """The largest or the smallest choice everywhere."""
-        return Config({d.key: d.choices[pick(range(len(d.choices)), key=lambda i: d.choices[i].stored_bytes)].name for d in self.decisions})
+        return Config({decision.key: decision.choices[_extreme(decision, pick)].name for decision in self.decisions})
+
+    def _certain(self, key: tuple[str, str], pick: Callable[..., int]) -> NDArray[np.float64]:
+        """All for the largest or the smallest choice of one decision."""
+        decision = next(decision for decision in self.decisions if decision.key == key)
+        found = np.zeros(len(decision.choices))
+        found[_extreme(decision, pick)] = 1
+        return found
 
 
 class Uniform(Sampler):
@@ -76,11 +84,15 @@ class Uniform(Sampler):
         return {d.key: np.full(len(d.choices), 1 / len(d.choices)) for d in self.decisions}
 
 
-class Sandwich(Uniform):
+class Sandwich(Sampler):
     """Of universally slimmable networks (arXiv 1903.05134): the largest, the smallest, and one between them in every step."""
 
+    def probabilities(self, step: int) -> Probabilities:
+        between = Uniform(self.decisions, self.period).probabilities(step)
+        return {key: (self._certain(key, max) + self._certain(key, min) + own) / 3 for key, own in between.items()}
+
     def draws(self, step: int, seed: int) -> Sequence[Config]:
-        return [self._extreme(max), self._extreme(min), self.draw(step, seed)]
+        return [self._extreme(max), self._extreme(min), Uniform(self.decisions, self.period).draw(step, seed)]
 
 
 class HessianAware(Sampler):
@@ -94,28 +106,39 @@ class HessianAware(Sampler):
     learns_sensitivity = True
 
     def probabilities(self, step: int) -> Probabilities:
-        share = self._share(step)
-        return {d.key: (1 - share) / len(d.choices) + share * own for d, own in zip(self.decisions, self._own(), strict=True)}
+        share, parts, found = self._share(step), self._parts(), {}
+        for decision, own in zip(self.decisions, self._own(), strict=True):
+            total = self._certain(decision.key, max) + self._certain(decision.key, min)
+            for part in parts:
+                base = np.zeros(len(own))
+                base[self._at(decision, part)] = 1
+                total = total + (1 - share) * base + share * own
+            found[decision.key] = total / (2 + len(parts))
+        return found
 
     def draws(self, step: int, seed: int) -> Sequence[Config]:
-        most = max(len(d.choices) for d in self.decisions)
-        bases = [self._mixed(step, place / max(1, most - 1), _generator(step * most + place, seed)) for place in range(1, most - 1)]
-        return [self._extreme(max), *bases, self._extreme(min)]
-
-    def draw(self, step: int, seed: int) -> Config:
         generator = _generator(step, seed)
-        return self._mixed(step, float(torch.rand(1, generator=generator)), generator)
+        between = [self._mixed(step, part, generator) for part in self._parts()]
+        return [self._extreme(max), *between, self._extreme(min)]
+
+    def _parts(self) -> list[float]:
+        """Of the way from the smallest size to the largest: those between them."""
+        most = max(len(decision.choices) for decision in self.decisions)
+        return [place / (most - 1) for place in range(1, most - 1)]
 
     def _mixed(self, step: int, part: float, generator: Generator) -> Config:
-        """The size that is `part` of the way from the smallest to the largest, but for the units that draw for themselves."""
+        """The size that is `part` of the way up, but for the units that draw for themselves."""
         chosen = {}
         for decision, own in zip(self.decisions, self._own(), strict=True):
-            ordered = sorted(decision.choices, key=lambda choice: choice.stored_bytes)
-            pick = ordered[min(int(part * len(ordered)), len(ordered) - 1)]
+            pick = self._at(decision, part)
             if float(torch.rand(1, generator=generator)) < self._share(step):
-                pick = decision.choices[int(torch.multinomial(torch.from_numpy(own), 1, generator=generator))]
-            chosen[decision.key] = pick.name
+                pick = int(torch.multinomial(torch.from_numpy(own), 1, generator=generator))
+            chosen[decision.key] = decision.choices[pick].name
         return Config(chosen)
+
+    def _at(self, decision: Decision, part: float) -> int:
+        ordered = sorted(range(len(decision.choices)), key=lambda index: decision.choices[index].stored_bytes)
+        return ordered[round(part * (len(ordered) - 1))]
 
     def _share(self, step: int) -> float:
         return self.MOST * min(1.0, (step + 1) / self.period)
@@ -176,6 +199,8 @@ class Shifted(Sampler):
         if step % self.INTERVAL:
             return
         losses = np.array([evaluate(config) for config in self._probes])
+        if not np.isfinite(losses).all():
+            raise ModelError("Training went astray: losses aren't finite.", remedy="Check the original, or take --recipe gptq.")
         fall = self._last - losses
         self._fall = np.where(np.isnan(self._fall), fall, self.KEPT * self._fall + (1 - self.KEPT) * fall)
         self._last = losses
@@ -205,6 +230,10 @@ class Shifted(Sampler):
         if not state:
             return
         self._last, self._fall = state["last"].numpy().copy(), state["fall"].numpy().copy()
+
+
+def _extreme(decision: Decision, pick: Callable[..., int]) -> int:
+    return pick(range(len(decision.choices)), key=lambda index: decision.choices[index].stored_bytes)
 
 
 def _generator(step: int, seed: int) -> Generator:

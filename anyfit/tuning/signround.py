@@ -28,12 +28,12 @@ from torch import Generator, Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from anyfit.devices import repeatable
 from anyfit.formats.base import GridFormat, Scales, nearest
+from anyfit.formats.fitting import HALF_MAX
 from anyfit.progress import Progress
 from anyfit.tasks.language import Logits, Reference, kl
 from anyfit.tuning.coded import Coded, Matrix
-
-HALF_MAX = torch.finfo(torch.half).max
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def tune(
     sheets = _sheets(matrices, settings.lean)
     before = kl(_logits(network, sheets), held_out)
     order = Generator().manual_seed(settings.seed)
-    with progress.stage("tune", settings.num_steps) as stage:
+    with repeatable(network.device), progress.stage("tune", settings.num_steps) as stage:
         for step, batch in zip(range(settings.num_steps), batches(len(reference.tokens), settings.batch_size, order), strict=False):
             parameters = {name: values.requires_grad_() for sheet in sheets for name, values in sheet.parameters().items()}
             loss = _divergence(network, parameters, reference, batch)
