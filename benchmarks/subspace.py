@@ -20,8 +20,8 @@ from anyfit.tuning.refining import windows
 
 FORMAT = "IQ2_XXS"
 SETTINGS = pv.Settings(num_steps=150, batch_size=4, half_rate=5e-3)
-SHARES = (0.01, 0.1, 1.0)
-RATES = (0.01, 0.02)
+SHARES = (0.01, 0.03, 1.0)
+RATES = (0.02, 0.03)
 """Of the codes; each share is shown at the better one, by the search split."""
 NO_CODES = 1e-9
 
