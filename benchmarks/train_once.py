@@ -45,7 +45,7 @@ from anyfit.tuning.refining import windows
 FORMATS = ("int2_offset", "int3_offset", "int4_offset")
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 """Of the integers; their scales and offsets take one more."""
-SEGMENTS, STEPS = 1024, 200
+SEGMENTS, STEPS = 1024, 400
 WITHIN = 0.02
 """Of the perplexity of runs with as many tokens for each size alone."""
 EXACT = 1e-4
