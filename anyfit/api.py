@@ -108,9 +108,9 @@ def _memory_limit(text: str | None) -> int | None:
 
 def _limited(given: int | None, where: torch.device) -> int | None:
     """What may be used there: what was given, or a share of what is free; None where the system doesn't say what that is."""
-    free = devices.free(where)
     if given is not None:
         return given
+    free = devices.free(where)
     return None if free is None else int(SHARE_OF_FREE * free)
 
 

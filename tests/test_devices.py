@@ -26,10 +26,10 @@ from anyfit.testing import devices
 
 for number, name in enumerate(sys.argv[1:]):
     case = devices.rounding_case(formats.get(name), 64 if number % 2 else 24, 37, seed=number)
-    compiled, (order, grid, rows) = case.rounded("cpu"), case._on("cpu")
+    compiled, (order, grid, rows) = case.rounded("cpu"), case.on("cpu")
     gptq_cuda.round_lanes(case.format_, order, grid, rows)
     for part, one, other in zip(rows._fields, compiled, rows):
-        assert devices._bits(one).equal(devices._bits(other)), (name, part)
+        assert devices.bits(one).equal(devices.bits(other)), (name, part)
 """
 
 

@@ -29,7 +29,7 @@ from anyfit.trainers import loop, samplers
 from anyfit.trainers.sampling import Sampler, Shifted
 from anyfit.tuning import pv
 from anyfit.tuning.coded import Coded, Stored
-from anyfit.tuning.signround import Tuned
+from anyfit.tuning.descent import Tuned
 
 PERIOD = 200
 OFFSETS = ("int4_offset", "int3_offset", "int2_offset")
@@ -282,7 +282,7 @@ def test_a_run_goes_on_from_any_checkpoint_to_the_same_numbers(sampler: str, tex
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = llm_qfa.RECIPE
     assert recipe.training is not None
-    few = Training(recipe.training.sampler, loop.Settings(num_steps=20, batch_size=4, rate=3e-3, rank=4, num_periods=2))
+    few = Training(loop.Settings(num_steps=20, batch_size=4, rate=3e-3, rank=4, num_periods=2), "balanced")
     monkeypatch.setattr(llm_qfa, "RECIPE", type(recipe)(**{**vars(recipe), "training": few}))
     monkeypatch.setattr(finalists, "NUM_FINALISTS", 4)
     monkeypatch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 4)

@@ -18,7 +18,8 @@ from anyfit.tasks.language import Reference, kl
 from anyfit.testing.models import tiny_model
 from anyfit.tuning import pv
 from anyfit.tuning.coded import Coded, Matrix
-from anyfit.tuning.signround import Settings, Tuned, tune
+from anyfit.tuning.descent import Tuned
+from anyfit.tuning.signround import Settings, tune
 
 SHORT = Settings(num_segments=16, batch_size=2, rate=0.1, half_rate=0.02)
 SCALAR = ("Q2_K", "Q3_K", "IQ4_NL", "MXFP4", "int2_asym")
@@ -186,19 +187,19 @@ def test_pv_tuning_changes_codes_and_scales_to_what_can_be_stored(name: str, sha
 
 def test_only_a_share_of_the_vectors_moves_in_a_step() -> None:
     (matrix,) = (entry for name, entry in matrices(network(), {"embedding": "Q8_0"}, everywhere="IQ2_XXS").items() if "up_proj" in name)
-    subject = pv._Subject(matrix)
+    subject = pv._Subject("m", matrix, replace(FEW, share=0.1, code_rate=1.0))
     gradient = torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0))
-    kept = subject.codes.clone()
-    moved = subject.move(gradient, replace(FEW, share=0.1, code_rate=1.0), 1.0)
+    kept, given = subject.codes.clone(), subject.values()
+    subject.move({"m": gradient}, 1.0)
     other = (subject.codes != kept).unflatten(1, (-1, 8)).any(-1)
-    assert 0 < moved == int(other.sum()) <= round(0.1 * subject.num_vectors)
-    away = (subject.buffer - pv._Subject(matrix).values()).square().unflatten(1, (-1, 8)).sum(-1)
+    assert 0 < subject.changed == int(other.sum()) <= round(0.1 * subject.num_vectors)
+    away = (subject.buffer - given).square().unflatten(1, (-1, 8)).sum(-1)
     assert away[other].min() > 0.8 * away.flatten().kthvalue(round(0.9 * away.numel())).values, "those that want to move furthest"
 
 
 def test_all_codes_at_once_are_those_nearest_to_the_buffer() -> None:
     (matrix,) = (entry for name, entry in matrices(network(), {}, everywhere="int3_sym").items() if "up_proj" in name)
-    subject = pv._Subject(matrix)
-    subject.move(torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0)), replace(FEW, share=1.0), 1.0)
+    subject = pv._Subject("m", matrix, replace(FEW, share=1.0))
+    subject.move({"m": torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0))}, 1.0)
     scale = subject._grid()[0].repeat_interleave(32, 1)
     assert torch.equal(subject.codes.float() - 4, (subject.buffer / scale).round().clamp(-4, 3))

@@ -102,21 +102,8 @@ def _round(  # type: ignore[no-untyped-def]
         inverse = tl.load(inverses + cell, mask=there, other=0.0)
         offset = tl.load(offsets + cell, mask=there, other=0.0)
         wanted = (value + offset) * inverse
-        if uniform:
-            # a little beyond either end, where all that follows rounds as for the number itself; what isn't a number becomes the lowest
-            near = tl.where(wanted > lowest - 1, wanted, lowest - 1)
-            near = tl.where(near < lowest + top + 1, near, lowest + top + 1)
-            step = (near + magic) - magic - lowest
-            step = tl.where(step > 0, step, 0.0)
-            step = tl.where(step < top, step, top)
-            code = step.to(tl.int32)
-            rounded = (step + lowest) * scale - offset
-        else:
-            code = tl.zeros((width,), tl.int32)
-            for border in range(num_borders):
-                code += (tl.load(borders + border) < wanted).to(tl.int32)
-            code = tl.load(border_codes + code).to(tl.int32)
-            rounded = tl.load(levels + code) * scale - offset
+        code, level = _nearest(wanted, levels, borders, border_codes, num_borders, lowest, top, uniform, magic, width)
+        rounded = level * scale - offset
         pushed = tl.load(shares + at) * (value - rounded)
         away = rounded - weight
         cost += (pushed * pushed - tl.load(dampings + at) * away * away).to(tl.float64)
@@ -129,3 +116,35 @@ def _round(  # type: ignore[no-untyped-def]
     tl.store(codes + cells, chosen.to(tl.uint8), mask=inside)
     tl.store(passed + cells, pushes, mask=inside)
     tl.store(errors + row, cost, mask=there)
+
+
+@triton.jit
+def _nearest(  # type: ignore[no-untyped-def]
+    wanted,
+    levels,
+    borders,
+    border_codes,
+    num_borders,
+    lowest,
+    top,
+    uniform: tl.constexpr,
+    magic: tl.constexpr,
+    width: tl.constexpr,
+):
+    """The code of the level nearest to each of `width` numbers, and that level."""
+    if uniform:
+        # a little beyond either end, where all that follows rounds as for the number itself; what isn't a number becomes the lowest
+        near = tl.where(wanted > lowest - 1, wanted, lowest - 1)
+        near = tl.where(near < lowest + top + 1, near, lowest + top + 1)
+        step = (near + magic) - magic - lowest
+        step = tl.where(step > 0, step, 0.0)
+        step = tl.where(step < top, step, top)
+        code = step.to(tl.int32)
+        level = step + lowest
+    else:
+        code = tl.zeros((width,), tl.int32)
+        for border in range(num_borders):
+            code += (tl.load(borders + border) < wanted).to(tl.int32)
+        code = tl.load(border_codes + code).to(tl.int32)
+        level = tl.load(levels + code)
+    return code, level

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from anyfit.core.effort import Effort
 
@@ -16,35 +16,32 @@ _STEPS = {Effort.LOW: 1 / 3, Effort.NORMAL: 1.0, Effort.HIGH: 3.0}
 """Times the usual number of training steps."""
 
 
+Steps = TypeVar("Steps", "Settings", "pv.Settings")
+
+
 @dataclass(frozen=True)
-class Training:
-    """How a recipe trains. `sampler`: its name."""
+class _Stage(Generic[Steps]):
+    settings: Steps
+
+    def settings_for(self, effort: Effort) -> Steps:
+        return replace(self.settings, num_steps=round(_STEPS[effort] * self.settings.num_steps))
+
+
+@dataclass(frozen=True)
+class Training(_Stage["Settings"]):
+    """How a recipe trains all variants at once. `sampler`: its name."""
 
     sampler: str
-    settings: Settings
-
-    def settings_for(self, effort: Effort) -> Settings:
-        return replace(self.settings, num_steps=round(_STEPS[effort] * self.settings.num_steps))
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(_Stage["pv.Settings"]):
     """How a recipe tunes the codes and scales of each format by itself."""
 
-    settings: pv.Settings
-
-    def settings_for(self, effort: Effort) -> pv.Settings:
-        return replace(self.settings, num_steps=round(_STEPS[effort] * self.settings.num_steps))
-
 
 @dataclass(frozen=True)
-class Nesting:
+class Nesting(_Stage["Settings"]):
     """How a recipe trains one stored matrix of integers for all formats."""
-
-    settings: Settings
-
-    def settings_for(self, effort: Effort) -> Settings:
-        return replace(self.settings, num_steps=round(_STEPS[effort] * self.settings.num_steps))
 
 
 @dataclass(frozen=True)

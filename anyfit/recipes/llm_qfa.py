@@ -16,6 +16,6 @@ RECIPE = Recipe(
     ),
     quantizer="gptq",
     score="kl",
-    training=Training("balanced", Settings()),
+    training=Training(Settings(), "balanced"),
     formats={"transformers": ("F16", "BF16", "int8_asym", "int6_asym", "int4_offset", "int3_offset", "int2_offset")},
 )

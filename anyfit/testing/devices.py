@@ -26,18 +26,18 @@ class RoundingCase:
 
     def rounded(self, device: str) -> Rows[Tensor]:
         """What is made of the rows there."""
-        order, grid, rows = self._on(device)
+        order, grid, rows = self.on(device)
         round_columns(self.format_, rows, order, grid)
         return Rows(*(part.cpu() for part in rows))
 
     def different(self, device: str) -> list[str]:
         """Names of what isn't the same to the bit on the device and on the processors."""
         found = zip(Rows._fields, self.rounded("cpu"), self.rounded(device), strict=True)
-        return [name for name, one, other in found if not torch.equal(_bits(one), _bits(other))]
+        return [name for name, one, other in found if not torch.equal(bits(one), bits(other))]
 
     def seconds(self, device: str, times: int = 20) -> float:
         """Of one rounding in one thread, the median."""
-        order, grid, rows = self._on(device)
+        order, grid, rows = self.on(device)
         spent = []
         for _ in range(times + 3):
             _wait(device)
@@ -47,7 +47,8 @@ class RoundingCase:
             spent.append(time.perf_counter() - began)
         return statistics.median(spent[3:])
 
-    def _on(self, device: str) -> Any:
+    def on(self, device: str) -> Any:
+        """`order`, `grid` and `rows` there, copied."""
         def there(parts: Any) -> Any:
             return type(parts)(*(part.to(device, copy=True) if isinstance(part, Tensor) else part for part in parts))
 
@@ -78,7 +79,7 @@ def rounding_case(format_: GridFormat, columns: int, num_rows: int, *, seed: int
     return RoundingCase(format_, order, grid, rows)
 
 
-def _bits(numbers: Tensor) -> Tensor:
+def bits(numbers: Tensor) -> Tensor:
     """As integers, all that isn't a number alike."""
     if not numbers.is_floating_point():
         return numbers

@@ -23,16 +23,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
-from torch.func import functional_call
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from anyfit.devices import repeatable
 from anyfit.formats.fitting import HALF_MAX
 from anyfit.progress import Progress
-from anyfit.tasks.language import Logits, Reference, kl
+from anyfit.tasks.language import Reference, kl
 from anyfit.tuning.coded import Coded, Matrix
-from anyfit.tuning.signround import Tuned, batches
+from anyfit.tuning.descent import Tuned, descend, logits, running
 
 BETA = 0.95
 """Of the mean square of gradients that steps of the buffer are divided by; gradients themselves aren't averaged."""
@@ -69,39 +67,31 @@ def tune(
     progress: Progress,
 ) -> Tuned:
     """As `signround.tune`, which see; but whether the result is better is left to whoever asks."""
-    subjects = {name: _Subject(matrix) for name, matrix in matrices.items()}
-    before = kl(_logits(network, {name: subject.placed() for name, subject in subjects.items()}), held_out)
-    order = batches(len(reference.tokens), settings.batch_size, Generator().manual_seed(settings.seed))
-    with repeatable(network.device), progress.stage("tune", settings.num_steps) as stage:
-        for step in range(settings.num_steps):
-            batch = next(order)
-            values = {name: subject.placed().requires_grad_() for name, subject in subjects.items()}
-            inputs = {"input_ids": reference.tokens[batch].to(network.device), "use_cache": False}
-            loss = reference.divergence(functional_call(network, values, kwargs=inputs).logits, batch)
-            gradients = torch.autograd.grad(loss, list(values.values()))
-            remaining = 1 - step / settings.num_steps
-            moved = [
-                subject.move(matrices[name].taken(gradient), settings, remaining)
-                for (name, subject), gradient in zip(subjects.items(), gradients, strict=True)
-            ]
-            changed = sum(moved) / sum(subject.num_vectors for subject in subjects.values())
-            stage.advance(detail=f"KL {float(loss.detach()):.4f}, {changed:.2%} of codes changed")
-    tuned = {name: subject.coded() for name, subject in subjects.items()}
-    del subjects, values, gradients  # before the stored values are there beside them
+    subjects = [_Subject(name, matrix, settings) for name, matrix in matrices.items()]
+    before = kl(running(network, subjects), held_out)
+    num_vectors = sum(subject.num_vectors for subject in subjects)
+    descend(
+        network,
+        subjects,
+        reference,
+        num_steps=settings.num_steps,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        progress=progress,
+        told=lambda: f", {sum(subject.changed for subject in subjects) / num_vectors:.2%} of codes changed",
+    )
+    tuned = {subject.name: subject.coded() for subject in subjects}
+    subjects.clear()  # before the stored values are there beside them
     stored = {name: m.placed(tuned[name].format_.decode(tuned[name].data).to(m.weight.device)) for name, m in matrices.items()}
-    return Tuned(tuned, before, kl(_logits(network, stored), held_out))
-
-
-def _logits(network: PreTrainedModel, values: Mapping[str, Tensor]) -> Logits:
-    """The network with these values of its parameters."""
-    return lambda tokens: functional_call(network, dict(values), kwargs={"input_ids": tokens.to(network.device), "use_cache": False}).logits
+    return Tuned(tuned, before, kl(logits(network, stored), held_out))
 
 
 class _Subject:
-    """One matrix, rows in stored order, on the device of its weights."""
+    """One matrix, rows in stored order, on the device of its weights. `changed`: vectors that got other codes in the last step."""
 
-    def __init__(self, matrix: Matrix) -> None:
-        self.matrix, self.format_ = matrix, matrix.coded.format_
+    def __init__(self, name: str, matrix: Matrix, settings: Settings) -> None:
+        self.name, self.matrix, self.settings, self.format_ = name, matrix, settings, matrix.coded.format_
+        self.changed = 0
         self.device = matrix.weight.device
         scales = matrix.coded.scales
         self.codes = matrix.coded.codes.clone().to(self.device)
@@ -124,19 +114,19 @@ class _Subject:
         scale, offset = self._grid()
         return (self.levels.unflatten(1, (-1, self.format_.group)) * scale.unsqueeze(-1) - offset.unsqueeze(-1)).flatten(1)
 
-    def placed(self) -> Tensor:
-        """As the network's parameter."""
-        return self.matrix.placed(self.values())
+    def parameters(self) -> dict[str, Tensor]:
+        return {self.name: self.matrix.placed(self.values())}
 
-    def move(self, gradient: Tensor, settings: Settings, remaining: float) -> int:
-        """One step of both kinds, against the gradient of the values. How many vectors got other codes."""
+    def move(self, gradients: Mapping[str, Tensor], remaining: float) -> None:
+        """One step of both kinds."""
+        gradient, settings = self.matrix.taken(gradients[self.name]), self.settings
         self._step += 1
         remaining *= 2 ** min(0.0, 2 - self.format_.bits)
         self._move_halves(gradient, remaining * settings.half_rate)
         self._squares.mul_(BETA).addcmul_(gradient, gradient, value=1 - BETA)
         step = gradient / (self._squares / (1 - BETA**self._step)).sqrt_().add_(TINY)
         self.buffer.sub_(step, alpha=remaining * settings.code_rate * float(self.buffer.norm() / step.norm().clamp_min(TINY)))
-        return self._choose(settings.share)
+        self.changed = self._choose(settings.share)
 
     def coded(self) -> Coded:
         """As it is stored."""
@@ -147,7 +137,7 @@ class _Subject:
         return Coded(self.format_, self.codes.cpu(), self.format_.assemble(stored) if self.halves else self.matrix.coded.scales)
 
     def _choose(self, share: float) -> int:
-        """New codes for the vectors that come nearest to the buffer by them, of those that are furthest from it."""
+        """New codes for the vectors that come nearest to the buffer by them, of those that are furthest from it. How many changed."""
         vector, group = self.format_.vector, self.format_.group
         away = (self.buffer - self.values()).square_().unflatten(1, (-1, vector)).sum(-1).flatten()
         wanted = max(1, round(share * len(away)))

@@ -25,6 +25,7 @@ from anyfit.quantizers.worker import one_thread
 from anyfit.tasks.language import Reference, kl
 from anyfit.tuning import signround
 from anyfit.tuning.coded import Stored
+from anyfit.tuning.descent import Tuned
 from anyfit.tuning.sequential import resolve
 
 WINDOW = 256
@@ -92,7 +93,7 @@ class Refinery:
             _put(stored, [Stored(given[n].weight, given[n].format_, data[n], given[n].order) for n in tuned.coded])
         return Refined(data, before, min(now, tuned.after))
 
-    def _tune(self, stored: PreTrainedModel, entries: Mapping[str, Stored], progress: Progress) -> signround.Tuned:
+    def _tune(self, stored: PreTrainedModel, entries: Mapping[str, Stored], progress: Progress) -> Tuned:
         grids = {name: entry.matrix(self._original) for name, entry in entries.items() if isinstance(entry.format_, GridFormat)}
         return signround.tune(stored, grids, self._text, self._held_out, settings=self._settings.tuning, progress=progress)
 

@@ -21,19 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Generator, Tensor
-from torch.func import functional_call
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from anyfit.devices import repeatable
 from anyfit.formats.base import GridFormat, Scales, nearest
 from anyfit.formats.fitting import HALF_MAX
 from anyfit.progress import Progress
-from anyfit.tasks.language import Logits, Reference, kl
+from anyfit.tasks.language import Reference, kl
 from anyfit.tuning.coded import Coded, Matrix
+from anyfit.tuning.descent import Tuned, descend, running
 
 
 @dataclass(frozen=True)
@@ -59,18 +57,6 @@ class Settings:
         return self.num_segments // self.batch_size
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """The tuned matrices by name, and mean KL to the original per held-out token in nats, as given and as tuned.
-
-    Where tuning didn't help, the matrices are those given, and `after` equals `before`.
-    """
-
-    coded: dict[str, Coded]
-    before: float
-    after: float
-
-
 def tune(
     network: PreTrainedModel,
     matrices: Mapping[str, Matrix],
@@ -84,23 +70,23 @@ def tune(
 
     `network` runs with their values in place of its own parameters and is never changed; whatever else the configuration
     has in low precision must be in it already. `reference` and `held_out`: the original's predictions on the text to tune on
-    and on the text that decides whether the result is kept. Deterministic for a number of threads.
+    and on the text that decides whether the result is kept: where it didn't help, the matrices are those given, and `after` equals
+    `before`. Deterministic for a number of threads.
     """
-    sheets = _sheets(matrices, settings.lean)
-    before = kl(_logits(network, sheets), held_out)
-    order = Generator().manual_seed(settings.seed)
-    with repeatable(network.device), progress.stage("tune", settings.num_steps) as stage:
-        for step, batch in zip(range(settings.num_steps), batches(len(reference.tokens), settings.batch_size, order), strict=False):
-            parameters = {name: values.requires_grad_() for sheet in sheets for name, values in sheet.parameters().items()}
-            loss = _divergence(network, parameters, reference, batch)
-            gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-            remaining = 1 - step / settings.num_steps
-            for sheet in sheets:
-                sheet.move(gradients, remaining * settings.rate, remaining * settings.half_rate)
-            stage.advance(detail=f"KL {float(loss.detach()):.4f}")
+    sheets = _sheets(matrices, settings)
+    before = kl(running(network, sheets), held_out)
+    descend(
+        network,
+        sheets,
+        reference,
+        num_steps=settings.num_steps,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        progress=progress,
+    )
     tuned = {name: coded for sheet in sheets for name, coded in sheet.coded().items()}
-    stored = _sheets({name: replace(matrix, coded=tuned[name]) for name, matrix in matrices.items()}, settings.lean)
-    after = kl(_logits(network, stored), held_out)
+    stored = _sheets({name: replace(matrix, coded=tuned[name]) for name, matrix in matrices.items()}, settings)
+    after = kl(running(network, stored), held_out)
     if after >= before:
         return Tuned({name: matrix.coded for name, matrix in matrices.items()}, before, before)
     return Tuned({name: tuned[name] for name in matrices}, before, after)
@@ -109,8 +95,8 @@ def tune(
 class _Sheet:
     """All matrices of one format, as one tensor of groups: a step costs a few operations, however many matrices there are."""
 
-    def __init__(self, format_: GridFormat, matrices: Mapping[str, Matrix], lean: float) -> None:
-        self.format_, self.matrices = format_, matrices
+    def __init__(self, format_: GridFormat, matrices: Mapping[str, Matrix], settings: Settings) -> None:
+        self.format_, self.matrices, self.settings = format_, matrices, settings
         coded, where = [matrix.coded for matrix in matrices.values()], next(iter(matrices.values())).weight.device
         codes = torch.cat([c.codes.reshape(-1, format_.group) for c in coded]).to(where)
         self.scale = torch.cat([c.scales.scale.reshape(-1, 1) for c in coded]).to(where)
@@ -120,29 +106,27 @@ class _Sheet:
         ordered = self.by_code.sort().values
         self.spacing = float(ordered[-1] - ordered[0]) / (len(ordered) - 1)
         self.ends = float(ordered[0]) - self.spacing / 2, float(ordered[-1]) + self.spacing / 2
-        self.latent = self._near_original(codes, lean)
+        self.latent = self._near_original(codes, settings.lean)
         # Logarithms of what each half is multiplied by, (halves, 1).
         halves = dict.fromkeys(half for half in (format_.scale_half, format_.offset_half) if half)
         self.factors = {half: torch.zeros(sum(c.scales.stored[half].numel() for c in coded), 1, device=where) for half in halves}
 
     def parameters(self) -> dict[str, Tensor]:
-        """The network's parameters with the values as they are now."""
         scale, offset = self._grid()
         values = (self.levels * scale).sub_(offset)
         return {name: matrix.placed(part) for (name, matrix), part in zip(self.matrices.items(), self._parts(values), strict=True)}
 
-    def move(self, gradients: Mapping[str, Tensor], rate: float, half_rate: float) -> None:
-        """One step against the gradients of the network's parameters."""
-        slower = 4 / len(self.format_.levels)
+    def move(self, gradients: Mapping[str, Tensor], remaining: float) -> None:
+        slower = remaining * 4 / len(self.format_.levels)
         gradient = torch.cat([m.taken(gradients[name]).reshape(-1, self.format_.group) for name, m in self.matrices.items()])
         scale, offset = self._grid()
         sums = {self.format_.scale_half: (gradient * self.levels).sum(1, keepdim=True) * scale}
         by_offset = -gradient.sum(1, keepdim=True) * offset
         sums[self.format_.offset_half] = sums.get(self.format_.offset_half, 0) + by_offset
         for half, factor in self.factors.items():
-            factor.sub_(sums[half].view(len(factor), -1).sum(1, keepdim=True).sign_(), alpha=half_rate * slower)
+            factor.sub_(sums[half].view(len(factor), -1).sum(1, keepdim=True).sign_(), alpha=self.settings.half_rate * slower)
         if self.format_.vector == 1:
-            self.latent.sub_((gradient * scale).sign_(), alpha=rate * slower * self.spacing).clamp_(*self.ends)
+            self.latent.sub_((gradient * scale).sign_(), alpha=self.settings.rate * slower * self.spacing).clamp_(*self.ends)
             self.levels = self.by_code[self._codes().long()]
 
     def coded(self) -> dict[str, Coded]:
@@ -194,30 +178,8 @@ class _Sheet:
         return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
-def _sheets(matrices: Mapping[str, Matrix], lean: float) -> list[_Sheet]:
+def _sheets(matrices: Mapping[str, Matrix], settings: Settings) -> list[_Sheet]:
     by_format: dict[str, dict[str, Matrix]] = {}
     for name, matrix in matrices.items():
         by_format.setdefault(matrix.coded.format_.name, {})[name] = matrix
-    return [_Sheet(next(iter(group.values())).coded.format_, group, lean) for group in by_format.values()]
-
-
-def _logits(network: PreTrainedModel, sheets: list[_Sheet]) -> Logits:
-    """The network with the sheets' values."""
-    parameters = {name: values for sheet in sheets for name, values in sheet.parameters().items()}
-    return lambda tokens: functional_call(network, parameters, kwargs=_inputs(network, tokens)).logits
-
-
-def _divergence(network: PreTrainedModel, parameters: dict[str, Tensor], reference: Reference, batch: Tensor) -> Tensor:
-    """Mean KL per token of the segments `batch`."""
-    logits = functional_call(network, parameters, kwargs=_inputs(network, reference.tokens[batch])).logits
-    return reference.divergence(logits, batch)
-
-
-def _inputs(network: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:
-    return {"input_ids": tokens.to(network.device), "use_cache": False}
-
-
-def batches(num_segments: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
-    """Indices of segments, for ever: each once before any comes again."""
-    while True:
-        yield from torch.randperm(num_segments, generator=generator).split(batch_size)
+    return [_Sheet(next(iter(group.values())).coded.format_, group, settings) for group in by_format.values()]
