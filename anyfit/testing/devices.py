@@ -49,6 +49,7 @@ class RoundingCase:
 
     def on(self, device: str) -> Any:
         """`order`, `grid` and `rows` there, copied."""
+
         def there(parts: Any) -> Any:
             return type(parts)(*(part.to(device, copy=True) if isinstance(part, Tensor) else part for part in parts))
 
