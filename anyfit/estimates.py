@@ -37,7 +37,7 @@ from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.tasks.language import Reference, kept_bytes, measure
-from anyfit.training import trained
+from anyfit.training import MOST_BITS, trained
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
@@ -301,6 +301,7 @@ def _training(run: Fit) -> int:
         return 0
     settings = run.recipe.training.settings_for(run.effort)
     if isinstance(run.recipe.training, (Tuning, Nesting)):
-        formats = {choice.name for decision in trained(run.space) for choice in decision.choices}
+        most = math.inf if isinstance(run.recipe.training, Nesting) else MOST_BITS
+        formats = {choice.name for decision in trained(run.space, most) for choice in decision.choices}
         return 5 * len(formats) * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
     return 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)

@@ -100,5 +100,5 @@ def _train(subject: Trainable, sampler: EverySize, settings: Settings, progress:
 @torch.no_grad()
 def _exact(network: NestedNetwork, bits: int, some: Tensor) -> bool:
     """Whether an ordinary network with what the integers stand for has the outputs that training saw."""
-    extracted = network.extracted(bits).eval()
+    extracted = network.extracted(resnet.ResNet20(), bits).eval()
     return torch.equal(extracted(some), network.set(bits)(some))

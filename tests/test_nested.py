@@ -110,7 +110,7 @@ def test_stored_integers_give_the_very_outputs_of_training(pictures: tuple[Pictu
     assert all(entry.integers.dtype == torch.int8 for entry in network.stored().values())
     with torch.no_grad():
         for config in (*SIZES, {"first": 8, "second": 2}):
-            extracted = network.extracted(config)
+            extracted = network.extracted(Pictures(), config)
             assert type(extracted) is Pictures and set(extracted.state_dict()) == set(Pictures().state_dict())
             assert torch.equal(extracted(some), network.set(config)(some)), config
     assert len({float(network.set(bits)(some).sum()) for bits in SIZES}) == len(SIZES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +81,6 @@ class NestedNetwork:
     ) -> None:
         assert group is not None or not transposed
         self.model, self.paths, self.sizes = model, tuple(paths), tuple(sorted(sizes, reverse=True))
-        self._plain = copy.deepcopy(model)
         self._weights: dict[str, NestedWeight] = {}
         for path in paths:
             layer: Any = model.get_submodule(path)
@@ -106,17 +104,16 @@ class NestedNetwork:
             norm.bits = most
         return self.model
 
-    def extracted(self, bits: int | Mapping[str, int]) -> nn.Module:
-        """An ordinary network, of the class that was given, at these bits: out of the stored integers."""
+    def extracted(self, plain: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
+        """`plain`, an ordinary network such as was given, with the values of these bits: out of the stored integers."""
         self.set(bits)
         stored, state = self.stored(), self.model.state_dict()
         for path, entry in stored.items():
             state[f"{path}.weight"] = entry.values(self._weights[path].bits)
         for path, norm in self._norms.items():
             state |= {f"{path}.{name}": value for name, value in norm.of_size[str(norm.bits)].state_dict().items()}
-        made = copy.deepcopy(self._plain).train(self.model.training)
-        made.load_state_dict({name: state[name] for name in made.state_dict()})
-        return made
+        plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+        return plain.train(self.model.training)
 
     def scales(self) -> dict[str, nn.Parameter]:
         return {path: weight.scale for path, weight in self._weights.items()}
