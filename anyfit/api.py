@@ -241,11 +241,11 @@ def plan(
     """
     progress = progress or Silent()
     if budget is not None:
-        Budget.parse(budget, original_bytes=1)
+        Budget.parse(budget, original={BYTES: 1.0})
     run = prepare(model, progress=progress, **wishes)
     space = run.space
     if budget is not None:
-        require(space, Budget.parse(budget, original_bytes=run.checkpoint.bytes_))
+        require(space, Budget.parse(budget, original={BYTES: run.checkpoint.bytes_}))
     run.checkpoint.check_finite(progress)
     needs = estimates.needs(run)
     return Plan(

@@ -6,13 +6,14 @@ killed goes on at the block that it was in.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from anyfit.core.memory import release
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.devices import matrix_speed
-from anyfit.distributed import ALONE, Group
+from anyfit.distributed import Group
 from anyfit.family.store import Store, Writing
 from anyfit.formats import formats
 from anyfit.progress import Progress, Stage
@@ -56,22 +57,32 @@ class _Task:
     format_: str
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """One run's encoding. `tokens` (segments, length): the calibration text, all of it.
+class Encoder(Protocol):
+    """Uses up the moments of the groups' inputs, by input, and writes the variants of their matrices."""
 
-    Processes run the blocks on shares of the text, and encode shares of the matrices.
+    def encode(self, groups: list[Matrices], moments: dict[str, Moments], /) -> None: ...
+
+
+@dataclass(frozen=True)
+class CalibrationPass(ABC):
+    """Runs the text through the network, block after block, for someone who makes variants of what inputs look like.
+
+    `tokens` (segments, length): the calibration text, all of it. Processes run the blocks on shares of the text, and encode shares of
+    the matrices.
     """
 
     stream: Stream
     space: Space
-    target: Target
-    source: Source
-    quantizer: Quantizer
     store: Store
     tokens: Tensor
     progress: Progress
-    group: Group = ALONE
+    group: Group
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def encoder(self, stage: Stage) -> AbstractContextManager[Encoder]:
+        """For as long as the pass lasts."""
 
     def run(self) -> None:
         """Write what the store doesn't have yet."""
@@ -80,14 +91,13 @@ class Encoding:
         if not todo:
             return
         weights = sum(len(group) for groups in todo.values() for group in groups)
-        with Workers(self.stream.device) as workers, self.progress.stage("calibrate and encode", weights) as stage:
-            worker = _Worker(self, workers, stage)
-            index, states = self._begin(todo, worker)
+        with self.progress.stage(self.name, weights) as stage, self.encoder(stage) as encoder:
+            index, states = self._begin(todo, encoder)
             for block in range(index, max(todo) + 1):
                 if block < self.stream.num_blocks:
-                    states = self._block(block, states, todo.get(block, []), worker)
+                    states = self._block(block, states, todo.get(block, []), encoder)
                 else:
-                    self._after(states, todo[block], worker)
+                    self._after(states, todo[block], encoder)
         self.group.wait()
         if self.group.first:
             remove(self.store.folder / FOLDER)
@@ -122,20 +132,7 @@ class Encoding:
         """{weight: its formats}."""
         return {w.name: tuple(c.name for c in d.choices) for d in self.space.decisions for w in d.unit.weights}
 
-    def rows(self, weight: Weight, which: slice) -> Tensor:
-        """Of a matrix (outputs, inputs), float32: rows in the target's order."""
-        stored = self.stream.stored.read(weight.name)
-        stored = stored.T if weight.transposed else stored
-        order = self._orders.get(weight.name)
-        return (stored[which] if order is None else stored[order[which]]).float().contiguous()
-
-    @cached_property
-    def _orders(self) -> dict[str, Tensor]:
-        source, weights = self.source, [weight for decision in self.space.decisions for weight in decision.unit.weights]
-        orders = {weight.name: self.target.row_order(source, weight) for weight in weights}
-        return {name: order for name, order in orders.items() if order is not None}
-
-    def _begin(self, todo: dict[int, list[Matrices]], worker: _Worker) -> tuple[int, States]:
+    def _begin(self, todo: dict[int, list[Matrices]], encoder: Encoder) -> tuple[int, States]:
         """A block before all that is missing in the blocks, and what it reads."""
         first, before = min([index for index in todo if index >= 0], default=0), todo.get(-1, [])
         kept = self.group.gathered([index for index in range(first + 1) if self._path(index).is_file()])
@@ -146,27 +143,35 @@ class Encoding:
             index = 0
             with self._observed(before) as moments, written_aside(self._path(0)) as aside:
                 self.stream.embedded(self._share, self.stream.original, aside)
-        worker.encode(before, moments)
+        encoder.encode(before, moments)
         return index, self._states(index)
 
-    def _block(self, index: int, states: States, groups: list[Matrices], worker: _Worker) -> States:
+    def _block(self, index: int, states: States, groups: list[Matrices], encoder: Encoder) -> States:
         """Run a block and encode what it holds; its outputs."""
         with self._observed(groups) as moments, written_aside(self._path(index + 1)) as aside:
             into = States(aside, states.length, states.width)
             self.stream.advance(index, self._share, states, self.stream.original, into)
         release()
-        worker.encode(groups, moments)
+        encoder.encode(groups, moments)
         self.group.wait()
         remove(states.path)
         return self._states(index + 1)
 
-    def _after(self, states: States, groups: list[Matrices], worker: _Worker) -> None:
+    def _after(self, states: States, groups: list[Matrices], encoder: Encoder) -> None:
         stream = self.stream
         with self._observed(groups) as moments, stream.head(stream.original, logits=False) as run, torch.no_grad():
             for segments in batches(self._share):
                 run(states.read(segments))
-        worker.encode(groups, moments)
+        encoder.encode(groups, moments)
         self.group.wait()
+
+    def owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The process that takes each of these pieces of work, the largest shared out first."""
+        loads, owners = [0] * self.group.size, {}
+        for key in sorted(sizes, key=lambda key: -sizes[key]):
+            owners[key] = loads.index(min(loads))
+            loads[owners[key]] += sizes[key]
+        return owners
 
     @contextmanager
     def _observed(self, groups: list[Matrices]) -> Iterator[dict[str, Moments]]:
@@ -180,6 +185,35 @@ class Encoding:
     def _states(self, index: int) -> States:
         path = self._path(index)
         return States(path, self.tokens.shape[1], path.stat().st_size // (4 * self._share.numel()))
+
+
+@dataclass(frozen=True)
+class Encoding(CalibrationPass):
+    """One run's encoding: every matrix in every format that is a choice for it."""
+
+    target: Target
+    source: Source
+    quantizer: Quantizer
+
+    name = "calibrate and encode"
+
+    @contextmanager
+    def encoder(self, stage: Stage) -> Iterator[Encoder]:
+        with Workers(self.stream.device) as workers:
+            yield _Worker(self, workers, stage)
+
+    def rows(self, weight: Weight, which: slice) -> Tensor:
+        """Of a matrix (outputs, inputs), float32: rows in the target's order."""
+        stored = self.stream.stored.read(weight.name)
+        stored = stored.T if weight.transposed else stored
+        order = self._orders.get(weight.name)
+        return (stored[which] if order is None else stored[order[which]]).float().contiguous()
+
+    @cached_property
+    def _orders(self) -> dict[str, Tensor]:
+        source, weights = self.source, [weight for decision in self.space.decisions for weight in decision.unit.weights]
+        orders = {weight.name: self.target.row_order(source, weight) for weight in weights}
+        return {name: order for name, order in orders.items() if order is not None}
 
 
 @dataclass(frozen=True)
@@ -205,7 +239,7 @@ class _Worker:
         readers: dict[str, list[Matrices]] = {}
         for group in groups:
             readers.setdefault(group[0].input or group[0].name, []).append(group)
-        owners = self._owners({key: sum(w.num_weights for group in own for w in group) for key, own in readers.items()})
+        owners = self.encoding.owners({key: sum(w.num_weights for group in own for w in group) for key, own in readers.items()})
         for key in sorted(readers, key=lambda key: -readers[key][0][0].shape[1]):
             seen, own = moments.pop(key, None), readers[key]
             if seen:
@@ -228,14 +262,6 @@ class _Worker:
             # Numbers of a column lie side by side, as the quantizer takes them.
             matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces]).T.contiguous().T
             yield from (_Task(group, pieces, matrix, prepared, name) for name in self.encoding.choices[group[0].name])
-
-    def _owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The process that takes each of these pieces of work."""
-        loads, owners = [0] * self.encoding.group.size, {}
-        for key in sorted(sizes, key=lambda key: -sizes[key]):
-            owners[key] = loads.index(min(loads))
-            loads[owners[key]] += sizes[key]
-        return owners
 
     def _write(self, results: Iterator[tuple[_Task, Encoded]]) -> None:
         """The variants of one group, whose pieces come in order."""

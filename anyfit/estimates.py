@@ -53,7 +53,7 @@ def saturation(run: Fit) -> Saturation | None:
     chosen = {weight.input: weight for weight in reversed(run.weights) if weight.block == blocks[len(blocks) // 2] and weight.input}
     lowest = {weight: min(choices[weight], key=lambda choice: choice.bytes_).name for weight in chosen.values()}
     parameters = dict(run.model.named_parameters(remove_duplicate=False))
-    quantizer = quantizers.get(run.recipe.quantizer)
+    quantizer = run.quantizer
 
     def stored(weight: Weight, matrix: Tensor, statistics: InputStatistics) -> Tensor:
         format_ = all_formats.get(lowest[weight])
@@ -210,8 +210,8 @@ class _Rehearsal:
     def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:
         """Seconds to encode everything: the inputs of one block, and some rows on each of them in each format, as many at once as in
         the run; and of tables that are only looked up."""
-        run, quantizer = self.run, quantizers.get(self.run.recipe.quantizer)
-        encoding = run.encoding(self.store, self.stream, self.tokens)
+        run = self.run
+        encoding = run.calibration_pass(self.store, self.stream, self.tokens)
         costs: dict[tuple[int, bool, str], float] = {}
         preparing: dict[int, float] = {}
 

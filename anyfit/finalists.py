@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyfit.core.budget import Budget
+from anyfit.core.budget import Budget, describe
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
 from anyfit.core.files import read_json, write_json
@@ -24,6 +25,7 @@ from anyfit.progress import Progress
 from anyfit.scores.table import Table
 from anyfit.searchers.evolution import Fitness, Settings, Stage, evolve
 from anyfit.searchers.exact import Solver, hull
+from anyfit.searchers.problem import WHOLE
 from anyfit.streaming import Numbers, Predictions
 from anyfit.tasks.language import Quality, Reference, kl, measure
 from anyfit.tuning.coded import Stored
@@ -106,37 +108,44 @@ class Finalists:
     def refined(self, points: list[Point], refinery: Refinery, stored: Callable[[Config], list[Stored]]) -> list[Point]:
         """The points, the best within each of the smallest budgets refined where that helps. `stored`: a config's matrices."""
         found = {point.config: point for point in points}
-        best = [min((p for p in points if p.bytes_ <= size), key=_measured) for size in self._smallest()]
+        best = [min((p for p in points if self._size(p.config) <= size), key=_measured) for size in self._smallest()]
         for point in dict.fromkeys(best):
             found[point.config] = self._refined(point, refinery, stored)
         return list(found.values())
 
     @cached_property
-    def _sizes(self) -> tuple[list[int], int, int]:
+    def _sizes(self) -> tuple[list[float], float, float]:
         """Evenly spaced sizes, and the smallest and largest of them."""
         best = hull(self.space, self.table)
         enough = next((config for config in best if self.table.predict(self.space, config) < NEGLIGIBLE), best[-1])
-        smallest, largest = self.space.bytes_(best[0]), self.space.bytes_(enough)
-        return [int(np.ceil(size)) for size in np.geomspace(smallest, largest, NUM_FINALISTS)], smallest, largest
+        smallest, largest = self._size(best[0]), self._size(enough)
+        whole = WHOLE.get(self.space.scale, 1)
+        return [math.ceil(size / whole) * whole for size in np.geomspace(smallest, largest, NUM_FINALISTS)], smallest, largest
 
-    def _smallest(self) -> list[int]:
+    def _size(self, config: Config) -> float:
+        return self.space.costs(config)[self.space.scale]
+
+    def _budget(self, size: float) -> Budget:
+        return Budget(((self.space.scale, float(size)),), describe(self.space.scale, size))
+
+    def _smallest(self) -> list[float]:
         return self._sizes[0][:NUM_REFINED]
 
     def _optima(self) -> Iterator[Config]:
         sizes, smallest, largest = self._sizes
-        uniform = {self.space.bytes_(self.space.uniform(name)) for name in self.space.formats()}
+        uniform = {self._size(self.space.uniform(name)) for name in self.space.formats()}
         for size in sorted({*sizes, *(size for size in uniform if smallest <= size <= largest)}):
-            yield self._solver.solve(_budget(size))
+            yield self._solver.solve(self._budget(size))
 
-    def _evolved(self, size: int) -> Config:
+    def _evolved(self, size: float) -> Config:
         """What evolution makes of the exact optimum of a size, or that itself."""
         path = self.store.folder / "evolved" / f"{size}.json"
         found = read_json(path)
         if found is None:
-            start = self._solver.solve(_budget(size))
+            start = self._solver.solve(self._budget(size))
             stages = tuple(Stage(self._fitness(num), entrants) for num, entrants in EVOLUTION)
             settings = Settings(stages, GENERATIONS)
-            ranked = evolve(self.space, self.table, budget=_budget(size), start=[start], settings=settings, progress=self.progress)
+            ranked = evolve(self.space, self.table, budget=self._budget(size), start=[start], settings=settings, progress=self.progress)
             found = ranked[0].config.to_json()
             write_json(path, found)
         return Config.from_json(found)
@@ -190,6 +199,3 @@ def _measured(point: Point) -> float:
     assert point.search is not None
     return point.search.kl_mean
 
-
-def _budget(size: int) -> Budget:
-    return Budget((("bytes", float(size)),), f"{size} B")

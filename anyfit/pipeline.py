@@ -32,7 +32,7 @@ from anyfit.distributed import ALONE, Group
 from anyfit.elastic.model import ElasticModel
 from anyfit.elastic.stream import ElasticStream
 from anyfit.encoding import FOLDER as CALIBRATION
-from anyfit.encoding import Encoding
+from anyfit.encoding import CalibrationPass, Encoding
 from anyfit.family.journal import Journal
 from anyfit.family.manifest import NAME, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
@@ -72,13 +72,24 @@ class Settings:
     seed: int
     effort: Effort = Effort.NORMAL
     device: str = "cpu"
+    latency: str | None = None
+    """Digest of the table that latencies are taken from."""
 
 
 class Fit:
     """One run. Stages write into the journal's folder and skip what they find there."""
 
-    def __init__(self, checkpoint: Checkpoint, segments: Segments, settings: Settings, progress: Progress, group: Group = ALONE) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        segments: Segments,
+        settings: Settings,
+        progress: Progress,
+        group: Group = ALONE,
+        latency: LatencyTable | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.latency = latency
         self.segments = segments
         self.settings = settings
         self.progress = progress
@@ -114,11 +125,22 @@ class Fit:
         return list(self.architecture.weights(self.checkpoint.skeleton()))
 
     @cached_property
+    def structures(self) -> dict[str, Structure]:
+        """What a recipe that prunes makes smaller, by the name of the matrix that reads it; empty where formats are decided."""
+        if self.recipe.pruning is None:
+            return {}
+        return structures(self.checkpoint.skeleton(), self.architecture, self.weights)
+
+    @cached_property
     def source(self) -> Source:
-        return self.checkpoint.source(self.weights)
+        """What is left of the original when what is decided is taken away."""
+        decided = [weight for weight in self.weights if not self.structures or weight.name in self.structures]
+        return self.checkpoint.source(decided)
 
     @cached_property
     def space(self) -> Space:
+        if self.structures:
+            return self.target.pruned_space(self.checkpoint, self.architecture, self.structures, self.settings.length, self.latency)
         return self.target.space(self.source, self.weights, self.settings.formats)
 
     def stream(self, store: Store) -> Stream:
@@ -177,12 +199,21 @@ class Fit:
 
     def encode(self, store: Store) -> None:
         """Every variant of every matrix. One factorisation per distinct input, shared by all its matrices."""
-        self.encoding(store, self.stream(store), self.segments.calibration).run()
+        self.calibration_pass(store, self.stream(store), self.segments.calibration).run()
 
-    def encoding(self, store: Store, stream: Stream, tokens: Tensor) -> Encoding:
-        """The encoding of this run's space with these tokens, (segments, length)."""
-        quantizer = quantizers.get(self.recipe.quantizer)
-        return Encoding(stream, self.space, self.target, self.source, quantizer, store, tokens, self.progress, self.group)
+    def calibration_pass(self, store: Store, stream: Stream, tokens: Tensor) -> CalibrationPass:
+        """What makes the variants of this run's space with these tokens, (segments, length)."""
+        if self.structures:
+            importance = importances.get(self.recipe.pruning)
+            return Structuring(
+                stream, self.space, store, tokens, self.progress, self.group, self.structures, importance, self.checkpoint.dtype
+            )
+        return Encoding(stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        assert self.recipe.quantizer is not None, self.recipe.name
+        return quantizers.get(self.recipe.quantizer)
 
     def train(self, store: Store) -> None:
         """Variants made better by gradients, where the recipe does that. One process does it."""
@@ -259,7 +290,7 @@ class Fit:
             self.progress,
         )
         points, references = finalists.points(), finalists.references
-        if self.effort.refines and self.group.first:
+        if self.effort.refines and self.group.first and not self.structures:
             refinery = self._refinery(references["search"])
             points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
         original = Original(
@@ -275,11 +306,12 @@ class Fit:
         return original, points
 
     def _refinery(self, held_out: Reference) -> Refinery:
-        quantizer = quantizers.get(self.recipe.quantizer)
-        return Refinery(self.model, self.architecture, quantizer, calibration=self.segments.calibration, held_out=held_out)
+        return Refinery(self.model, self.architecture, self.quantizer, calibration=self.segments.calibration, held_out=held_out)
 
     def coverage(self) -> tuple[tuple[str, str, str], ...]:
         """(unit or tensor, format, reason) for everything that is not treated as asked."""
+        if self.structures:
+            return tuple(coverage(self.space))
         kept = [(name, "", reason) for name, reason in uncovered(self.checkpoint.skeleton(), self.weights).items()]
         lost = [(name, "", "stored in the checkpoint, but the network has no place for it") for name in self.checkpoint.unused]
         return (*coverage(self.space), *kept, *lost)

@@ -78,7 +78,12 @@ def refine(
     text = family.text()
     references = {name: Reference.of(original, text[name]) for name in ("search", "report")}
     before = chosen.search or measure(stored, references["search"])
-    quantizer = quantizers.get(recipes.get(family.manifest.recipe).quantizer)
+    method = recipes.get(family.manifest.recipe).quantizer
+    if method is None:
+        raise UserError(
+            f"{family.path} was pruned by {family.manifest.recipe}, and refining is about formats.", remedy="Refine a family of formats."
+        )
+    quantizer = quantizers.get(method)
     refinery = Refinery(
         original, architecture_of(original), quantizer, calibration=text["calibration"], held_out=references["search"], settings=settings
     )

@@ -35,21 +35,29 @@ from anyfit.core.registry import Registry
         ("90MB and 80MB", {"bytes": 80e6}),
         ("1,500,000 B", {"bytes": 1.5e6}),
         ("1_500_000B", {"bytes": 1.5e6}),
+        ("20ms", {"ms": 20.0}),
+        ("ms <= 0.5 s", {"ms": 500.0}),
+        ("2x", {"ms": 4.0}),
+        ("ms <= 75%", {"ms": 6.0}),
+        ("1.2 GMACs", {"macs": 1.2e9}),
+        ("macs <= 60%", {"macs": 30e6}),
+        ("1.5x and 90MB", {"bytes": 90e6, "ms": 16 / 3}),
     ],
 )
 def test_budgets_as_people_type_them(text: str, limits: dict[str, float]) -> None:
-    assert dict(Budget.parse(text, original_bytes=1000).limits) == pytest.approx(limits)
+    assert dict(Budget.parse(text, original={"bytes": 1000, "ms": 8, "macs": 50e6}).limits) == pytest.approx(limits)
 
 
-@pytest.mark.parametrize("text", ["", "lots", "5 parsecs", "12", "-3GB", "0MB", "1.2.3GB", "GB", "3.2 bits GB", "nan GB", "1e400"])
+@pytest.mark.parametrize("text", ["", "lots", "5 parsecs", "12", "-3GB", "0MB", "1.2.3GB", "GB", "3.2 bits GB", "nan GB", "1e400", "bits 3x", "ms 3GB", "5 ms/mile"])
 def test_text_that_is_no_budget_lists_the_units(text: str) -> None:
     with pytest.raises(BudgetError, match=r"GB"):
         Budget.parse(text)
 
 
-def test_latency_budget_says_that_none_is_measured() -> None:
-    with pytest.raises(BudgetError, match="latency"):
-        Budget.parse("20ms/token")
+@pytest.mark.parametrize(("text", "missing"), [("50%", "size"), ("2x", "latency"), ("macs 50%", "multiply-adds")])
+def test_budgets_relative_to_what_is_not_known(text: str, missing: str) -> None:
+    with pytest.raises(BudgetError, match=missing):
+        Budget.parse(text)
 
 
 @given(st.floats(min_value=1, max_value=9e14), st.sampled_from(["B", "KB", "MB", "GB", "KiB", "GiB"]))

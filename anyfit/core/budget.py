@@ -1,4 +1,4 @@
-"""Budgets as a person types them: `1.5GB`, `<= 3.2 bits`, `50%`, several at once."""
+"""Budgets as a person types them: `1.5GB`, `<= 3.2 bits`, `50%`, `20ms`, `2x`, several at once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from dataclasses import dataclass
 
 from anyfit.core.errors import BudgetError
 
-BYTES, BITS = "bytes", "bits"
+BYTES, BITS, LATENCY, MACS = "bytes", "bits", "ms", "macs"
+"""Costs: of the file, per weight, milliseconds as they were measured, multiply-adds a token."""
 _BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_BIT_UNITS = {"BIT", "BITS", "BPW"}
+_BIT_UNITS = {"BIT": 1, "BITS": 1, "BPW": 1}
+_TIME_UNITS = {"US": 1e-3, "MS": 1, "S": 1e3}
+_MAC_UNITS = {f"{power}{unit}": size for power, size in (("", 1), ("K", 10**3), ("M", 10**6), ("G", 10**9)) for unit in ("MAC", "MACS")}
+_UNITS = {
+    unit: (cost, size)
+    for cost, units in ((BYTES, _BYTE_UNITS), (BITS, _BIT_UNITS), (LATENCY, _TIME_UNITS), (MACS, _MAC_UNITS))
+    for unit, size in units.items()
+}
 _PART = re.compile(
-    r"(?:(?P<cost>bytes|bits)\s*)?(?:<=|≤|=)?\s*(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(?P<unit>[A-Za-z%/]*)", re.IGNORECASE
+    r"(?:(?P<cost>bytes|bits|ms|macs)\s*)?(?:<=|≤|=)?\s*(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(?P<unit>[A-Za-z%]*)", re.IGNORECASE
 )
-KNOWN_UNITS = "B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024), bits (per weight), % (of the original's bytes)"
+KNOWN_UNITS = (
+    "B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024), bits (per weight), % (of the original's bytes), "
+    "ms, s, x (times as fast as the original), MMACs, GMACs (multiply-adds a token), macs <= 50%"
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,8 @@ class Budget:
     text: str
 
     @classmethod
-    def parse(cls, text: str | Iterable[str], *, original_bytes: int | None = None) -> Budget:
-        """Read one or several budgets; `original_bytes` is what a percentage is taken of.
+    def parse(cls, text: str | Iterable[str], *, original: Mapping[str, float] | None = None) -> Budget:
+        """Read one or several budgets; `original` are the costs that percentages and speed-ups are taken of.
 
         >>> dict(Budget.parse("<= 90MB, 3.2 bits").limits)
         {'bits': 3.2, 'bytes': 90000000.0}
@@ -37,7 +48,7 @@ class Budget:
         joined = ", ".join(parts)
         limits: dict[str, float] = {}
         for part in re.split(r",(?!\d{3}\b)|;|\band\b", joined):
-            cost, bound = _limit(part.strip(), joined, original_bytes)
+            cost, bound = _limit(part.strip(), joined, original or {})
             limits[cost] = min(bound, limits.get(cost, bound))
         return cls(tuple(sorted(limits.items())), joined)
 
@@ -49,16 +60,19 @@ class Budget:
 
 
 def describe(cost: str, value: float) -> str:
-    """A cost as a person reads it: `1.50 GB`, `3.20 bits`."""
+    """A cost as a person reads it: `1.50 GB`, `3.20 bits`, `2.35 ms`."""
     if cost == BITS:
         return f"{value:.2f} bits"
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+    if cost == LATENCY:
+        return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+    unit, last = ("B", "B") if cost == BYTES else ("MACs", " MACs")
+    for power, size in (("G", 10**9), ("M", 10**6), ("K", 10**3)):
         if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f} B"
+            return f"{value / size:.2f} {power}{unit}"
+    return f"{value:.0f} {last.strip()}"
 
 
-def _limit(part: str, whole: str, original_bytes: int | None) -> tuple[str, float]:
+def _limit(part: str, whole: str, original: Mapping[str, float]) -> tuple[str, float]:
     match = _PART.fullmatch(part.replace(",", ""))
     if not match:
         raise BudgetError(
@@ -70,14 +84,20 @@ def _limit(part: str, whole: str, original_bytes: int | None) -> tuple[str, floa
         raise BudgetError(f"The budget {part!r} is not above zero.", remedy="Write a positive number and a unit, for example 1.5GB.")
     cost = (match["cost"] or "").lower()
     if unit == "%" and cost != BITS:
-        if original_bytes is None:
-            raise BudgetError(f"The budget {part!r} is a share of the original, whose size is not known here.", remedy="Give it in bytes.")
-        return BYTES, number / 100 * original_bytes
-    if (unit in _BIT_UNITS and cost != BYTES) or (not unit and cost == BITS):
-        return BITS, number
-    if (unit in _BYTE_UNITS and cost != BITS) or (not unit and cost == BYTES):
-        return BYTES, number * _BYTE_UNITS.get(unit, 1)
-    if unit.startswith(("MS", "S/")):
-        raise BudgetError(f"The budget {part!r} is a latency, and this version measures none.", remedy=f"Known units: {KNOWN_UNITS}.")
+        return cost or BYTES, number / 100 * _of_original(cost or BYTES, part, original)
+    if unit == "X" and cost in ("", LATENCY):
+        return LATENCY, _of_original(LATENCY, part, original) / number
+    if not unit and cost:
+        return cost, number
+    if unit in _UNITS and cost in ("", _UNITS[unit][0]):
+        own, size = _UNITS[unit]
+        return own, number * size
     given = f"the unit {match['unit']!r}" if unit else "no unit"
     raise BudgetError(f"The budget {part!r} has {given}.", remedy=f"Known units: {KNOWN_UNITS}.")
+
+
+def _of_original(cost: str, part: str, original: Mapping[str, float]) -> float:
+    if cost not in original:
+        what = {BYTES: "size", LATENCY: "latency", MACS: "number of multiply-adds"}[cost]
+        raise BudgetError(f"The budget {part!r} is relative to the original, whose {what} is not known here.", remedy="Give an absolute one.")
+    return original[cost]

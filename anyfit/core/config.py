@@ -9,6 +9,8 @@ from typing import Any
 
 FORMAT = "format"
 """The axis on which each unit is given a storage format."""
+HEADS, WIDTH = "heads", "width"
+"""Those on which attention keeps some of its groups of heads, and a feed-forward some of its channels."""
 
 
 class Config(Mapping[tuple[str, str], str]):
@@ -48,8 +50,13 @@ class Config(Mapping[tuple[str, str], str]):
         return self._choices[unit, FORMAT]
 
     @property
+    def chosen(self) -> dict[str, str]:
+        """The choice of every unit."""
+        return {unit: name for (unit, _), name in self._choices.items()}
+
+    @property
     def formats(self) -> dict[str, str]:
-        """The format of every unit."""
+        """The format of every unit that has one."""
         return {unit: name for (unit, axis), name in self._choices.items() if axis == FORMAT}
 
     @property

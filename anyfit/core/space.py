@@ -6,18 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from anyfit.core.budget import BITS, BYTES, LATENCY
 from anyfit.core.config import FORMAT, Config
 from anyfit.core.units import Unit
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One option. `bytes_` is what it adds to the written file, padding included."""
+    """One option. `bytes_` is what it adds to the written file, padding included. `others`: what it adds to costs besides, by name."""
 
     name: str
     bytes_: int
     stored_bytes: int
     """The tensor's own bytes, without padding: what bits per weight are counted from."""
+    others: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,23 @@ class Space:
 
     `fixed_bytes`: metadata, tokenizer, norms, biases, with padding. `fixed_stored_bytes`: the tensors among
     these. `num_parameters`: all of the network's, so that bits per weight count everything that is stored.
+    `others`: costs besides these two that choices add to, and what is in them whatever is chosen.
     """
 
     decisions: tuple[Decision, ...]
     fixed_bytes: int
     fixed_stored_bytes: int
     num_parameters: int
+    others: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for decision in self.decisions:
+            assert all(choice.others.keys() == self.others.keys() for choice in decision.choices), decision.unit.name
+
+    @property
+    def scale(self) -> str:
+        """The cost that sizes are told apart by: latency where it was measured."""
+        return LATENCY if LATENCY in self.others else BYTES
 
     def bytes_(self, config: Config) -> int:
         """Size of the file that this config is written to."""
@@ -60,7 +73,9 @@ class Space:
         return 8 * stored / self.num_parameters
 
     def costs(self, config: Config) -> dict[str, float]:
-        return {"bytes": self.bytes_(config), "bits": self.bits(config)}
+        """Every cost that a budget can bound, by name."""
+        others = {name: fixed + sum(d.choice(config[d.key]).others[name] for d in self.decisions) for name, fixed in self.others.items()}
+        return {BYTES: self.bytes_(config), BITS: self.bits(config), **others}
 
     def formats(self) -> list[str]:
         """Every format that is a choice somewhere, smallest first."""
@@ -91,6 +106,7 @@ class Space:
         return Config(chosen)
 
     def smallest(self) -> Config:
+        """Of the least costs, all of them: a unit's choice of fewer bytes has no larger other costs."""
         return Config({d.key: min(d.choices, key=lambda c: (c.bytes_, c.name)).name for d in self.decisions})
 
     def largest(self) -> Config:

@@ -29,7 +29,7 @@ class Extracted:
         self.skeleton = source.skeleton()
         architecture = architecture_of(self.skeleton)
         self.weights = {weight.name: weight for weight in architecture.weights(self.skeleton)}
-        self._numbers = Chosen(Original(source), decoded, config.formats)
+        self._numbers = Chosen(Original(source), decoded, config.chosen)
         # Now: while a network's frame is made, no other thread may make one.
         self._stream = Stream(source, architecture, folder, self._numbers)
 

@@ -18,10 +18,10 @@ from anyfit.core.units import Weight
 class Decoded(Protocol):
     """Variants as numbers: float32, in the checkpoint's own shape and row order."""
 
-    def __call__(self, weight: Weight, format_: str, /) -> Tensor:
-        """A whole matrix in a format."""
+    def __call__(self, weight: Weight, choice: str, /) -> Tensor:
+        """A whole matrix under one of its unit's choices."""
 
-    def rows(self, weight: Weight, format_: str, which: Tensor | slice, /) -> Tensor:
+    def rows(self, weight: Weight, choice: str, which: Tensor | slice, /) -> Tensor:
         """Some rows of the embedding or the head."""
 
 

@@ -17,19 +17,19 @@ from anyfit.streaming import Numbers, Stream
 
 @dataclass(frozen=True)
 class Chosen:
-    """The original's numbers but for the matrices that have one of `formats`, by name: a `streaming.Numbers`."""
+    """The original's numbers but for the matrices that have one of `choices`, by name: a `streaming.Numbers`."""
 
     original: Numbers
     decoded: Decoded
-    formats: Mapping[str, str]
+    choices: Mapping[str, str]
 
     def matrix(self, weight: Weight) -> Tensor:
-        format_ = self.formats.get(weight.name)
-        return self.original.matrix(weight) if format_ is None else self.decoded(weight, format_)
+        choice = self.choices.get(weight.name)
+        return self.original.matrix(weight) if choice is None else self.decoded(weight, choice)
 
     def rows(self, weight: Weight, which: Tensor | slice) -> Tensor:
-        format_ = self.formats.get(weight.name)
-        return self.original.rows(weight, which) if format_ is None else self.decoded.rows(weight, format_, which)
+        choice = self.choices.get(weight.name)
+        return self.original.rows(weight, which) if choice is None else self.decoded.rows(weight, choice, which)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
 from anyfit.checkpoint import Source, read_config
-from anyfit.core.budget import Budget
+from anyfit.core.budget import BYTES, Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError, OutputError
 from anyfit.core.files import output_error, refuse_existing, written_aside
@@ -119,21 +119,27 @@ class Family:
     @property
     def points(self) -> tuple[Point, ...]:
         """Every config that was measured, uniform settings included, smallest first."""
-        return tuple(sorted(self.manifest.points, key=lambda p: (p.bytes_, p.config.digest)))
+        return tuple(sorted(self.manifest.points, key=lambda p: (self.size(p), p.config.digest)))
 
     @cached_property
     def frontier(self) -> tuple[Point, ...]:
         """The measured configs than which none is both smaller and closer to the original."""
         best, kept = float("inf"), []
-        for point in sorted(self.points, key=lambda p: (p.bytes_, _measured(p))):
+        for point in sorted(self.points, key=lambda p: (self.size(p), _measured(p))):
             if _measured(point) < best:
                 best = _measured(point)
                 kept.append(point)
         return tuple(kept)
 
+    def size(self, point: Point) -> float:
+        """A config's leading cost: bytes, or milliseconds where latency was measured."""
+        return self.space.costs(point.config)[self.space.scale]
+
     def budget(self, text: str | Iterable[str] | Budget) -> Budget:
-        """Read a budget; percentages are of the original's weight files."""
-        return text if isinstance(text, Budget) else Budget.parse(text, original_bytes=self.original.bytes_)
+        """Read a budget; percentages are of the original's weight files, or of what else the whole network costs."""
+        if isinstance(text, Budget):
+            return text
+        return Budget.parse(text, original={**self.space.costs(self.space.largest()), BYTES: self.original.bytes_})
 
     def select(self, budget: str | Iterable[str] | Budget) -> Point:
         """The best config within the budget.
@@ -151,7 +157,7 @@ class Family:
     def _best(self, budget: str | Iterable[str] | Budget, measured: Iterable[Point]) -> Point:
         budget = self.budget(budget)
         found = self.point(self._solver.solve(budget))
-        rivals = [p for p in measured if budget.allows({"bytes": p.bytes_, "bits": p.bits})]
+        rivals = [p for p in measured if budget.allows(self.space.costs(p.config))]
         best = min(rivals, key=_measured, default=None)
         if best is None or found in rivals:
             return found if best is None or _measured(found) <= _measured(best) else best
@@ -242,7 +248,7 @@ class Family:
                 size = target.write(aside, self.source, self.space, point.config, self.variants(point.config))
                 stage.advance()
             assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
-            assert budget.allows({"bytes": size, "bits": point.bits}), (size, budget)
+            assert budget.allows(self.space.costs(point.config)), (size, budget)
             checks = self._check(target, aside, point, progress) if check else ()
             with written_aside(card or aside / "README.md", force=force) as page:
                 page.write_text(model_card(self, point, path.name), encoding="utf-8")

@@ -158,12 +158,13 @@ def _space_to_json(space: Space) -> dict[str, Any]:
         "fixed_bytes": space.fixed_bytes,
         "fixed_stored_bytes": space.fixed_stored_bytes,
         "num_parameters": space.num_parameters,
+        "others": dict(space.others),
         "decisions": [
             {
                 "unit": d.unit.name,
                 "axis": d.axis,
                 "weights": [asdict(weight) for weight in d.unit.weights],
-                "choices": [[c.name, c.bytes_, c.stored_bytes] for c in d.choices],
+                "choices": [[c.name, c.bytes_, c.stored_bytes, dict(c.others)] for c in d.choices],
                 "refused": dict(d.refused),
             }
             for d in space.decisions
@@ -181,7 +182,7 @@ def _space_from_json(data: Mapping[str, Any]) -> Space:
         )
         for d in data["decisions"]
     )
-    return Space(decisions, data["fixed_bytes"], data["fixed_stored_bytes"], data["num_parameters"])
+    return Space(decisions, data["fixed_bytes"], data["fixed_stored_bytes"], data["num_parameters"], data["others"])
 
 
 def _point_to_json(point: Point) -> dict[str, Any]:

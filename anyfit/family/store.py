@@ -29,11 +29,14 @@ from anyfit.formats import formats
 from anyfit.formats.base import GridFormat
 from anyfit.formats.nested import lowered
 from anyfit.quantizers.base import Encoded
+from anyfit.structure.levels import filled, is_level
 from anyfit.targets.base import Target, Variants
 from anyfit.tuning.coded import Stored
 
 VARIANTS, SOURCE, PASSTHROUGH, TEXT = "variants", "source", "passthrough.safetensors", "text.safetensors"
 REFINED = "refined"
+ORDER = "order"
+"""In a file of levels: the structures, those that are kept longest first."""
 _HEADER_BYTES = 1 << 14
 """Of a file of variants, kept for its header."""
 
@@ -76,6 +79,14 @@ class Store:
             for name in lows:
                 writing.derive(name, high, _encoded(data[:0], about[name]))
 
+    def write_levels(self, weight: str, levels: Mapping[str, Tensor], errors: Mapping[str, float], order: Tensor) -> None:
+        """Write what a matrix is at each of its sizes, {choice: (rows, kept columns)}, and the order of its structures, (structures,) int64."""
+        about = {name: {"error": errors[name], "notes": []} for name in levels}
+        tensors = {name: level.contiguous() for name, level in levels.items()} | {ORDER: order}
+        with written_aside(self._variants(weight)) as aside:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, aside, {"variants": json.dumps(about, sort_keys=True)})
+
     def errors(self, weight: str) -> dict[str, float]:
         """{format: expected squared output error} of one matrix."""
         return {name: float(row["error"]) for name, row in self._metadata(weight).items()}
@@ -85,7 +96,8 @@ class Store:
         return list(dict.fromkeys(note for row in self._metadata(weight).values() for note in row["notes"]))
 
     def variant(self, weight: str, format_: str) -> Tensor:
-        """The bytes of one variant, uint8 (rows, row_bytes): memory-mapped, or made of the one that it is nested in."""
+        """The bytes of one variant, uint8 (rows, row_bytes): memory-mapped, or made of the one that it is nested in. Of what is pruned,
+        the numbers of a level, (rows, kept columns)."""
         with self._open(self._variants(weight)) as file:
             if format_ in file.keys():  # noqa: SIM118  (safe_open isn't iterable)
                 return file.get_tensor(format_)
@@ -213,8 +225,12 @@ class Decoder:
     target: Target
     source: Source
 
-    def __call__(self, weight: Weight, format_: str) -> Tensor:
-        values = formats.get(format_).decode(self.variants(weight.name, format_))
+    def __call__(self, weight: Weight, choice: str) -> Tensor:
+        stored = self.variants(weight.name, choice)
+        if is_level(choice):
+            values = filled(stored, self.variants(weight.name, ORDER), weight.shape[1])
+        else:
+            values = formats.get(choice).decode(stored)
         order = self.target.row_order(self.source, weight)
         if order is not None:
             original = torch.empty_like(values)

@@ -12,5 +12,6 @@ recipes: Registry[Recipe] = Registry(
         "pv-tuning": "anyfit.recipes.pv_tuning:RECIPE",
         "qat": "anyfit.recipes.qat:RECIPE",
         "rtn": "anyfit.recipes.rtn:RECIPE",
+        "ziplm": "anyfit.recipes.ziplm:RECIPE",
     },
 )

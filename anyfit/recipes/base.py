@@ -53,8 +53,11 @@ class Recipe:
     paper: str
     about: str
     """What it does and when to choose it, in one paragraph."""
-    quantizer: str
     score: str
+    quantizer: str | None = None
+    """What makes variants in formats; None where formats aren't what is decided."""
+    pruning: str | None = None
+    """The importance by which heads and channels are taken out."""
     training: Training | Tuning | Nesting | None = None
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By target, what it is meant for: offered unless others are named."""

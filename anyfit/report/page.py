@@ -43,7 +43,7 @@ def render(family: Family) -> str:
             split=summary.split(family),
             uniform=uniform,
             bits=family.space.format_bits(),
-            frontier_chart=_frontier_chart(rows),
+            frontier_chart=_frontier_chart(rows, family.space.scale),
             prediction_chart=_prediction_chart(family),
             grid=_grid(family),
             refusals=summary.refusals(family),
@@ -74,15 +74,18 @@ def _title(row: Row) -> str:
     )
 
 
-def _frontier_chart(rows: list[Row]) -> dict[str, Any]:
+def _frontier_chart(rows: list[Row], scale: str) -> dict[str, Any]:
     """KL to the original against size, with one standard error each way."""
     lift = floored([row.quality.kl_mean for row in rows])
-    unit, per = ("GB", 1e9) if rows[-1].point.bytes_ >= 2e9 else ("MB", 1e6)
-    x = Axis.around([row.point.bytes_ / per for row in rows], _LEFT, _RIGHT)
+    if scale == BYTES:
+        label, per = ("size of the file, GB", 1e9) if rows[-1].size >= 2e9 else ("size of the file, MB", 1e6)
+    else:
+        label, per = "measured latency, ms", 1.0
+    x = Axis.around([row.size / per for row in rows], _LEFT, _RIGHT)
     y = Axis.around([lift(row.quality.kl_mean) for row in rows], _BOTTOM, _TOP, log=True)
     marks: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
-        quality, at = row.quality, x.at(row.point.bytes_ / per)
+        quality, at = row.quality, x.at(row.size / per)
         mean = lift(quality.kl_mean)
         error = quality.kl_stderr if math.isfinite(quality.kl_stderr) else 0.0
         ends = y.at(max(mean - error, y.low)), y.at(mean + error)
@@ -93,7 +96,7 @@ def _frontier_chart(rows: list[Row]) -> dict[str, Any]:
         "labels": _labels(marks),
         "x_ticks": [(x.at(v), f"{v:g}") for v in x.ticks()],
         "y_ticks": [(y.at(v), f"{v:g}") for v in y.ticks()],
-        "unit": unit,
+        "label": label,
         "box": (WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM),
     }
 

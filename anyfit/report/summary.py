@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from anyfit.core.budget import BITS, BYTES, describe
 from anyfit.core.config import Config
 from anyfit.core.space import Space
 
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured config, with the figures of the split that the whole table uses."""
+    """One measured config, with the figures of the split that the whole table uses. `size`: its leading cost, see `Family.size`."""
 
     point: Point
     quality: Quality
     frontier: bool
+    size: float
 
 
 def split(family: Family) -> str:
@@ -34,13 +36,13 @@ def rows(family: Family) -> list[Row]:
     """Every config that was measured on the shown split, smallest first."""
     frontier, shown = {point.config for point in family.frontier}, split(family)
     found = [(point, getattr(point, shown)) for point in family.points]
-    measured = [Row(point, quality, point.config in frontier) for point, quality in found if quality]
-    return sorted(measured, key=lambda row: (row.point.bytes_, not row.frontier, row.point.config.digest))
+    measured = [Row(point, quality, point.config in frontier, family.size(point)) for point, quality in found if quality]
+    return sorted(measured, key=lambda row: (row.size, not row.frontier, row.point.config.digest))
 
 
 def rival(all_rows: list[Row], uniform: Row) -> Row:
     """The config of the frontier that a budget of a uniform setting's size gives, which may be that very setting."""
-    return [row for row in all_rows if row.frontier and row.point.bytes_ <= uniform.point.bytes_][-1]
+    return [row for row in all_rows if row.frontier and row.size <= uniform.size][-1]
 
 
 def saved(best: Row, uniform: Row) -> str:
@@ -68,7 +70,8 @@ def refusals(family: Family) -> list[tuple[str, str, list[str]]]:
 
 def described(family: Family, point: Point) -> str:
     """A config's size and quality in one line; says whether the quality was measured."""
-    costs = f"{point.bytes_:,} bytes, {point.bits:.2f} bits per weight, "
+    others = {name: value for name, value in family.space.costs(point.config).items() if name not in (BYTES, BITS)}
+    costs = f"{point.bytes_:,} bytes, {point.bits:.2f} bits per weight, " + "".join(f"{describe(*cost)}, " for cost in others.items())
     if point.report is None:
         return costs + f"expected KL to the original {family.expected(point.predicted):.3g} (this very mix was not measured)"
     kl = plus_minus(point.report.kl_mean, point.report.kl_stderr)
@@ -81,12 +84,11 @@ def kind(point: Point) -> str:
     return ", ".join(filter(None, (point.uniform, "refined" if point.refined else "")))
 
 
-def point_json(point: Point) -> dict[str, Any]:
+def point_json(family: Family, point: Point) -> dict[str, Any]:
     """One config: what it costs and what was measured."""
     return {
         "config": point.config.digest,
-        "bytes": point.bytes_,
-        "bits": point.bits,
+        **family.space.costs(point.config),
         "predicted_kl": point.predicted,
         "uniform": point.uniform,
         "refined": point.refined,
@@ -110,8 +112,8 @@ def family_json(family: Family) -> dict[str, Any]:
             "report": original.report.to_json(),
         },
         "formats": family.space.formats(),
-        "frontier": [point_json(point) for point in family.frontier],
-        "uniform": [point_json(point) for point in family.points if point.uniform],
+        "frontier": [point_json(family, point) for point in family.frontier],
+        "uniform": [point_json(family, point) for point in family.points if point.uniform],
         "coverage": [{"unit": unit, "format": format_, "reason": reason} for unit, format_, reason in family.coverage],
         "notes": list(family.notes),
     }

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def frontier(family: Family, chosen: Point | None = None) -> Table:
     """Every size of the frontier, with the uniform settings between them; `chosen` is marked."""
-    table = _table("", "size", "bits", "KL to the original", "perplexity", "top-1", "kind", "mostly")
+    others = list(family.space.others)
+    table = _table("", "size", "bits", *others, "KL to the original", "perplexity", "top-1", "kind", "mostly")
     for row in summary.rows(family):
         if not (row.frontier or row.point.uniform):
             continue
@@ -29,6 +30,7 @@ def frontier(family: Family, chosen: Point | None = None) -> Table:
             "▸" if here else "●" if row.frontier else "",
             describe(BYTES, row.point.bytes_),
             f"{row.point.bits:.2f}",
+            *(describe(cost, family.space.costs(row.point.config)[cost]) for cost in others),
             summary.plus_minus(quality.kl_mean, quality.kl_stderr),
             f"{quality.perplexity:.2f}",
             summary.plus_minus_percent(quality.top1, quality.top1_stderr),

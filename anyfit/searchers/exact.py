@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from anyfit.core.budget import BITS, BYTES, Budget
+from anyfit.core.budget import BITS, LATENCY, MACS, Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Space
@@ -23,9 +23,9 @@ def solve(space: Space, table: Table, budget: Budget) -> Config:
 
 
 def hull(space: Space, table: Table) -> list[Config]:
-    """The convex hull of (bytes, score), smallest first: every config that is optimal for some exchange rate."""
+    """The convex hull of (the space's leading cost, score), smallest first: every config that is optimal for some exchange rate."""
     problem = Problem.of(space, table)
-    edges = Hull.of(problem.unit, problem.score, problem.bytes_)
+    edges = Hull.of(problem.unit, problem.score, problem.sizes(space.scale))
     return [problem.config(edges.solution(num_edges)) for num_edges in range(len(edges.rate) + 1)]
 
 
@@ -38,17 +38,16 @@ class Solver:
 
     def __init__(self, space: Space, table: Table) -> None:
         self.problem = Problem.of(space, table)
-        self._least = space.costs(space.smallest())
+        self._known = space.costs(space.smallest()).keys()
 
     @cached_property
     def _hulls(self) -> dict[str, Hull]:
-        return {cost: Hull.of(self.problem.unit, self.problem.score, self.problem.sizes(cost)) for cost in (BYTES, BITS)}
+        return {cost: Hull.of(self.problem.unit, self.problem.score, self.problem.sizes(cost)) for cost in self._known}
 
     def solve(self, budget: Budget) -> Config:
         """The config of least score whose costs are within `budget`. Raises `BudgetError` where no config is."""
         problem = self.problem
-        if not budget.allows(self._least):
-            require(problem.space, budget)
+        require(problem.space, budget)
         sizes, left = problem.limits(budget)
         for row, (cost, _) in enumerate(budget.limits):
             found = optimum(problem.unit, problem.score, sizes[[row]], left[[row]], self._hulls[cost])
@@ -63,17 +62,30 @@ class Solver:
 
 
 def require(space: Space, budget: Budget) -> None:
-    """Raises `BudgetError` where not even the smallest config is within `budget`."""
+    """Raises `BudgetError` where not even the smallest config is within `budget`, or the space doesn't know one of its costs."""
     costs = space.costs(space.smallest())
+    for cost, _ in budget.limits:
+        if cost == LATENCY and cost not in costs:
+            raise BudgetError(
+                f"The budget {budget.text!r} is a latency, and none was measured.",
+                remedy="Measure it (anyfit measure), and fit with a recipe that prunes: anyfit fit --recipe ziplm --latency TABLE.",
+            )
+        if cost not in costs:
+            raise BudgetError(
+                f"The budget {budget.text!r} bounds {cost}, which are the same for every choice here.",
+                remedy="Fit with a recipe that prunes: anyfit fit --recipe ziplm.",
+            )
     if budget.allows(costs):
         return
     least = " and ".join(_exactly(cost, costs[cost]) for cost, _ in budget.limits)
     raise BudgetError(
         f"The budget {budget.text!r} can't be met: the smallest possible is {least}.",
-        remedy=f"Give more, or fit with smaller formats than those of this family (its smallest is {space.formats()[0]}).",
+        remedy=f"Give more, or fit with smaller choices than those of this family (its smallest is {space.formats()[0]}).",
     )
 
 
 def _exactly(cost: str, value: float) -> str:
     """A cost that, typed as a budget, is met."""
-    return f"{math.ceil(value * 1000) / 1000:.3f} bits" if cost == BITS else f"{value:.0f} B"
+    if cost in (BITS, LATENCY):
+        return f"{math.ceil(value * 1000) / 1000:.3f} {cost}"
+    return f"{value:.0f} {'MACs' if cost == MACS else 'B'}"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from anyfit.core.budget import BITS, BYTES, Budget
+from anyfit.core.budget import BITS, BYTES, LATENCY, Budget
 from anyfit.core.config import Config
 from anyfit.core.space import Space
 from anyfit.scores.table import Table
+
+
+WHOLE = {LATENCY: 1e-6}
+"""What costs that aren't whole numbers are counted in, rounded up, so that a budget is a guarantee: nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Problem:
     score: np.ndarray
     bytes_: np.ndarray
     stored: np.ndarray
+    others: Mapping[str, np.ndarray]
     names: tuple[str, ...]
 
     @classmethod
@@ -32,7 +38,10 @@ class Problem:
             for c in d.choices
         ]
         unit, score, bytes_, stored, names = zip(*rows, strict=True)
-        return cls(space, np.array(unit), np.array(score), np.array(bytes_, float), np.array(stored, float), names)
+        others = {
+            cost: np.array([_whole(cost, c.others[cost]) for d in space.decisions for c in d.choices], float) for cost in space.others
+        }
+        return cls(space, np.array(unit), np.array(score), np.array(bytes_, float), np.array(stored, float), others, names)
 
     def config(self, chosen: np.ndarray) -> Config:
         return Config({d.key: self.names[i] for d, i in zip(self.space.decisions, chosen, strict=True)})
@@ -43,12 +52,13 @@ class Problem:
         return np.array([place[i, config[d.key]] for i, d in enumerate(self.space.decisions)])
 
     def sizes(self, cost: str) -> np.ndarray:
-        """What each choice adds to a cost, in bytes: whole numbers."""
-        assert cost in (BYTES, BITS), cost
-        return self.bytes_ if cost == BYTES else self.stored
+        """What each choice adds to a cost: whole numbers, of bytes for the first two."""
+        return self.others[cost] if cost in self.others else self.bytes_ if cost == BYTES else self.stored
 
     def left(self, cost: str, bound: float) -> int:
-        """What a limit leaves for the choices, after everything that is fixed, in whole bytes."""
+        """What a limit leaves for the choices, after everything that is fixed, in whole numbers as `sizes` are."""
+        if cost in self.others:
+            return math.floor(bound / WHOLE.get(cost, 1)) - _whole(cost, self.space.others[cost])
         if cost == BYTES:
             return math.floor(bound) - self.space.fixed_bytes
         num = self.space.num_parameters
@@ -62,3 +72,7 @@ class Problem:
         """Sizes (limits, choices) and what is left for them (limits,)."""
         sizes = [self.sizes(cost) for cost, _ in budget.limits]
         return np.stack(sizes), np.array([self.left(cost, bound) for cost, bound in budget.limits], float)
+
+
+def _whole(cost: str, value: float) -> int:
+    return math.ceil(value / WHOLE.get(cost, 1))

@@ -1,0 +1,63 @@
+"""How much of an attention or a feed-forward is kept: the choices, and their names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyfit.core.config import HEADS, WIDTH
+from anyfit.core.units import Weight
+
+SHRINKING = 0.9
+"""From one width to the next smaller: ZipLM's ladder."""
+_NAME = re.compile(f"({HEADS}|{WIDTH})([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """An attention or a feed-forward as pruning sees it. `reader`: the matrix whose columns are what its `num` structures put out,
+    `size` neighbouring columns each: those of the query heads that share keys and values, or one channel."""
+
+    axis: str
+    reader: Weight
+    num: int
+    size: int
+
+    def levels(self, multiple: int) -> dict[str, int]:
+        """{choice: structures kept}, the most first, none last; widths are multiples of `multiple` where they aren't the whole."""
+        if self.axis == HEADS:
+            return {f"{HEADS}{kept}": kept for kept in range(self.num, -1, -1)}
+        widths, width = [self.num], float(self.num)
+        while (width := width * SHRINKING) >= multiple:
+            widths.append(int(width) // multiple * multiple)
+        return {f"{WIDTH}{kept}": kept for kept in dict.fromkeys([*widths, 0])}
+
+
+def kept_of(choice: str) -> int:
+    """How many structures a choice keeps."""
+    match = _NAME.fullmatch(choice)
+    assert match is not None, choice
+    return int(match[2])
+
+
+def is_level(choice: str) -> bool:
+    """Whether a choice is about structure, not about a format."""
+    return _NAME.fullmatch(choice) is not None
+
+
+def filled(stored: Tensor, order: Tensor, columns: int) -> Tensor:
+    """A level's matrix (outputs, kept columns), its columns in the order of the structures, as the whole one (outputs, `columns`), with
+    zeros for what was taken out; float32."""
+    size = columns // len(order)
+    places = columns_of(order[: stored.shape[1] // size], size)
+    whole = torch.zeros(stored.shape[0], columns)
+    whole[:, places] = stored.float()
+    return whole
+
+
+def columns_of(structures: Tensor, size: int) -> Tensor:
+    """The columns of these structures (n,), `size` each."""
+    return (structures[:, None] * size + torch.arange(size)).flatten()
