@@ -167,7 +167,7 @@ def cut_feed_forward(block: nn.Module, paths: Mapping[str, str], layout: Layout,
             replace(block, paths[role], nn.Identity())
 
 
-def said(config: Any, layout: Layout) -> Sizes:
+def stated(config: Any, layout: Layout) -> Sizes:
     """What a config says of a block: a network's that isn't cut, or one of its `per_layer_config`."""
     skip = getattr(config, "skip", ())
     heads: int = getattr(config, HEADS)
@@ -183,7 +183,7 @@ def overrides(cut: Sizes, config: Any, layout: Layout) -> dict[str, Any]:
 
     An attention that isn't there has one head one number wide: what it keeps in the cache.
     """
-    whole = said(config, layout)
+    whole = stated(config, layout)
     skip = [half for half, size in ((ATTENTION, cut.groups), (FEED_FORWARD, cut.channels)) if not size]
     changes: dict[str, Any] = {"skip": skip} if skip else {}
     if cut.groups != whole.groups:
@@ -265,7 +265,7 @@ class CutModel:
             logging.set_verbosity(level)
         for index, own in enumerate(config.per_layer_config):
             block = self.get_submodule(self.block.format(i=index))  # type: ignore[attr-defined]
-            there = said(own, self.layout)
+            there = stated(own, self.layout)
             cut_attention(block, self.paths, self.layout, torch.arange(there.groups))
             cut_feed_forward(block, self.paths, self.layout, torch.arange(there.channels))
             if self.layout.reads_config and there.groups:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from anyfit.importance import importances
-from anyfit.importance.base import Importance, damped
+from anyfit.importance.base import Importance, _Solved, damped
+from anyfit.importance.obs import _costs, _diagonal, _remove_some
 from anyfit.importance.sparsity import keep_global, keep_of_group, keep_uniform
 from anyfit.importance.wanda import weight_scores
+from anyfit.testing.importance import check_importance
 
 OBS: Importance = importances.get("obs")
 
@@ -57,32 +59,13 @@ def test_obs_removes_what_costs_least_by_definition(inputs: int, size: int) -> N
 
 
 @pytest.mark.parametrize("name", importances)
-@pytest.mark.parametrize("size", [1, 4])
-def test_ladders_are_of_the_order_and_their_errors_of_the_weights(name: str, size: int) -> None:
-    importance = importances.get(name)
-    weight, moments = layer(10, 96)
-    before = weight.clone(), moments.clone()
-    structures = 96 // size
-    found = importance.ladder(weight, moments, size, [structures, structures // 2, 5, 0])
-    assert found.weights.keys() == found.errors.keys() == {structures, structures // 2, 5, 0}
-    for kept, left in found.weights.items():
-        columns = columns_of(found.order[:kept], size)
-        removed = columns_of(found.order[kept:], size)
-        assert left.dtype == torch.float32 and left.shape == weight.shape and not left[:, removed].any()
-        expected = least_squares(weight, damped(moments), columns).float() if importance.repairs else weight
-        assert torch.allclose(left[:, columns], expected[:, columns], rtol=1e-5, atol=1e-6)
-        lost = (weight - left).double()
-        error = float(torch.trace(lost @ moments.double() @ lost.T))
-        assert found.errors[kept] == pytest.approx(error, rel=1e-9)
-    assert torch.equal(found.weights[structures], weight) and found.errors[structures] == 0
-    assert torch.equal(weight, before[0]) and torch.equal(moments, before[1]), "arguments aren't changed"
+def test_conformance(name: str) -> None:
+    check_importance(importances.get(name))
 
 
 @pytest.mark.parametrize("size", [1, 16])
 def test_each_step_is_the_least_squares_of_what_is_kept(size: int) -> None:
     """To 1e-10 before weights are rounded to float32."""
-    from anyfit.importance.base import _Solved
-
     weight, moments = layer(32, 256)
     order = OBS.order(weight, moments, size)
     columns = columns_of(order, size)
@@ -94,8 +77,6 @@ def test_each_step_is_the_least_squares_of_what_is_kept(size: int) -> None:
 
 def test_scores_kept_up_to_date_equal_those_of_the_matrices_themselves() -> None:
     """Structures that are removed together, 64 columns at a time, are the same as one at a time."""
-    from anyfit.importance.obs import _costs, _diagonal, _remove_some
-
     weight, moments = layer(32, 128)
     inverse, gram = torch.linalg.inv(damped(moments)), weight.double().T @ weight.double()
     chosen, together_inverse, together_gram = _remove_some(inverse, gram, 1, 64)
@@ -130,16 +111,6 @@ def test_methods_come_in_the_order_of_what_they_know() -> None:
     errors = {name: importances.get(name).ladder(weight, moments, 1, [128]).errors[128] for name in importances}
     assert errors["obs"] < min(errors["magnitude_repaired"], errors["wanda_repaired"])
     assert max(errors["magnitude_repaired"], errors["wanda_repaired"]) < errors["wanda"] < errors["magnitude"]
-
-
-@pytest.mark.parametrize("name", importances)
-def test_no_structure_is_preferred_for_its_place(name: str) -> None:
-    weight, moments = layer(12, 60)
-    permutation = torch.randperm(60 // 3, generator=torch.Generator().manual_seed(1))
-    columns = columns_of(permutation, 3)
-    order = importances.get(name).order(weight, moments, 3)
-    moved = importances.get(name).order(weight[:, columns].contiguous(), moments[columns][:, columns].contiguous(), 3)
-    assert permutation[moved].tolist() == order.tolist()
 
 
 def test_what_was_never_active_goes_first_and_stays_as_it_is_where_it_is_kept() -> None:
