@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from anyfit.core.errors import ModelError
 from anyfit.core.units import Weight
+from anyfit.modeling_cut import Layout, is_removed
 
 Inputs = tuple[tuple[str, dict[str, str]], ...]
 """Groups of matrices that read the same input: the group's name and its {role: path below the block}."""
@@ -44,6 +45,8 @@ class Architecture:
     """Found by looking at the modules rather than known: told to the user."""
     note: str = ""
     """What the user should hear about this description; empty for a kind that is known."""
+    layout: Layout | None = None
+    """Where heads and channels are in the matrices of a block, by their roles; None where that isn't known."""
 
     def groups(self, index: int) -> Inputs:
         """The groups of block `index`."""
@@ -56,7 +59,8 @@ class Architecture:
         return len(blocks)
 
     def weights(self, model: PreTrainedModel) -> Iterator[Weight]:
-        """Every matrix that is decided, once, in the order of the network. The model may be on meta.
+        """Every matrix that is decided, once, in the order of the network; of a cut network those that it still has. The model may be on
+        meta.
 
         Names are those of the class's parameters, which is how `state_dict` and `from_pretrained` speak; a few
         kinds are saved under other names (GPT-NeoX's `lm_head` as `embed_out`), which transformers translates.
@@ -93,7 +97,8 @@ class Architecture:
             prefix = self.block.format(i=index)
             for group, paths in self.groups(index):
                 for role, path in paths.items():
-                    yield f"{prefix}.{path}", role, f"{prefix}.{group}", index
+                    if not is_removed(model.get_submodule(prefix), path):
+                        yield f"{prefix}.{path}", role, f"{prefix}.{group}", index
         yield from self._outside(model, self.after)
         if self.head is not None:
             yield self.head, "head", "head", None

@@ -5,6 +5,7 @@ The rows of `c_attn`, as (outputs, inputs), are all of q, then all of k, then al
 """
 
 from anyfit.architectures.base import Architecture
+from anyfit.modeling_cut import Layout
 
 GPT2 = Architecture(
     name="gpt2",
@@ -17,4 +18,5 @@ GPT2 = Architecture(
     ),
     embedding="transformer.wte",
     head="lm_head",
+    layout=Layout("attn", "mlp", counts={"num_heads": "heads", "split_size": "width", "embed_dim": "width"}, channels="n_inner"),
 )

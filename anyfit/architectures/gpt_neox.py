@@ -4,6 +4,7 @@ The feed-forward reads a norm of its own even where it runs in parallel with the
 """
 
 from anyfit.architectures.base import Architecture
+from anyfit.modeling_cut import Layout
 
 GPT_NEOX = Architecture(
     name="gpt_neox",
@@ -16,4 +17,5 @@ GPT_NEOX = Architecture(
     ),
     embedding="gpt_neox.embed_in",
     head="lm_head",
+    layout=Layout("attention", "mlp", by_group=True, head_dim="head_size"),
 )

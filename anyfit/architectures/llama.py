@@ -1,6 +1,7 @@
 """Llama 1 to 3 and the many networks of its shape."""
 
 from anyfit.architectures.base import Architecture, Inputs
+from anyfit.modeling_cut import Layout
 
 GATED: Inputs = (
     ("attention", {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}),
@@ -10,4 +11,11 @@ GATED: Inputs = (
 )
 """Separate q, k, v and a gated feed-forward: the shape that most of today's networks share."""
 
-LLAMA = Architecture(name="llama", block="model.layers.{i}", inputs=GATED, embedding="model.embed_tokens", head="lm_head")
+LLAMA = Architecture(
+    name="llama",
+    block="model.layers.{i}",
+    inputs=GATED,
+    embedding="model.embed_tokens",
+    head="lm_head",
+    layout=Layout("self_attn", "mlp"),
+)

@@ -5,6 +5,7 @@ narrows the last hidden state for the tied head. The learned positions are kept 
 """
 
 from anyfit.architectures.base import Architecture
+from anyfit.modeling_cut import Layout
 
 OPT = Architecture(
     name="opt",
@@ -19,4 +20,5 @@ OPT = Architecture(
     head="lm_head",
     before={"project_in": "model.decoder.project_in"},
     after={"project_out": "model.decoder.project_out"},
+    layout=Layout("self_attn", None, counts={"num_heads": "heads"}, channels="ffn_dim"),
 )

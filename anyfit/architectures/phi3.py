@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from anyfit.architectures.llama import LLAMA
+from anyfit.modeling_cut import Layout
 
 PHI3 = replace(
     LLAMA,
@@ -13,4 +14,5 @@ PHI3 = replace(
         ("feed_forward", {"gate_up": "mlp.gate_up_proj"}),
         ("feed_forward_output", {"down": "mlp.down_proj"}),
     ),
+    layout=Layout("self_attn", "mlp", counts={"num_key_value_heads": "groups"}, reads_config=True),
 )

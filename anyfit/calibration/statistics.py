@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DAMPING = 0.05
+"""Part of the mean diagonal that is added to second moments before they are inverted."""
+
 
 @dataclass(frozen=True)
 class InputStatistics:

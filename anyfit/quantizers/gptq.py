@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from anyfit.calibration.statistics import InputStatistics
+from anyfit.calibration.statistics import DAMPING, InputStatistics
 from anyfit.devices import CPU
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join
 from anyfit.formats.choose import Levels
@@ -44,7 +44,6 @@ from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 from anyfit.quantizers.gptq_span import LANES, VECTOR_ROWS, Grid, Order, Rows, round_lanes, round_rows
 from anyfit.quantizers.rtn import encode_nearest
 
-DAMPING = 0.05
 _COLUMNS_AT_ONCE = 512
 _ROUNDED_TOGETHER = 64
 """Columns of a span, before their errors are pushed onto the rest of it by a matrix product."""

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from anyfit.architectures import architecture_of
+from anyfit.architectures.coverage import passthrough
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.errors import UnknownNameError
@@ -24,6 +27,7 @@ from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.elastic.extracted import Extracted
 from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
+from anyfit.structure.cutting import MODULE, plain_changes, uneven_changes
 from anyfit.targets import compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.compressed_tensors import DTYPES, Place
@@ -84,7 +88,9 @@ class Transformers(Target):
         num_fixed = len(source.passthrough)
         size = _write_weights(path, parts, [*(part.bytes_ for part in parts[:num_fixed]), *_largest(space.decisions)])
         quantization = compressed_tensors.quantization_config(model, chosen)
-        _write_rest(path, source, quantization, _loading_dtype(parts, quantization))
+        _write_rest(
+            path, source, {} if quantization is None else {"quantization_config": quantization}, _loading_dtype(parts, quantization)
+        )
         return size
 
     def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
@@ -119,7 +125,29 @@ def write_dense(path: Path, source: Source, weights: Mapping[str, Tensor], dtype
     parts += [_Part.cast(name, model.get_parameter(name).shape, weights, dtype) for name in weights]
     path.mkdir()
     size = _write_weights(path, parts, [part.bytes_ for part in parts])
-    _write_rest(path, source, None, dtype)
+    _write_rest(path, source, {}, dtype)
+    return size
+
+
+def write_cut(path: Path, source: Source, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> int:
+    """Write the folder of a network that `structure.cutting.cut` made smaller to `path`, which doesn't exist yet; returns its weight
+    files' bytes.
+
+    `source`: the whole network's, of which the tokenizer and the rest are copied. Everything is cast to `dtype`. Where the network's
+    own class can build one of these sizes the folder is an ordinary one. Otherwise its config has `per_layer_config`, and a file of
+    Python beside the weights, which is run where the reader passes `trust_remote_code=True`; without it, transformers refuses.
+    """
+    architecture = architecture_of(model)
+    changes, code = plain_changes(model, architecture, source.config), None
+    if changes is None:
+        changes, code = uneven_changes(model, architecture)
+    kept, _ = passthrough(model, ())
+    parts = [_Part.cast(name, tensor.shape, kept, dtype) for name, tensor in kept.items()]
+    path.mkdir()
+    size = _write_weights(path, parts, [part.bytes_ for part in parts])
+    _write_rest(path, source, changes, dtype)
+    if code is not None:
+        (path / f"{MODULE}.py").write_text(code, encoding="utf-8")
     return size
 
 
@@ -164,16 +192,15 @@ def _write_weights(folder: Path, parts: Sequence[_Part], planned: Sequence[int])
     return size
 
 
-def _write_rest(folder: Path, source: Source, quantization: Mapping[str, Any] | None, dtype: torch.dtype) -> None:
-    """config.json, and copies of tokenizer, chat template and whatever else travels with the model."""
+def _write_rest(folder: Path, source: Source, changes: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """config.json with these `changes`, and copies of tokenizer, chat template and whatever else travels with the model."""
     for file in sorted(source.folder.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
     settings = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     settings.pop("torch_dtype", None)
     settings["dtype"] = str(dtype).removeprefix("torch.")
-    if quantization is not None:
-        settings["quantization_config"] = quantization
+    settings |= changes
     (folder / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -9,9 +9,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import passthrough, uncovered
 from anyfit.core.units import Weight
+from anyfit.modeling_cut import Sizes
+from anyfit.structure.cutting import Kept, cut, sizes
 
 
 def check_each_weight_is_owned_once(architecture: Architecture, model: PreTrainedModel) -> None:
@@ -103,6 +106,52 @@ def check_meta_gives_the_same(architecture: Architecture, model: PreTrainedModel
     assert passthrough(skeleton, architecture.weights(skeleton))[1] == passthrough(model, architecture.weights(model))[1], "ties differ"
 
 
+def check_cut_is_the_original_with_zeros(architecture: Architecture, model: PreTrainedModel) -> None:
+    """Cut in any way, the network gives what it gives with zeros in the removed columns, and writes the same text with its cache.
+
+    Nothing to check where nobody said where heads and channels are.
+    """
+    if architecture.layout is None:
+        return
+    tokens, generator = _tokens(model), torch.Generator().manual_seed(1)
+    whole = sizes(model, architecture)
+    for removed in (None, "groups", "channels"):  # in the first block, of which transformers asks how far the cache is
+        kept = [Kept(_some(own.groups, generator), _some(own.channels, generator)) for own in whole]
+        if removed is not None:
+            kept[0] = replace(kept[0], **{removed: torch.arange(0)})
+        smaller, zeroed = cut(copy.deepcopy(model), architecture, kept), copy.deepcopy(model)
+        _zero(zeroed, architecture, kept, whole)
+        found = [(own.groups, own.channels) for own in sizes(smaller, architecture)]
+        wanted = [(len(own.groups), len(own.channels)) for own in kept if own.groups is not None and own.channels is not None]
+        assert found == wanted, f"sizes {found} where {wanted} were kept"
+        with torch.no_grad():
+            difference = (smaller(tokens).logits - zeroed(tokens).logits).abs().max()
+        assert difference <= 1e-5, f"{difference} from the network with zeros; removed from the first block: {removed}"
+        asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        slowly = smaller.generate(tokens, use_cache=False, **asked)
+        for implementation in ("dynamic", "static"):
+            quickly = smaller.generate(tokens, cache_implementation=implementation, disable_compile=True, **asked)
+            assert torch.equal(quickly, slowly), f"a {implementation} cache changes the text; removed from the first block: {removed}"
+
+
+def _some(number: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(number, generator=generator)[: (number + 1) // 2].sort().values
+
+
+def _zero(model: PreTrainedModel, architecture: Architecture, kept: Sequence[Kept], whole: Sequence[Sizes]) -> None:
+    """Put zeros where `cut` removes columns of the output projections."""
+    for weight in architecture.weights(model):
+        if weight.block is None or weight.role not in ("o", "down"):
+            continue
+        of_groups, own = weight.role == "o", whole[weight.block]
+        stay = kept[weight.block].groups if of_groups else kept[weight.block].channels
+        assert stay is not None
+        mask = torch.zeros(own.groups if of_groups else own.channels, dtype=torch.bool)
+        mask[stay] = True
+        columns = mask.repeat_interleave(weight.shape[1] // len(mask))
+        _matrix(model.get_parameter(weight.name).data, weight)[:, ~columns] = 0
+
+
 CHECKS: tuple[Callable[[Architecture, PreTrainedModel], None], ...] = (
     check_each_weight_is_owned_once,
     check_shapes_are_of_the_product,
@@ -110,6 +159,7 @@ CHECKS: tuple[Callable[[Architecture, PreTrainedModel], None], ...] = (
     check_order_is_of_execution,
     check_rebuilt_is_the_original,
     check_meta_gives_the_same,
+    check_cut_is_the_original_with_zeros,
 )
 
 

@@ -1,0 +1,120 @@
+"""The contract of an importance: it orders the structures of one matrix, and says what is left when few of them are kept.
+
+A structure is a run of columns of a matrix that reads it: the heads around one key and value head in the attention's output
+projection, one channel or several in the feed-forward's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyfit.calibration.statistics import DAMPING
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """`order` (structures,) int64: the structure removed last comes first, so that every kept set is the beginning of it.
+
+    `weights` {number of kept structures: (outputs, inputs) float32}: columns in the matrix's own order, removed ones exactly zero.
+    `errors` {number of kept structures: expected squared error of all outputs}, tr(D M Dᵀ) with D what the weights lost and M the
+    mean of x xᵀ over the calibration inputs; 0 where all are kept.
+    """
+
+    order: Tensor
+    weights: dict[int, Tensor]
+    errors: dict[int, float]
+
+
+class Importance(ABC):
+    """Stateless. `repairs`: the columns that are kept make good, by least squares, what the removed ones gave."""
+
+    name: str
+    repairs: bool
+
+    @abstractmethod
+    def order(self, weight: Tensor, moments: Tensor, size: int) -> Tensor:
+        """(structures,) int64, see `Ladder.order`. The arguments are those of `ladder`, and aren't changed. Deterministic: of equals
+        the first is kept."""
+
+    def ladder(self, weight: Tensor, moments: Tensor, size: int, kept: Iterable[int]) -> Ladder:
+        """The order of the structures and the weights for each of these numbers of kept ones, 0 allowed.
+
+        `weight` (outputs, inputs) float32: the matrix that reads the structures. `moments` (inputs, inputs): mean of x xᵀ, symmetric.
+        `size`: columns of a structure, which lie side by side.
+        """
+        structures = _num_structures(weight, moments, size)
+        order = self.order(weight, moments, size)
+        assert order.sort().values.tolist() == list(range(structures)), "an order names every structure once"
+        columns = (order[:, None] * size + torch.arange(size)).flatten()
+        solved = _Solved.of(weight, moments, columns) if self.repairs else None
+        weights: dict[int, Tensor] = {}
+        errors: dict[int, float] = {}
+        for number in sorted(set(kept)):
+            assert 0 <= number <= structures, f"{number} of {structures} structures"
+            remaining = weight.clone()
+            if number < structures:
+                stay, removed = columns[: number * size], columns[number * size :]
+                remaining[:, removed] = 0
+                if solved is not None:
+                    remaining[:, stay] = solved.keeping(len(stay)).float()
+            weights[number], errors[number] = remaining, squared_error(weight - remaining, moments)
+        return Ladder(order, weights, errors)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """The least squares of every beginning of an order at once: of the factor L of the damped moments in that order, the upper left
+    corner is the factor of the kept ones' moments. `forward` (inputs, outputs): L⁻¹ H Wᵀ. Float64."""
+
+    lower: Tensor
+    forward: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, moments: Tensor, columns: Tensor) -> _Solved:
+        lower = torch.linalg.cholesky(damped(moments)[columns][:, columns])
+        # H Wᵀ = L Lᵀ Wᵀ, so that the forward substitution has nothing to solve.
+        return cls(lower, lower.T @ weight.double().T[columns])
+
+    def keeping(self, number: int) -> Tensor:
+        """(outputs, number): the W' that is least in tr((W - W') H (W - W')ᵀ), with the first `number` columns alone."""
+        corner = self.lower[:number, :number]
+        return torch.linalg.solve_triangular(corner.T, self.forward[:number], upper=True).T
+
+
+def damped(moments: Tensor) -> Tensor:
+    """H = M + d I, float64 and positive definite: d starts at `DAMPING` of the mean diagonal of the columns that were ever active, and
+    doubles until H has a Cholesky factor."""
+    matrix = moments.double()
+    diagonal = matrix.diagonal()
+    active = diagonal[diagonal != 0]
+    damping = DAMPING * (float(active.mean()) if len(active) else 1.0)
+    while True:
+        found = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+        _, failed = torch.linalg.cholesky_ex(found)
+        if not failed:
+            return found
+        damping *= 2
+        assert damping < float("inf"), "no damping makes the second moments positive definite: they are not finite"
+
+
+def squared_error(difference: Tensor, moments: Tensor) -> float:
+    """tr(D M Dᵀ): expected squared error of all outputs when the weights are off by D (outputs, inputs)."""
+    difference = difference.double()
+    return max(0.0, float(((difference @ moments.double()) * difference).sum()))
+
+
+def by_score(scores: Tensor) -> Tensor:
+    """Structures by falling score; of equals the first comes first."""
+    return scores.argsort(descending=True, stable=True)
+
+
+def _num_structures(weight: Tensor, moments: Tensor, size: int) -> int:
+    columns = weight.shape[1]
+    assert moments.shape == (columns, columns), (weight.shape, moments.shape)
+    assert columns % size == 0, f"{columns} columns in structures of {size}"
+    return columns // size

@@ -1,0 +1,172 @@
+"""Structures by how far the network's later states and its predictions move without them: no training, no gradients.
+
+Paper: "The Need for Speed: Pruning Transformers with One Recipe" (OPTIN), arXiv 2403.17921, section 3. Structure u of block i is set to
+zero and the network run on from there. With f the outputs of a block, normalised token by token, the manifold loss of the block is
+‖f fᵀ - f' f'ᵀ‖²; the importance is its sum over the blocks after i (for the last block, its own) and a weighted KL divergence of
+the predictions at temperature 4.
+
+Differences from the paper, and why:
+
+* One weight serves all structures: it makes the sum of the divergences a tenth of the sum of the manifold losses. The authors' code
+  takes a power of ten anew for each structure, from those scored before it, so that scores depend on the order.
+* Their code multiplies scores by a factor of the structure's index, which favours low ones. Not here: no structure is preferred
+  for its place.
+* A structure is a whole KV group, or some channels that lie side by side, and several are run as one batch.
+* Their factor of one half for all heads is left out: heads and channels are ordered separately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from anyfit.architectures.base import Architecture
+from anyfit.progress import Progress
+from anyfit.structure.cutting import sizes
+
+SAMPLED_TOKENS = 768
+TEMPERATURE = 4.0
+MANIFOLD_SHARE = 10
+"""Times the divergences' sum that the manifold losses' sum is."""
+LAST_BLOCK = 0.5
+"""Factor of the last block's scores, which see no later block."""
+_TOKENS_TOGETHER = 4096
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Importance of the structures of one block, float64, comparable between the blocks of a network: `groups` (KV groups,), `channels`
+    (channels / those taken together,)."""
+
+    groups: Tensor
+    channels: Tensor
+
+
+@torch.no_grad()
+def trajectories(
+    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, *, channels_together: int, progress: Progress
+) -> list[Trajectory]:
+    """Of every block. `tokens` (segments, length) int64. The model is in memory, whole, in evaluation mode, and isn't changed.
+
+    Takes one run of the rest of the network for each structure. Raises `ModelError` where anyfit doesn't know where heads and channels
+    are.
+    """
+    network = _Network(model, architecture, tokens)
+    found: list[tuple[Tensor, Tensor]] = []
+    with progress.stage("importance", 2 * len(network.blocks)) as stage:
+        for index, own in enumerate(sizes(model, architecture)):
+            assert own.channels % channels_together == 0, (own, channels_together)
+            for role, number in (("o", own.groups), ("down", own.channels // channels_together)):
+                found.append(network.losses(index, role, number))
+                stage.advance(detail=f"block {index}")
+    manifold, divergence = (float(torch.cat(parts).sum()) for parts in zip(*found, strict=True))
+    factor = manifold / (MANIFOLD_SHARE * divergence) if divergence else 0.0
+    scores = [own + factor * other for own, other in found]
+    scores[-2:] = [LAST_BLOCK * own for own in scores[-2:]]
+    return [Trajectory(*pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
+
+
+class _Network:
+    """The intact network's states, and how far others are from them."""
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, tokens: Tensor) -> None:
+        self.model, self.architecture, self.tokens = model, architecture, tokens.to(model.device)
+        self.blocks = [model.get_submodule(architecture.block.format(i=i)) for i in range(architecture.num_blocks(model))]
+        number = tokens.numel()
+        order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+        self.sampled = order[:SAMPLED_TOKENS].sort().values.to(model.device)
+        self.inputs: list[Tensor] = []
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.callback(block.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
+            outputs, logits = self._run(0, 1)
+        self.grams = [self._grams(output, 1) for output in outputs]
+        self.predictions = _at_temperature(logits)
+
+    def losses(self, index: int, role: str, number: int) -> tuple[Tensor, Tensor]:
+        """(manifold losses, divergences) without each of the `number` structures that the output projection `role` of a block reads."""
+        if not number:
+            return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+        together = max(1, _TOKENS_TOGETHER // self.tokens.numel())
+        parts = [self._without(index, role, number, some) for some in torch.arange(number).split(together)]
+        manifold, divergence = zip(*parts, strict=True)
+        return torch.cat(manifold), torch.cat(divergence)
+
+    def _without(self, index: int, role: str, number: int, removed: Tensor) -> tuple[Tensor, Tensor]:
+        path = next(paths[role] for _, paths in self.architecture.groups(index) if role in paths)
+        kept = torch.ones(len(removed), number, device=self.model.device)
+        kept[torch.arange(len(removed)), removed] = 0
+
+        def remove(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0].unflatten(0, (len(removed), -1))
+            mask = kept.repeat_interleave(x.shape[-1] // number, dim=1)
+            return ((x * mask.view(len(removed), *[1] * (x.ndim - 2), -1)).flatten(0, 1),)
+
+        with ExitStack() as hooks:
+            hooks.callback(self.blocks[index].get_submodule(path).register_forward_pre_hook(remove).remove)
+            outputs, logits = self._run(index, len(removed))
+        first = min(index + 1, len(self.blocks) - 1)
+        manifold = torch.zeros(len(removed), dtype=torch.float64)
+        for intact, output in zip(self.grams[first:], outputs[first - index :], strict=True):
+            manifold += (self._grams(output, len(removed)) - intact).square().sum((1, 2), dtype=torch.float64).cpu()
+        predictions = _at_temperature(logits).unflatten(0, (len(removed), -1))
+        divergence = (self.predictions.exp() * (self.predictions - predictions)).sum(-1, dtype=torch.float64)
+        return manifold, TEMPERATURE**2 * divergence.flatten(1).mean(1).clamp_min(0).cpu()
+
+    def _run(self, first: int, copies: int) -> tuple[list[Tensor], Tensor]:
+        """The outputs of the blocks from the `first` on, and the logits, of so many copies of the text side by side."""
+        outputs: list[Tensor] = []
+
+        def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden = self.inputs[first].repeat(copies, 1, 1)
+            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            outputs.append(output)
+
+        with ExitStack() as hooks:
+            for block in self.blocks[:first]:
+                hooks.enter_context(_passing(block))
+            for block in self.blocks[first:]:
+                hooks.callback(block.register_forward_hook(keep).remove)
+            if first < len(self.inputs):
+                hooks.callback(self.blocks[first].register_forward_pre_hook(start, with_kwargs=True).remove)
+            logits = self.model(input_ids=self.tokens.repeat(copies, 1), use_cache=False).logits
+        return outputs, logits
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    def _grams(self, output: Tensor, copies: int) -> Tensor:
+        """(copies, tokens, tokens): cosines between the sampled tokens' states."""
+        states = output.flatten(0, 1).unflatten(0, (copies, -1))[:, self.sampled]
+        states = functional.normalize(states.float(), dim=-1)
+        return states @ states.mT
+
+
+@contextmanager
+def _passing(block: nn.Module) -> Iterator[None]:
+    """While this lasts the block hands on what it gets."""
+    forward = block.forward
+
+    def hand_on(*args: Any, **kwargs: Any) -> Tensor:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        return hidden
+
+    block.forward = hand_on  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        block.forward = forward  # type: ignore[method-assign]
+
+
+def _at_temperature(logits: Tensor) -> Tensor:
+    """Logarithms of the predictions."""
+    return (logits.float() / TEMPERATURE).log_softmax(-1)

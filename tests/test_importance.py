@@ -1,0 +1,166 @@
+"""Orders and ladders against computations that share nothing with them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyfit.importance import importances
+from anyfit.importance.base import Importance, _Solved, damped
+from anyfit.importance.obs import _costs, _diagonal, _remove_some
+from anyfit.importance.sparsity import keep_global, keep_of_group, keep_uniform
+from anyfit.importance.wanda import weight_scores
+from anyfit.testing.importance import check_importance
+
+OBS: Importance = importances.get("obs")
+
+
+def layer(outputs: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A random matrix, and the second moments of correlated inputs that a ReLU gave."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=generator) + 2 * torch.randn(inputs, 8, generator=generator) @ torch.randn(
+        8, inputs, generator=generator
+    ).div(8)
+    x = (torch.randn(4 * inputs, inputs, generator=generator) @ mixing).relu()
+    return torch.randn(outputs, inputs, generator=generator), x.T @ x / len(x)
+
+
+def least_squares(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
+    """The float64 minimiser of tr((W - W') H (W - W')ᵀ) among the matrices with these columns alone."""
+    solved = torch.zeros_like(weight, dtype=torch.float64)
+    solved[:, columns] = torch.linalg.solve(hessian[columns][:, columns], hessian[columns] @ weight.double().T).T
+    return solved
+
+
+def columns_of(structures: Tensor, size: int) -> Tensor:
+    return torch.cat([torch.arange(size * index, size * (index + 1)) for index in structures.tolist()] or [torch.arange(0)])
+
+
+def greedy(weight: Tensor, hessian: Tensor, size: int) -> list[int]:
+    """By definition: remove the structure without which the best matrix is nearest, again and again."""
+    active, removed = list(range(weight.shape[1] // size)), []
+    while active:
+        errors = []
+        for candidate in active:
+            columns = columns_of(torch.tensor([index for index in active if index != candidate], dtype=torch.int64), size)
+            lost = weight.double() - least_squares(weight, hessian, columns)
+            errors.append(float(((lost @ hessian) * lost).sum()))
+        removed.append(active.pop(errors.index(min(errors))))
+    return removed[::-1]
+
+
+@pytest.mark.parametrize(("inputs", "size"), [(24, 1), (24, 4), (80, 8)])
+def test_obs_removes_what_costs_least_by_definition(inputs: int, size: int) -> None:
+    weight, moments = layer(10, inputs)
+    assert OBS.order(weight, moments, size).tolist() == greedy(weight, damped(moments), size)
+
+
+@pytest.mark.parametrize("name", importances)
+def test_conformance(name: str) -> None:
+    check_importance(importances.get(name))
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_each_step_is_the_least_squares_of_what_is_kept(size: int) -> None:
+    """To 1e-10 before weights are rounded to float32."""
+    weight, moments = layer(32, 256)
+    order = OBS.order(weight, moments, size)
+    columns = columns_of(order, size)
+    solved = _Solved.of(weight, moments, columns)
+    for kept in (1, len(order) // 3, len(order) - 1):
+        expected = least_squares(weight, damped(moments), columns[: kept * size])[:, columns[: kept * size]]
+        assert (solved.keeping(kept * size) - expected).abs().max() < 1e-10
+
+
+def test_scores_kept_up_to_date_equal_those_of_the_matrices_themselves() -> None:
+    """Structures that are removed together, 64 columns at a time, are the same as one at a time."""
+    weight, moments = layer(32, 128)
+    inverse, gram = torch.linalg.inv(damped(moments)), weight.double().T @ weight.double()
+    chosen, together_inverse, together_gram = _remove_some(inverse, gram, 1, 64)
+    active = torch.arange(128)
+    for index in chosen.tolist():
+        assert int(active[_costs(_diagonal(inverse, 1), _diagonal(gram, 1)).argmin()]) == index
+        one, inverse, gram = _remove_some(inverse, gram, 1, 1)
+        active = active[active != active[one]]
+    assert torch.allclose(inverse, together_inverse, atol=1e-10) and torch.allclose(gram, together_gram, atol=1e-10)
+
+
+def test_of_near_duplicates_one_stays() -> None:
+    """ZipLM's case against scoring once: 32 pairs, 32 removed, and no pair may lose both."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 32, generator=generator).repeat_interleave(2, dim=1)
+    x += 0.003 * torch.randn(x.shape, generator=generator)
+    weight = torch.randn(48, 64, generator=generator)
+    moments = x.T @ x / len(x)
+    total = float(((weight @ moments) * weight).sum())
+
+    def lost(name: str) -> tuple[int, float]:
+        found = importances.get(name).ladder(weight, moments, 1, [32])
+        return 32 - len({index // 2 for index in found.order[:32].tolist()}), found.errors[32] / total
+
+    assert lost("obs")[0] == 0 and lost("obs")[1] < 0.002
+    assert lost("magnitude")[0] > 5 and lost("wanda_repaired")[0] > 5
+    assert lost("wanda_repaired")[1] > 20 * lost("obs")[1]
+
+
+def test_methods_come_in_the_order_of_what_they_know() -> None:
+    weight, moments = layer(128, 256)
+    errors = {name: importances.get(name).ladder(weight, moments, 1, [128]).errors[128] for name in importances}
+    assert errors["obs"] < min(errors["magnitude_repaired"], errors["wanda_repaired"])
+    assert max(errors["magnitude_repaired"], errors["wanda_repaired"]) < errors["wanda"] < errors["magnitude"]
+
+
+def test_what_was_never_active_goes_first_and_stays_as_it_is_where_it_is_kept() -> None:
+    weight, moments = layer(8, 40)
+    dead = [3, 17, 39]
+    moments[dead] = 0
+    moments[:, dead] = 0
+    weight[:, 17] *= 1000
+    found = OBS.ladder(weight, moments, 1, [39, 37, 20])
+    assert set(found.order[-3:].tolist()) == set(dead) and found.errors[39] == found.errors[37] == 0
+    stayed = found.order[37:39].tolist()
+    assert torch.allclose(found.weights[39][:, stayed], weight[:, stayed])
+    nothing = OBS.ladder(weight, torch.zeros(40, 40), 1, [20, 0])
+    assert nothing.errors == {20: 0.0, 0: 0.0}
+
+
+def test_singular_moments_are_damped_until_they_can_be_factorised() -> None:
+    weight, _ = layer(8, 40)
+    x = torch.ones(40) * 3
+    found = OBS.ladder(weight, torch.outer(x, x), 1, [1])
+    total = float((weight @ x).square().sum())
+    assert 0 < found.errors[1] < 0.01 * total
+
+
+def test_masks_have_exactly_the_density() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {"a": torch.rand(37, 64, generator=generator), "b": torch.rand(11, 256, generator=generator) * 0.1}
+    masks = keep_global(scores, 0.3)
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.3 * (37 * 64 + 11 * 256))
+    lowest = min(float(scores[name][mask].min()) for name, mask in masks.items() if mask.any())
+    assert lowest >= max(float(scores[name][~mask].max()) for name, mask in masks.items())
+    floored = keep_global(scores, 0.3, floor=0.2)
+    assert sum(int(mask.sum()) for mask in floored.values()) == round(0.3 * (37 * 64 + 11 * 256))
+    assert int(floored["b"].sum()) == round(0.2 * 11 * 256) > int(masks["b"].sum())
+    uniform = keep_uniform(scores["a"], 0.3)
+    assert (uniform.sum(1) == round(0.3 * 64)).all()
+
+
+def test_equal_scores_are_kept_in_order_and_exactly() -> None:
+    masks = keep_global({"a": torch.ones(3, 8), "b": torch.ones(2, 8)}, 0.5, floor=0.25)
+    assert int(masks["a"].sum()) + int(masks["b"].sum()) == 20 and int(masks["b"].sum()) == 4
+    assert masks["b"].flatten().tolist() == [True] * 4 + [False] * 12
+    assert keep_of_group(torch.ones(1, 8), 1, 4).tolist() == [[True, False, False, False] * 2]
+
+
+def test_patterns_keep_the_best_of_each_group() -> None:
+    weight, moments = layer(6, 32)
+    scores = weight_scores(weight, moments)
+    assert torch.allclose(scores, weight.double().abs() * moments.diagonal().double().sqrt())
+    mask = keep_of_group(scores, 1, 4)
+    for row, group in itertools.product(range(6), range(8)):
+        own = slice(4 * group, 4 * group + 4)
+        assert mask[row, own].sum() == 1 and scores[row, own][mask[row, own]].item() == scores[row, own].max()

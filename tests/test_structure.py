@@ -1,0 +1,176 @@
+"""Cut networks: what is refused, what is saved, and what another process reads back. That cutting is exact is in the conformance suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anyfit.architectures import architecture_of, architectures
+from anyfit.checkpoint import Checkpoint
+from anyfit.core.errors import ModelError
+from anyfit.modeling_cut import NoAttention
+from anyfit.structure.cutting import Kept, cut, sizes
+from anyfit.targets.transformers import write_cut
+from anyfit.testing.models import save_tiny, tiny_model
+
+NOTHING = torch.arange(0)
+TOKENS = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
+READ = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+folder, trust, out = sys.argv[1], sys.argv[2] == "trust", sys.argv[3]
+torch.set_num_threads(1)
+tokens = load_file(f"{out}/tokens.safetensors")["tokens"]
+model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True)
+asked = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+with torch.no_grad():
+    logits = model.eval()(tokens).logits
+written = {name: model.generate(tokens, use_cache=cache, **asked) for name, cache in (("quickly", True), ("slowly", False))}
+model.save_pretrained(f"{out}/again")
+again = AutoModelForCausalLM.from_pretrained(f"{out}/again", trust_remote_code=trust)
+with torch.no_grad():
+    assert torch.equal(again(tokens).logits, logits)
+save_file({"logits": logits, **written}, f"{out}/read.safetensors")
+json.dump({"class": type(model).__name__, "info": {k: sorted(map(str, v)) for k, v in info.items() if v}, "anyfit": "anyfit" in sys.modules,
+    "size": sum(p.numel() for p in model.parameters())}, open(f"{out}/read.json", "w"))
+"""
+
+
+def every(number: int, step: int) -> Tensor:
+    return torch.arange(0, number, step)
+
+
+def written(folder: Path, kind: str, kept: list[Kept], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Save a tiny network's folder, cut it, and write what is left to `folder / "cut"`."""
+    original = Checkpoint.open(save_tiny(folder / "whole", kind))
+    model = original.load()
+    architecture = architecture_of(model)
+    source = original.source(architecture.weights(model))
+    cut(model, architecture, kept)
+    size = write_cut(folder / "cut", source, model, dtype)
+    assert size == sum(file.stat().st_size for file in (folder / "cut").glob("*.safetensors"))
+    return model
+
+
+def read(folder: Path, *, trust: bool) -> tuple[dict[str, object], dict[str, Tensor]]:
+    save_file({"tokens": TOKENS}, folder / "tokens.safetensors")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", READ, str(folder / "cut"), "trust" if trust else "", str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stderr
+    assert "per-layer attribute" not in ran.stderr, ran.stderr
+    return json.loads((folder / "read.json").read_text()), load_file(folder / "read.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "opt"])
+def test_blocks_of_different_sizes_come_back_in_another_process(kind: str, tmp_path: Path) -> None:
+    channels = sizes(tiny_model(kind), architectures.get(kind))[0].channels
+    model = written(tmp_path, kind, [Kept(NOTHING, every(channels, 3)), Kept(torch.tensor([1]), NOTHING)])
+    report, found = read(tmp_path, trust=True)
+    assert report["class"] == f"Cut{type(model).__name__}" and not report["info"] and not report["anyfit"]
+    assert report["size"] == sum(parameter.numel() for parameter in model.parameters())
+    with torch.no_grad():
+        assert (model(TOKENS).logits - found["logits"]).abs().max() <= 1e-5
+    assert torch.equal(found["quickly"], found["slowly"])
+    config = json.loads((tmp_path / "cut/config.json").read_text())
+    assert config["per_layer_config"]["0"]["skip"] == ["attention"] and config["per_layer_config"]["1"]["skip"] == ["mlp"]
+    assert (tmp_path / "cut/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_blocks_of_one_size_are_an_ordinary_network(kind: str, tmp_path: Path) -> None:
+    model = written(tmp_path, kind, [Kept(torch.tensor([0]), every(512, 2)), Kept(torch.tensor([1]), every(512, 2))])
+    report, found = read(tmp_path, trust=False)
+    assert report["class"] == type(model).__name__ and not report["info"]
+    with torch.no_grad():
+        assert (model(TOKENS).logits - found["logits"]).abs().max() <= 1e-5
+    assert torch.equal(found["quickly"], found["slowly"])
+    assert not list((tmp_path / "cut").glob("*.py"))
+
+
+def test_what_its_class_cannot_say_is_written_block_by_block(tmp_path: Path) -> None:
+    """GPT-2's heads are as wide as the network over their number, so that fewer of them aren't the config's to say."""
+    written(tmp_path, "gpt2", [Kept(torch.tensor([0, 2])), Kept(torch.tensor([1, 3]))])
+    assert (tmp_path / "cut/modeling_cut.py").is_file()
+    again = Checkpoint.open(tmp_path / "cut", trust_remote_code=True).load()
+    assert [own.heads * own.groups for own in sizes(again, architectures.get("gpt2"))] == [2, 2]
+    with pytest.raises(ModelError, match="its own code"):
+        Checkpoint.open(tmp_path / "cut")
+
+
+def test_narrower_feed_forwards_alone_are_ordinary_for_all(tmp_path: Path) -> None:
+    written(tmp_path, "gpt2", [Kept(channels=every(512, 2)), Kept(channels=every(512, 2))], torch.bfloat16)
+    config = json.loads((tmp_path / "cut/config.json").read_text())
+    assert config["n_inner"] == 256 and config["dtype"] == "bfloat16" and "auto_map" not in config
+
+
+def test_cutting_again_goes_on_from_what_is_left() -> None:
+    model, once = tiny_model("llama", num_key_value_heads=4), tiny_model("llama", num_key_value_heads=4)
+    architecture = architecture_of(model)
+    cut(model, architecture, [Kept(torch.tensor([0, 2, 3]), every(512, 2)), Kept()])
+    cut(model, architecture, [Kept(torch.tensor([1, 2]), every(256, 2)), Kept(groups=NOTHING)])
+    cut(once, architecture, [Kept(torch.tensor([2, 3]), every(512, 4)), Kept(groups=NOTHING)])
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, once(TOKENS).logits)
+    assert model.config.to_dict() == once.config.to_dict()
+
+
+def test_a_cut_network_is_described_without_what_it_lost() -> None:
+    model = tiny_model("opt")
+    architecture = architecture_of(model)
+    names = [weight.name for weight in architecture.weights(model)]
+    cut(model, architecture, [Kept(NOTHING, NOTHING), Kept()])
+    left = [weight.name for weight in architecture.weights(model)]
+    assert set(names) - set(left) == {name for name in names if ".layers.0." in name}
+    assert "model.decoder.layers.0.self_attn.out_proj.bias" in model.state_dict(), "biases keep their names"
+
+
+def test_on_meta_only_shapes_are_cut() -> None:
+    with torch.device("meta"):
+        skeleton = type(tiny_model("llama"))(tiny_model("llama").config)
+    real, kept = tiny_model("llama"), [Kept(torch.tensor([1]), every(512, 5)), Kept(groups=NOTHING)]
+    for model in (skeleton, real):
+        cut(model, architecture_of(model), kept)
+    assert {n: p.shape for n, p in skeleton.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+def test_what_is_removed_costs_no_memory_for_its_numbers() -> None:
+    model = tiny_model("llama")
+    cut(model, architecture_of(model), [Kept(groups=NOTHING), Kept()])
+    attention = model.get_submodule("model.layers.0.self_attn")
+    assert isinstance(attention, NoAttention) and not list(attention.parameters())
+    hidden = torch.randn(2, 5, 256)
+    assert attention(hidden)[0].untyped_storage().nbytes() == 4, "zeros are one number, expanded"
+
+
+def test_an_unknown_kind_is_refused_with_its_name() -> None:
+    model = tiny_model("stablelm", num_key_value_heads=2, intermediate_size=512)
+    with pytest.raises(ModelError, match="'stablelm' can't be cut"):
+        cut(model, architecture_of(model), [Kept(), Kept()])
+
+
+@pytest.mark.parametrize("groups", [torch.tensor([1, 0]), torch.tensor([2]), torch.tensor([0.0])])
+def test_indices_must_be_of_the_block_and_rising(groups: Tensor) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(AssertionError):
+        cut(model, architecture_of(model), [Kept(groups=groups), Kept()])
+
+
+def test_modes_and_gradients_are_kept() -> None:
+    model = tiny_model("llama").train()
+    model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(False)
+    cut(model, architecture_of(model), [Kept(torch.tensor([0]), every(512, 2)), Kept(NOTHING)])
+    assert all(module.training for module in model.modules())
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["model.layers.0.mlp.up_proj.weight"]
+    assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
