@@ -148,7 +148,8 @@ def prepare(
         all_formats.get(name)
         if name not in runtime.formats:
             raise UserError(f"{target} doesn't load the format {name}.", remedy=f"It loads: {', '.join(runtime.formats)}.")
-    quantizers.get(method.quantizer)
+    if method.quantizer is not None:
+        quantizers.get(method.quantizer)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
     data = _data(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT

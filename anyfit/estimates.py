@@ -26,16 +26,16 @@ from anyfit.core.budget import BYTES, describe
 from anyfit.core.errors import UserError
 from anyfit.core.memory import Peak, release
 from anyfit.core.units import Weight
-from anyfit.encoding import NUMBERS_AT_ONCE
+from anyfit.encoding import NUMBERS_AT_ONCE, Encoding
 from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
-from anyfit.quantizers import quantizers
 from anyfit.quantizers.worker import Workers
 from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
+from anyfit.structuring import Structuring
 from anyfit.tasks.language import Reference, kept_bytes, measure
 from anyfit.training import MOST_BITS, trained
 from anyfit.tuning.refining import WINDOW, Settings
@@ -208,10 +208,27 @@ class _Rehearsal:
         return total + (_more_effort(run, tokens) + _training(run)) / each * reading
 
     def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:
+        """Seconds to make all variants."""
+        made = self.run.calibration_pass(self.store, self.stream, self.tokens)
+        if isinstance(made, Structuring):
+            return self._pruned(made, moments)
+        assert isinstance(made, Encoding)
+        return self._encoded(made, weights, moments)
+
+    def _pruned(self, pruning: Structuring, moments: dict[str, Moments]) -> float:
+        """Seconds to prune everything: the matrices of one block."""
+        spent = {}
+        with self.run.progress.stage(pruning.name, 0) as stage, pruning.encoder(stage) as encoder:
+            for key in list(moments):
+                weight = next((s.reader for s in pruning.structures.values() if s.reader.input == key), None)
+                if weight is not None:
+                    spent[weight.role] = _timed(partial(encoder.encode, [[weight]], {key: moments.pop(key)}))[1]
+        return sum(spent[structure.reader.role] for structure in pruning.structures.values())
+
+    def _encoded(self, encoding: Encoding, weights: list[Weight], moments: dict[str, Moments]) -> float:
         """Seconds to encode everything: the inputs of one block, and some rows on each of them in each format, as many at once as in
         the run; and of tables that are only looked up."""
-        run = self.run
-        encoding = run.calibration_pass(self.store, self.stream, self.tokens)
+        run, quantizer = self.run, encoding.quantizer
         costs: dict[tuple[int, bool, str], float] = {}
         preparing: dict[int, float] = {}
 

@@ -198,4 +198,3 @@ def refined(point: Point, quality: Mapping[str, Quality]) -> Point:
 def _measured(point: Point) -> float:
     assert point.search is not None
     return point.search.kl_mean
-

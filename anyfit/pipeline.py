@@ -37,14 +37,19 @@ from anyfit.family.journal import Journal
 from anyfit.family.manifest import NAME, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
 from anyfit.finalists import WORK, Finalists
+from anyfit.importance import importances
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
+from anyfit.quantizers.base import Quantizer
 from anyfit.recipes import recipes
 from anyfit.recipes.base import Nesting as NestingRecipe
 from anyfit.recipes.base import Training as TrainingRecipe
 from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
+from anyfit.structure.levels import Structure
+from anyfit.structure.space import structures
+from anyfit.structuring import Structuring
 from anyfit.targets import targets
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
@@ -86,10 +91,8 @@ class Fit:
         settings: Settings,
         progress: Progress,
         group: Group = ALONE,
-        latency: LatencyTable | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.latency = latency
         self.segments = segments
         self.settings = settings
         self.progress = progress
@@ -140,7 +143,7 @@ class Fit:
     @cached_property
     def space(self) -> Space:
         if self.structures:
-            return self.target.pruned_space(self.checkpoint, self.architecture, self.structures, self.settings.length, self.latency)
+            return self.target.cut_space(self.source, self.architecture, self.structures, self.settings.length, None)
         return self.target.space(self.source, self.weights, self.settings.formats)
 
     def stream(self, store: Store) -> Stream:
@@ -203,7 +206,7 @@ class Fit:
 
     def calibration_pass(self, store: Store, stream: Stream, tokens: Tensor) -> CalibrationPass:
         """What makes the variants of this run's space with these tokens, (segments, length)."""
-        if self.structures:
+        if self.recipe.pruning is not None:
             importance = importances.get(self.recipe.pruning)
             return Structuring(
                 stream, self.space, store, tokens, self.progress, self.group, self.structures, importance, self.checkpoint.dtype

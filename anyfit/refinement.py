@@ -18,7 +18,7 @@ from anyfit import devices
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.budget import Budget
-from anyfit.core.errors import FamilyError, ModelError, OutputError
+from anyfit.core.errors import FamilyError, ModelError, OutputError, UserError
 from anyfit.core.files import locked, sha256, write_json
 from anyfit.family.family import Family, with_points
 from anyfit.family.manifest import NAME, Point
@@ -67,6 +67,11 @@ def refine(
     "cpu", "cuda" or "auto". `family` is up to date afterwards.
     """
     progress, where = progress or Silent(), devices.device(device)
+    method = recipes.get(family.manifest.recipe).quantizer
+    if method is None:
+        raise UserError(
+            f"{family.path} was pruned by {family.manifest.recipe}, and refining is about formats.", remedy="Refine a family of formats."
+        )
     chosen = family.select_unrefined(budget)
     if chosen.refined:
         assert chosen.search is not None
@@ -78,11 +83,6 @@ def refine(
     text = family.text()
     references = {name: Reference.of(original, text[name]) for name in ("search", "report")}
     before = chosen.search or measure(stored, references["search"])
-    method = recipes.get(family.manifest.recipe).quantizer
-    if method is None:
-        raise UserError(
-            f"{family.path} was pruned by {family.manifest.recipe}, and refining is about formats.", remedy="Refine a family of formats."
-        )
     quantizer = quantizers.get(method)
     refinery = Refinery(
         original, architecture_of(original), quantizer, calibration=text["calibration"], held_out=references["search"], settings=settings

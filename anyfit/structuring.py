@@ -19,8 +19,9 @@ from anyfit.core.memory import release
 from anyfit.core.units import Weight
 from anyfit.encoding import CalibrationPass, Encoder, Matrices
 from anyfit.importance.base import Importance
+from anyfit.modeling_cut import spread
 from anyfit.progress import Stage
-from anyfit.structure.levels import Structure, columns_of, kept_of
+from anyfit.structure.levels import Structure, kept_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class _Pruner:
         ladder = run.importance.ladder(run.matrix(weight), hessian, structure.size, list(wanted.values()))
         tensors, errors = {}, {}
         for name, kept in wanted.items():
-            columns = columns_of(ladder.order[:kept], structure.size)
+            columns = spread(ladder.order[:kept], structure.size)
             tensors[name] = ladder.weights[kept][:, columns].to(run.dtype)
             errors[name] = ladder.errors[kept]
         run.store.write_levels(weight.name, tensors, errors, ladder.order)

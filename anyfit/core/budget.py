@@ -20,7 +20,9 @@ _UNITS = {
     for unit, size in units.items()
 }
 _PART = re.compile(
-    r"(?:(?P<cost>bytes|bits|ms|macs)\s*)?(?:<=|≤|=)?\s*(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(?P<unit>[A-Za-z%]*)", re.IGNORECASE
+    r"(?:(?P<cost>bytes|bits|ms|macs)\s*)?(?:<=|≤|=)?\s*"
+    r"(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(?P<unit>[A-Za-z%]*)",
+    re.IGNORECASE,
 )
 KNOWN_UNITS = (
     "B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024), bits (per weight), % (of the original's bytes), "
@@ -99,5 +101,7 @@ def _limit(part: str, whole: str, original: Mapping[str, float]) -> tuple[str, f
 def _of_original(cost: str, part: str, original: Mapping[str, float]) -> float:
     if cost not in original:
         what = {BYTES: "size", LATENCY: "latency", MACS: "number of multiply-adds"}[cost]
-        raise BudgetError(f"The budget {part!r} is relative to the original, whose {what} is not known here.", remedy="Give an absolute one.")
+        raise BudgetError(
+            f"The budget {part!r} is relative to the original, whose {what} is not known here.", remedy="Give an absolute one."
+        )
     return original[cost]

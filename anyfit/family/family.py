@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,24 @@ import torch
 from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
+from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source, read_config
 from anyfit.core.budget import BYTES, Budget
-from anyfit.core.config import Config
+from anyfit.core.config import FORMAT, Config
 from anyfit.core.errors import FamilyError, OutputError
 from anyfit.core.files import output_error, refuse_existing, written_aside
 from anyfit.core.space import Space
 from anyfit.elastic.extracted import Extracted
 from anyfit.family.manifest import NAME, Manifest, Original, Point
-from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store
+from anyfit.family.store import ORDER, PASSTHROUGH, SOURCE, TEXT, Decoder, Store
 from anyfit.progress import Progress, Silent
 from anyfit.report.card import model_card
 from anyfit.searchers.exact import Solver
+from anyfit.structure.cutting import cut
+from anyfit.structure.space import kept_structures, structures
 from anyfit.targets import targets
 from anyfit.targets.base import Check, Target, Variants
-from anyfit.targets.transformers import write_dense
+from anyfit.targets.transformers import write_cut, write_dense
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,18 @@ class Family:
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
         """An ordinary transformers model in float32, with the very values that an exported file holds."""
         config = budget if isinstance(budget, Config) else self.select(budget).config
-        return self.source.build(self._decoder(config).matrices(self.space, config))
+        model = self.source.build(self._decoder(config).matrices(self.space, config))
+        if self.pruned:
+            architecture = architecture_of(model)
+            found = structures(model, architecture, (weight for decision in self.space.decisions for weight in decision.unit.weights))
+            order = partial(self._store.variant, format_=ORDER)
+            cut(model, architecture, kept_structures(found, config, order, architecture.num_blocks(model)))
+        return model
+
+    @property
+    def pruned(self) -> bool:
+        """Whether its sizes differ in heads and channels, not in formats."""
+        return any(decision.axis != FORMAT for decision in self.space.decisions)
 
     def variants(self, config: Config) -> Variants:
         """The bytes of each matrix under a config: its own ones where it was refined."""
@@ -245,11 +259,16 @@ class Family:
         point = self.select(budget)
         with written_aside(path, force=force) as aside:
             with progress.stage("write", 1) as stage:
-                size = target.write(aside, self.source, self.space, point.config, self.variants(point.config))
+                model = self.extract(point.config) if self.pruned else None
+                if model is None:
+                    size = target.write(aside, self.source, self.space, point.config, self.variants(point.config))
+                    assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
+                else:
+                    size = target.write_cut(aside, self.source, model)
+                    assert size <= point.bytes_, f"predicted at most {point.bytes_} bytes, wrote {size}"
                 stage.advance()
-            assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
             assert budget.allows(self.space.costs(point.config)), (size, budget)
-            checks = self._check(target, aside, point, progress) if check else ()
+            checks = self._check(target, aside, point, model, progress) if check else ()
             with written_aside(card or aside / "README.md", force=force) as page:
                 page.write_text(model_card(self, point, path.name), encoding="utf-8")
         return Export(path, size, point.bits, str(budget), point, checks, time.perf_counter() - began)
@@ -263,20 +282,27 @@ class Family:
         self._refuse(path, force=force, folder=True)
         point = self.select(budget)
         with written_aside(path, force=force) as aside:
-            write_dense(aside, self.source, self._decoder(point.config).matrices(self.space, point.config))
+            if self.pruned:
+                write_cut(aside, self.source, self.extract(point.config))
+            else:
+                write_dense(aside, self.source, self._decoder(point.config).matrices(self.space, point.config))
             (aside / "README.md").write_text(model_card(self, point, path.name, target="transformers"), encoding="utf-8")
         return point
 
     def _refuse(self, path: Path, *, force: bool, folder: bool) -> None:
         refuse_existing(path, force=force, ours=_is_model_of_ours if folder else Path.is_file, inputs=[self.path])
 
-    def _check(self, target: Target, path: Path, point: Point, progress: Progress) -> tuple[Check, ...]:
+    def _check(self, target: Target, path: Path, point: Point, model: PreTrainedModel | None, progress: Progress) -> tuple[Check, ...]:
+        """Of what was written of a config, or of this `model`, from which parts were left out."""
         with progress.stage("check", 1) as stage:
             tokens = self.text()["search"][:2]
             with tempfile.TemporaryDirectory() as folder:
-                extracted = Extracted(self.source, point.config, self._decoder(point.config), Path(folder))
                 try:
-                    checks = target.check(path, self.source, point.config, extracted, tokens)
+                    if model is not None:
+                        checks = target.check_cut(path, self.source, model, tokens)
+                    else:
+                        extracted = Extracted(self.source, point.config, self._decoder(point.config), Path(folder))
+                        checks = target.check(path, self.source, point.config, extracted, tokens)
                 except OSError as error:  # what reads the file makes findings of its errors; this is about our own files
                     raise output_error(error, Path(folder)) from error
             stage.advance()

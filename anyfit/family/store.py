@@ -80,7 +80,7 @@ class Store:
                 writing.derive(name, high, _encoded(data[:0], about[name]))
 
     def write_levels(self, weight: str, levels: Mapping[str, Tensor], errors: Mapping[str, float], order: Tensor) -> None:
-        """Write what a matrix is at each of its sizes, {choice: (rows, kept columns)}, and the order of its structures, (structures,) int64."""
+        """Write what a matrix is at each of its sizes, {choice: (rows, kept columns)}, and the `order` of its structures, int64."""
         about = {name: {"error": errors[name], "notes": []} for name in levels}
         tensors = {name: level.contiguous() for name, level in levels.items()} | {ORDER: order}
         with written_aside(self._variants(weight)) as aside:

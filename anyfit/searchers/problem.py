@@ -13,7 +13,6 @@ from anyfit.core.config import Config
 from anyfit.core.space import Space
 from anyfit.scores.table import Table
 
-
 WHOLE = {LATENCY: 1e-6}
 """What costs that aren't whole numbers are counted in, rounded up, so that a budget is a guarantee: nanoseconds."""
 
@@ -53,7 +52,7 @@ class Problem:
 
     def sizes(self, cost: str) -> np.ndarray:
         """What each choice adds to a cost: whole numbers, of bytes for the first two."""
-        return self.others[cost] if cost in self.others else self.bytes_ if cost == BYTES else self.stored
+        return {BYTES: self.bytes_, BITS: self.stored, **self.others}[cost]
 
     def left(self, cost: str, bound: float) -> int:
         """What a limit leaves for the choices, after everything that is fixed, in whole numbers as `sizes` are."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.units import Weight
+from anyfit.modeling_cut import spread
 
 SHRINKING = 0.9
 """From one width to the next smaller: ZipLM's ladder."""
@@ -52,12 +53,7 @@ def filled(stored: Tensor, order: Tensor, columns: int) -> Tensor:
     """A level's matrix (outputs, kept columns), its columns in the order of the structures, as the whole one (outputs, `columns`), with
     zeros for what was taken out; float32."""
     size = columns // len(order)
-    places = columns_of(order[: stored.shape[1] // size], size)
+    places = spread(order[: stored.shape[1] // size], size)
     whole = torch.zeros(stored.shape[0], columns)
     whole[:, places] = stored.float()
     return whole
-
-
-def columns_of(structures: Tensor, size: int) -> Tensor:
-    """The columns of these structures (n,), `size` each."""
-    return (structures[:, None] * size + torch.arange(size)).flatten()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyfit.architectures.base import Architecture
+from anyfit.architectures.coverage import passthrough
 from anyfit.checkpoint import Source
 from anyfit.core.budget import LATENCY, MACS
 from anyfit.core.config import HEADS, WIDTH, Config
@@ -55,13 +56,13 @@ def pruned_space(
     multiple: int,
     length: int,
     bytes_: Bytes,
-    fixed: tuple[int, int],
+    fixed_bytes: int = 0,
     measured: Measured | None,
 ) -> Space:
     """Each attention and feed-forward at its sizes.
 
-    `multiple`: of which widths are multiples. `length`: tokens of a sequence, for the multiply-adds of attention. `fixed`: bytes of the
-    file that belong to no tensor. Sizes that take no less time than a larger one aren't offered: narrower must be faster.
+    `multiple`: of which widths are multiples. `length`: tokens of a sequence, for the multiply-adds of attention. `fixed_bytes`: of
+    the file, that belong to no tensor. Sizes that take no less time than a larger one aren't offered: narrower must be faster.
     """
     levels = {name: list(structure.levels(multiple).items()) for name, structure in found.items()}
     whole = source.skeleton()
@@ -71,7 +72,8 @@ def pruned_space(
     for row in zip_longest(*levels.values()):
         model = source.skeleton()
         chosen = {name: level for name, level in zip(levels, row, strict=True) if level is not None}
-        cut(model, architecture, kept_of_blocks(found, {name: torch.arange(kept) for name, (_, kept) in chosen.items()}, len(sizes(whole, architecture))))
+        first = {name: torch.arange(kept) for name, (_, kept) in chosen.items()}
+        cut(model, architecture, kept_of_blocks(found, first, architecture.num_blocks(whole)))
         parameters = _stored(model)
         for name, (choice, kept) in chosen.items():
             own = {key: parameters[key] for key in halves[name] if key in parameters}
@@ -80,9 +82,9 @@ def pruned_space(
     others = {MACS: float(_head_macs(whole, architecture))} | ({LATENCY: measured.rest} if measured else {})
     return Space(
         decisions=tuple(_decision(structure, choices[name]) for name, structure in found.items()),
-        fixed_bytes=fixed[0] + sum(size for size, _ in added),
-        fixed_stored_bytes=fixed[1] + sum(size for _, size in added),
-        num_parameters=sum(parameter.numel() for parameter in _stored(whole).values()),
+        fixed_bytes=fixed_bytes + sum(size for size, _ in added),
+        fixed_stored_bytes=sum(size for _, size in added),
+        num_parameters=sum(tensor.numel() for tensor in _stored(whole).values()),
         others=others,
     )
 
@@ -140,13 +142,14 @@ def _parameters(model: PreTrainedModel, architecture: Architecture, structure: S
     if structure.axis == HEADS:
         prefixes = [layout.attention]
     else:
-        prefixes = [layout.feed_forward] if layout.feed_forward else [paths[role] for role in ("gate", "up", "gate_up", "down") if role in paths]
+        own = [paths[role] for role in ("gate", "up", "gate_up", "down") if role in paths]
+        prefixes = [layout.feed_forward] if layout.feed_forward else own
     return {name for name in _stored(model) if any(name.startswith(f"{block}.{prefix}.") for prefix in prefixes)}
 
 
 def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter once, under its first name."""
-    return dict(model.named_parameters())
+    """Every tensor that a file holds, once, under its first name."""
+    return passthrough(model, ())[0]
 
 
 def _head_macs(model: PreTrainedModel, architecture: Architecture) -> int:

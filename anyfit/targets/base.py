@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from anyfit.architectures.base import Architecture
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
+from anyfit.core.errors import UserError
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.elastic.extracted import Extracted
+from anyfit.structure.levels import Structure
+from anyfit.structure.space import Measured
 
 Variants = Callable[[str, str], Tensor]
 """(weight name, format name) to the variant's bytes: uint8 (rows, row_bytes), rows in the target's order."""
@@ -68,6 +73,24 @@ class Target(ABC):
 
         Returns the bytes that a budget counts, equal to `space.bytes_(config)`.
         """
+
+    def cut_space(
+        self, source: Source, architecture: Architecture, found: Mapping[str, Structure], length: int, measured: Measured | None
+    ) -> Space:
+        """What may be decided about heads and channels, see `structure.space.pruned_space`; everything keeps the original's type.
+
+        Raises `UserError` where the target doesn't take networks with parts left out.
+        """
+        raise UserError(f"{self.name} takes no networks with parts left out.", remedy="Take --target transformers.")
+
+    def write_cut(self, path: Path, source: Source, model: PreTrainedModel) -> int:
+        """Write a network that `structure.cutting.cut` made smaller to `path`, which doesn't exist yet; returns the bytes that a budget
+        counts, at most `Space.bytes_` of its config. `source`: the whole network's."""
+        raise NotImplementedError
+
+    def check_cut(self, path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+        """As `check`, of what `write_cut` wrote."""
+        raise NotImplementedError
 
     @abstractmethod
     def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:

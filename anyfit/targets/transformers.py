@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
+from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import passthrough
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
@@ -28,12 +29,16 @@ from anyfit.core.units import Unit, Weight
 from anyfit.elastic.extracted import Extracted
 from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
 from anyfit.structure.cutting import MODULE, plain_changes, uneven_changes
+from anyfit.structure.levels import Structure
+from anyfit.structure.space import Measured, pruned_space
 from anyfit.targets import compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.compressed_tensors import DTYPES, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shards, write_file, write_index
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+MULTIPLE = 32
+"""Of which the widths of feed-forwards are multiples: what matrix products like."""
 _DEAREST_FIRST = sorted(INTEGER_BITS, reverse=True)
 
 
@@ -96,6 +101,32 @@ class Transformers(Target):
     def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.checks(path, source, config, model, tokens)
 
+    def cut_space(
+        self, source: Source, architecture: Architecture, found: Mapping[str, Structure], length: int, measured: Measured | None
+    ) -> Space:
+        def bytes_(name: str, shape: torch.Size) -> tuple[int, int]:
+            slot = Slot(name, cut_dtype(source), tuple(shape))
+            return slot.bytes_, slot.data_bytes
+
+        whole, _ = passthrough(source.skeleton(), ())
+        files = len(shards([bytes_(name, tensor.shape)[0] for name, tensor in whole.items()]))
+        return pruned_space(
+            source,
+            architecture,
+            found,
+            multiple=MULTIPLE,
+            length=length,
+            bytes_=bytes_,
+            fixed_bytes=files * EMPTY_BYTES,
+            measured=measured,
+        )
+
+    def write_cut(self, path: Path, source: Source, model: PreTrainedModel) -> int:
+        return write_cut(path, source, model, cut_dtype(source))
+
+    def check_cut(self, path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+        return transformers_check.cut_checks(path, source, model, tokens)
+
     def _decision(self, held: Place, wanted: Sequence[str], source: Source) -> Decision:
         legal, refused = set(), {}
         own = _own_format(source)
@@ -111,6 +142,11 @@ class Transformers(Target):
         slots = {name: held.slots(name) for name in self.formats if name in legal}
         choices = tuple(Choice(name, sum(s.bytes_ for s in parts), sum(s.data_bytes for s in parts)) for name, parts in slots.items())
         return Decision(Unit(held.weight.name, (held.weight,)), choices, refused=refused)
+
+
+def cut_dtype(source: Source) -> torch.dtype:
+    """What a network with parts left out is stored in: the original's type."""
+    return DTYPES[_own_format(source) or "F32"]
 
 
 def write_dense(path: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> int:

@@ -16,6 +16,7 @@ from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
@@ -92,27 +93,47 @@ def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: E
         return (Check("transformers", True, f"skipped: {missing}"),)
     if problem := model.too_large():
         return (Check("transformers", True, f"skipped: {problem}"),)
+    found = read(path, tokens, trust=source.trust_remote_code)
+    if isinstance(found, Check):
+        return (found,)
+    names = [name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)]
+    return compare(*found, source, {name: model.parameter(name) for name in names}, model.logits(tokens)(tokens))
+
+
+def cut_checks(path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    """See `Target.check_cut`. Where blocks differ the folder holds code of ours, which the reader is told to run."""
+    found = read(path, tokens, trust=source.trust_remote_code or any(path.glob("*.py")))
+    if isinstance(found, Check):
+        return (found,)
+    with torch.inference_mode():
+        logits = model(input_ids=tokens, use_cache=False).logits
+    return compare(*found, source, dict(model.named_parameters(remove_duplicate=False)), logits)
+
+
+def read(path: Path, tokens: Tensor, *, trust: bool) -> tuple[Mapping[str, Any], Tensor] | Check:
+    """What `transformers_reader.read` finds in another process, and its logits of the tokens; a failed check where it doesn't load."""
     with tempfile.TemporaryDirectory() as folder:
         save_file({"tokens": tokens.contiguous()}, Path(folder, "tokens.safetensors"))
         arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", PROBE, str(torch.get_num_threads())]
         # -P keeps anyfit's own folder, where the program lies, from being searched for modules
-        command = [sys.executable, "-P", transformers_reader.__file__, *arguments, *(["trust"] if source.trust_remote_code else [])]
+        command = [sys.executable, "-P", transformers_reader.__file__, *arguments, *(["trust"] if trust else [])]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
-            return (Check("transformers", False, f"from_pretrained failed: {last}"),)
+            return Check("transformers", False, f"from_pretrained failed: {last}")
         report = json.loads(Path(folder, "out.json").read_text(encoding="utf-8"))
         logits = load_file(Path(folder, "out.safetensors"))["logits"]
     assert not report["anyfit"], "the reader must not need anyfit"
-    return compare(report, logits, source, model, tokens)
+    return report, logits
 
 
-def compare(report: Mapping[str, Any], logits: Tensor, source: Source, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
-    """What `transformers_reader.read` found, against the extracted model and the original's tokenizer."""
-    names = [name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)]
-    own = {name: transformers_reader.digest(model.parameter(name)) for name in names}
+def compare(
+    report: Mapping[str, Any], logits: Tensor, source: Source, parameters: Mapping[str, Tensor], expected: Tensor
+) -> tuple[Check, ...]:
+    """What was read, against the extracted model's `parameters` by name, its logits, and the original's tokenizer."""
+    own = {name: transformers_reader.digest(parameter) for name, parameter in parameters.items()}
     wrong = sorted(name for name, digest in own.items() if report["digests"].get(name) != digest)
-    difference = float((model.logits(tokens)(tokens) - logits).abs().max())
+    difference = float((expected - logits).abs().max())
     same_tokens = report["text"] == source.tokenizer()(PROBE)["input_ids"]
     complaints = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in report["complaints"].items())
     loaded = "loaded in another process, every parameter equal to the bit"
