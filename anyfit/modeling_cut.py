@@ -124,12 +124,13 @@ def is_removed(block: nn.Module, path: str) -> bool:
 
 def cut_attention(block: nn.Module, paths: Mapping[str, str], layout: Layout, groups: Tensor) -> None:
     """Keep these KV groups, int64 and rising, in place."""
-    whole, attention = sizes(block, paths, layout), block.get_submodule(layout.attention)
+    whole = sizes(block, paths, layout)
+    attention: Any = block.get_submodule(layout.attention)
     if len(groups) == whole.groups:
         return
     if not len(groups):
-        bias = block.get_submodule(paths["o"]).bias
-        replace(block, layout.attention, NoAttention(paths["o"].rpartition(".")[2], bias, attention.layer_idx))
+        removed = NoAttention(paths["o"].rpartition(".")[2], bias(block, paths["o"]), attention.layer_idx)
+        replace(block, layout.attention, removed)
         return
     wide, narrow = whole.heads * whole.head_dim, whole.head_dim
     q, k = spread(groups, wide), spread(groups, narrow)
@@ -157,11 +158,11 @@ def cut_feed_forward(block: nn.Module, paths: Mapping[str, str], layout: Layout,
                 select(block.get_submodule(paths[role]), rows, 0)
         select(block.get_submodule(paths["down"]), channels, 1)
         return
-    bias = block.get_submodule(paths["down"]).bias
+    left = bias(block, paths["down"])
     if layout.feed_forward is not None:
-        replace(block, layout.feed_forward, NoFeedForward(paths["down"].rpartition(".")[2], bias))
+        replace(block, layout.feed_forward, NoFeedForward(paths["down"].rpartition(".")[2], left))
         return
-    replace(block, paths["down"], Constant(bias))
+    replace(block, paths["down"], Constant(left))
     for role in ("gate", "up", "gate_up"):
         if role in paths:
             replace(block, paths[role], nn.Identity())
@@ -174,8 +175,8 @@ def stated(config: Any, layout: Layout) -> Sizes:
     groups = getattr(config, GROUPS, None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     channels = getattr(config, layout.channels) or 4 * config.hidden_size  # GPT-2's need not say
-    attention = (0, 0, 0) if ATTENTION in skip else (groups, heads // groups, head_dim)
-    return Sizes(*attention, 0 if FEED_FORWARD in skip else channels)
+    channels = 0 if FEED_FORWARD in skip else channels
+    return Sizes(0, 0, 0, channels) if ATTENTION in skip else Sizes(groups, heads // groups, head_dim, channels)
 
 
 def overrides(cut: Sizes, config: Any, layout: Layout) -> dict[str, Any]:
@@ -206,24 +207,34 @@ def describe(config: Any, per_layer: Mapping[int, Mapping[str, Any]]) -> None:
     config.per_layer_config = {index: dict(changes) for index, changes in per_layer.items()}
 
 
-def shape(module: nn.Module) -> tuple[int, int]:
+def bias(block: nn.Module, path: str) -> nn.Parameter | None:
+    """Of a matrix of a block."""
+    module: Any = block.get_submodule(path)
+    found: nn.Parameter | None = module.bias
+    return found
+
+
+def shape(module: Any) -> tuple[int, int]:
     """(outputs, inputs)"""
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def select(module: nn.Module, index: Tensor, dim: int) -> None:
+def select(module: Any, index: Tensor, dim: int) -> None:
     """Keep some outputs (`dim` 0) or inputs (1) of a matrix, in place."""
-    weight = module.weight
     stored = 1 - dim if isinstance(module, Conv1D) else dim
-    module.weight = nn.Parameter(weight.detach().index_select(stored, index.to(weight.device)), weight.requires_grad)
+    module.weight = chosen(module.weight, stored, index)
     if dim == 0 and module.bias is not None:
-        bias = module.bias
-        module.bias = nn.Parameter(bias.detach().index_select(0, index.to(bias.device)), bias.requires_grad)
+        module.bias = chosen(module.bias, 0, index)
     if isinstance(module, Conv1D):
         module.nx, module.nf = module.weight.shape
     else:
         module.out_features, module.in_features = module.weight.shape
+
+
+def chosen(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
+    """A parameter that holds these parts of another's numbers."""
+    return nn.Parameter(parameter.detach().index_select(dim, index.to(parameter.device)), parameter.requires_grad)
 
 
 def spread(index: Tensor, width: int) -> Tensor:
@@ -260,7 +271,7 @@ class CutModel:
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # each size of the whole network that is read here would be warned of
         try:
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             logging.set_verbosity(level)
         for index, own in enumerate(config.per_layer_config):

@@ -26,24 +26,37 @@ NOTHING = torch.arange(0)
 TOKENS = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
 READ = """
 import json, sys, torch
+from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-folder, trust, out = sys.argv[1], sys.argv[2] == "trust", sys.argv[3]
+
 torch.set_num_threads(1)
-tokens = load_file(f"{out}/tokens.safetensors")["tokens"]
-model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True)
 asked = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-with torch.no_grad():
-    logits = model.eval()(tokens).logits
-written = {name: model.generate(tokens, use_cache=cache, **asked) for name, cache in (("quickly", True), ("slowly", False))}
-model.save_pretrained(f"{out}/again")
-again = AutoModelForCausalLM.from_pretrained(f"{out}/again", trust_remote_code=trust)
-with torch.no_grad():
-    assert torch.equal(again(tokens).logits, logits)
-save_file({"logits": logits, **written}, f"{out}/read.safetensors")
-json.dump({"class": type(model).__name__, "info": {k: sorted(map(str, v)) for k, v in info.items() if v}, "anyfit": "anyfit" in sys.modules,
-    "size": sum(p.numel() for p in model.parameters())}, open(f"{out}/read.json", "w"))
+for case in map(Path, sys.argv[1:]):
+    print("begin", file=sys.stderr)
+    trust = (case / "cut/modeling_cut.py").is_file()
+    tokens = load_file(case / "tokens.safetensors")["tokens"]
+    model, info = AutoModelForCausalLM.from_pretrained(case / "cut", trust_remote_code=trust, output_loading_info=True)
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits
+    written = {name: model.generate(tokens, use_cache=cache, **asked) for name, cache in (("quickly", True), ("slowly", False))}
+    print("read", file=sys.stderr)
+    model.save_pretrained(case / "again")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(case / "again", trust_remote_code=trust)(tokens).logits
+    save_file({"logits": logits, "again": again, **written}, case / "read.safetensors")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    report = {"class": type(model).__name__, "info": {k: sorted(map(str, v)) for k, v in info.items() if v}, "size": size}
+    (case / "read.json").write_text(json.dumps(report))
+assert "anyfit" not in sys.modules
 """
+CASES: dict[str, tuple[str, list[Kept]]] = {
+    **{
+        kind: (kind, [Kept(NOTHING, torch.arange(0, 512, 3)), Kept(torch.tensor([1]), NOTHING)])
+        for kind in ("llama", "gpt2", "phi3", "opt")
+    },
+    **{f"{kind} alike": (kind, [Kept(torch.tensor([i]), torch.arange(0, 512, 2)) for i in (0, 1)]) for kind in ("llama", "qwen3", "phi3")},
+}
 
 
 def every(number: int, step: int) -> Tensor:
@@ -62,40 +75,29 @@ def written(folder: Path, kind: str, kept: list[Kept], dtype: torch.dtype = torc
     return model
 
 
-def read(folder: Path, *, trust: bool) -> tuple[dict[str, object], dict[str, Tensor]]:
-    save_file({"tokens": TOKENS}, folder / "tokens.safetensors")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", READ, str(folder / "cut"), "trust" if trust else "", str(folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder, stdin=subprocess.DEVNULL)
+def test_what_is_written_comes_back_in_another_process(tmp_path: Path) -> None:
+    models = {case: written(tmp_path / case, kind, kept) for case, (kind, kept) in CASES.items()}
+    for case in CASES:
+        save_file({"tokens": TOKENS}, tmp_path / case / "tokens.safetensors")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", READ, *(str(tmp_path / case) for case in CASES)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
-    assert "per-layer attribute" not in ran.stderr, ran.stderr
-    return json.loads((folder / "read.json").read_text()), load_file(folder / "read.safetensors")
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "opt"])
-def test_blocks_of_different_sizes_come_back_in_another_process(kind: str, tmp_path: Path) -> None:
-    channels = sizes(tiny_model(kind), architectures.get(kind))[0].channels
-    model = written(tmp_path, kind, [Kept(NOTHING, every(channels, 3)), Kept(torch.tensor([1]), NOTHING)])
-    report, found = read(tmp_path, trust=True)
-    assert report["class"] == f"Cut{type(model).__name__}" and not report["info"] and not report["anyfit"]
-    assert report["size"] == sum(parameter.numel() for parameter in model.parameters())
-    with torch.no_grad():
-        assert (model(TOKENS).logits - found["logits"]).abs().max() <= 1e-5
-    assert torch.equal(found["quickly"], found["slowly"])
-    config = json.loads((tmp_path / "cut/config.json").read_text())
-    assert config["per_layer_config"]["0"]["skip"] == ["attention"] and config["per_layer_config"]["1"]["skip"] == ["mlp"]
-    assert (tmp_path / "cut/tokenizer.json").is_file()
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_blocks_of_one_size_are_an_ordinary_network(kind: str, tmp_path: Path) -> None:
-    model = written(tmp_path, kind, [Kept(torch.tensor([0]), every(512, 2)), Kept(torch.tensor([1]), every(512, 2))])
-    report, found = read(tmp_path, trust=False)
-    assert report["class"] == type(model).__name__ and not report["info"]
-    with torch.no_grad():
-        assert (model(TOKENS).logits - found["logits"]).abs().max() <= 1e-5
-    assert torch.equal(found["quickly"], found["slowly"])
-    assert not list((tmp_path / "cut").glob("*.py"))
+    assert not any("per-layer attribute" in case.partition("read\n")[0] for case in ran.stderr.split("begin\n")), "reading warns"
+    for case, model in models.items():
+        report, found = json.loads((tmp_path / case / "read.json").read_text()), load_file(tmp_path / case / "read.safetensors")
+        alike = "alike" in case
+        assert report["class"] == ("" if alike else "Cut") + type(model).__name__ and not report["info"], report
+        assert report["size"] == sum(parameter.numel() for parameter in model.parameters())
+        with torch.no_grad():
+            assert (model(TOKENS).logits - found["logits"]).abs().max() <= 1e-5, case
+        assert torch.equal(found["again"], found["logits"]), f"{case}: saved once more by transformers"
+        assert torch.equal(found["quickly"], found["slowly"]), case
+        files = {file.name for file in (tmp_path / case / "cut").iterdir()}
+        assert "tokenizer.json" in files and ("modeling_cut.py" in files) != alike
+        if not alike:
+            config = json.loads((tmp_path / case / "cut/config.json").read_text())["per_layer_config"]
+            assert config["0"]["skip"] == ["attention"] and config["1"]["skip"] == ["mlp"]
 
 
 def test_what_its_class_cannot_say_is_written_block_by_block(tmp_path: Path) -> None:

@@ -160,11 +160,11 @@ def _passing(block: nn.Module) -> Iterator[None]:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         return hidden
 
-    block.forward = hand_on  # type: ignore[method-assign]
+    block.forward = hand_on
     try:
         yield
     finally:
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
 
 def _at_temperature(logits: Tensor) -> Tensor:
