@@ -14,6 +14,7 @@ from anyfit.core.config import Config
 from anyfit.core.effort import Effort
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
+from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
 
 Variants = Callable[[str, str], Tensor]
@@ -76,3 +77,7 @@ class Target(ABC):
         `tokens`: (segments, length) int64, text to compare outputs on. Each tensor once, each bit-equal to the
         model's weights; a runtime that isn't installed is a passed check whose detail says that it was skipped.
         """
+
+    def stopwatch(self) -> Stopwatch | None:
+        """What times networks in this runtime; None where this version has nothing that does."""
+        return None

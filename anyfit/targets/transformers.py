@@ -22,12 +22,14 @@ from anyfit.core.config import Config
 from anyfit.core.errors import UnknownNameError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
+from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
 from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
 from anyfit.targets import compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.compressed_tensors import DTYPES, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shards, write_file, write_index
+from anyfit.targets.torch_stopwatch import TorchStopwatch
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _DEAREST_FIRST = sorted(INTEGER_BITS, reverse=True)
@@ -89,6 +91,9 @@ class Transformers(Target):
 
     def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.checks(path, source, config, model, tokens)
+
+    def stopwatch(self) -> Stopwatch:
+        return TorchStopwatch()
 
     def _decision(self, held: Place, wanted: Sequence[str], source: Source) -> Decision:
         legal, refused = set(), {}
@@ -164,11 +169,16 @@ def _write_weights(folder: Path, parts: Sequence[_Part], planned: Sequence[int])
     return size
 
 
-def _write_rest(folder: Path, source: Source, quantization: Mapping[str, Any] | None, dtype: torch.dtype) -> None:
-    """config.json, and copies of tokenizer, chat template and whatever else travels with the model."""
+def copy_companions(source: Source, folder: Path) -> None:
+    """Copies of config.json, tokenizer, chat template and whatever else travels with the model."""
     for file in sorted(source.folder.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and file.name != "config.json":
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(file, folder / file.name)
+
+
+def _write_rest(folder: Path, source: Source, quantization: Mapping[str, Any] | None, dtype: torch.dtype) -> None:
+    """The companions, with a config.json that says how the weights are to be loaded."""
+    copy_companions(source, folder)
     settings = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     settings.pop("torch_dtype", None)
     settings["dtype"] = str(dtype).removeprefix("torch.")
