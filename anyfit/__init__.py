@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from anyfit.core.budget import Budget as Budget
     from anyfit.core.errors import UserError as UserError
     from anyfit.family.family import Family as Family
+    from anyfit.measuring import measure as measure
     from anyfit.refinement import refine as refine
 
 _HOMES = {
     "fit": "anyfit.api",
     "plan": "anyfit.api",
     "evaluate": "anyfit.api",
+    "measure": "anyfit.measuring",
     "refine": "anyfit.refinement",
     "Family": "anyfit.family.family",
     "Budget": "anyfit.core.budget",

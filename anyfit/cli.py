@@ -24,7 +24,7 @@ from anyfit import options
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.effort import Effort
 from anyfit.core.errors import OutputError, UnknownNameError, UserError
-from anyfit.core.files import output_error
+from anyfit.core.files import output_error, refuse_existing
 from anyfit.core.registry import Registry
 from anyfit.formats import formats as all_formats
 from anyfit.progress import duration, speaks, to_stderr
@@ -396,6 +396,50 @@ def evaluate(
     shown: list[RenderableType] = [f"{found.subject} on {found.text}", tables.quality(found.quality, found.original)]
     shown += [tables.listing(summary.flat(found.tasks), "task", "value")] if found.tasks else []
     return Answer(found.to_json(), tuple(shown))
+
+
+@_command
+def measure(
+    model: options.Model = None,
+    target: Annotated[str, typer.Option("--target", help="The runtime to time: see `anyfit targets`.")] = "onnxruntime",
+    formats: Annotated[
+        list[str] | None, typer.Option("--formats", "--format", help="Formats to time, `F32,int4_sym`. Default: the plainest.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 1,
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 128,
+    phase: Annotated[str, typer.Option(help="prefill: all tokens at once. decode: the one after them.")] = "prefill",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table to write.")] = Path("latency.json"),
+    force: options.Force = False,
+    trust_remote_code: options.RemoteCode = False,
+    log_json: options.LogJson = False,
+    json_: options.Json = False,
+) -> Answer:
+    """Time a network and its modules at every size in a target's runtime: a table for this device, and only for it."""
+    wanted, path = _names(formats), output.expanduser()
+    _require_known(all_targets, [target])
+    _require_known(all_formats, wanted or [])
+    refuse_existing(path, force=force)
+    from anyfit.measuring import measure as measured
+    from anyfit.report import tables
+
+    found = measured(
+        model,
+        target=target,
+        formats=wanted,
+        batch=batch,
+        sequence=sequence,
+        phase=phase,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        progress=to_stderr(as_json=log_json),
+    )
+    found.write(path)
+    rows = [("whole network", "", name, f"{ms:.3f}") for name, ms in found.whole.items()]
+    rows += [("besides its modules", "", name, f"{found.rest(name):.3f}") for name in found.whole]
+    rows += [(kind, str(size), name, f"{ms:.3f}") for (kind, size, name), ms in sorted(found.modules.items(), reverse=True)]
+    headline = f"{path}: {found.setting.phase} of {batch} x {sequence} tokens in {found.device.runtime}, {found.device.threads} threads"
+    return Answer(found.to_json(), (headline, tables.listing(rows, "module", "groups or width", "format", "ms")))
 
 
 @_command

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anyfit.core.config import Config
     from anyfit.family import Family, Point
 
-_LIBRARIES = {"llama.cpp": "gguf", "transformers": "transformers"}
+_LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "transformers": "transformers"}
 """What the hub calls the library that loads a target's models."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -13,6 +13,7 @@ targets: Registry[Target] = Registry(
     "target",
     {
         "llama.cpp": "anyfit.targets.llamacpp:TARGET",
+        "onnxruntime": "anyfit.targets.onnxruntime:TARGET",
         "transformers": "anyfit.targets.transformers:TARGET",
     },
 )

@@ -17,6 +17,7 @@ from anyfit.core.effort import Effort
 from anyfit.core.errors import UserError
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
+from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
 from anyfit.structure.levels import Structure
 from anyfit.structure.space import Measured
@@ -99,3 +100,7 @@ class Target(ABC):
         `tokens`: (segments, length) int64, text to compare outputs on. Each tensor once, each bit-equal to the
         model's weights; a runtime that isn't installed is a passed check whose detail says that it was skipped.
         """
+
+    def stopwatch(self) -> Stopwatch | None:
+        """What times networks in this runtime; None where this version has nothing that does."""
+        return None

@@ -92,6 +92,12 @@ def write_file(path: Path, slots: Iterable[Slot], tensors: Iterable[tuple[str, T
     return size
 
 
+def offsets(slots: Iterable[Slot]) -> dict[str, int]:
+    """Where in the file each tensor's data begin, in bytes from the file's start: for whoever points into it."""
+    header, places = _layout(slots)
+    return {name: len(header) + offset for name, (offset, _) in places.items()}
+
+
 def _layout(slots: Iterable[Slot]) -> tuple[bytes, dict[str, tuple[int, Slot]]]:
     """The header, and each tensor's offset behind it. Wide types come first, which aligns every tensor."""
     entries, places, offset = [_whole_words(_OPENING)], {}, 0

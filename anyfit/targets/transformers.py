@@ -26,6 +26,7 @@ from anyfit.core.config import Config
 from anyfit.core.errors import UnknownNameError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
+from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
 from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
 from anyfit.structure.cutting import MODULE, plain_changes, uneven_changes
@@ -35,6 +36,7 @@ from anyfit.targets import compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.compressed_tensors import DTYPES, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shards, write_file, write_index
+from anyfit.targets.torch_stopwatch import TorchStopwatch
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 MULTIPLE = 32
@@ -126,6 +128,9 @@ class Transformers(Target):
 
     def check_cut(self, path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.cut_checks(path, source, model, tokens)
+
+    def stopwatch(self) -> Stopwatch:
+        return TorchStopwatch()
 
     def _decision(self, held: Place, wanted: Sequence[str], source: Source) -> Decision:
         legal, refused = set(), {}
@@ -228,11 +233,16 @@ def _write_weights(folder: Path, parts: Sequence[_Part], planned: Sequence[int])
     return size
 
 
-def _write_rest(folder: Path, source: Source, changes: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """config.json with these `changes`, and copies of tokenizer, chat template and whatever else travels with the model."""
+def copy_companions(source: Source, folder: Path) -> None:
+    """Copies of config.json, tokenizer, chat template and whatever else travels with the model."""
     for file in sorted(source.folder.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and file.name != "config.json":
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(file, folder / file.name)
+
+
+def _write_rest(folder: Path, source: Source, changes: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """The companions, with a config.json with these `changes` that says how the weights are to be loaded."""
+    copy_companions(source, folder)
     settings = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     settings.pop("torch_dtype", None)
     settings["dtype"] = str(dtype).removeprefix("torch.")

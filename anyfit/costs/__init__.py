@@ -1,0 +1,1 @@
+"""What a config takes besides bytes, measured."""

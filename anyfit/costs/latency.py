@@ -1,0 +1,169 @@
+"""Latency as a cost: what each module of a network takes on one device, measured; refused on any other.
+
+A table holds medians for the attention of every number of key/value groups and for the feed-forward of every width that a
+search may choose, as they run among as many of their kind as the network has blocks. What is left of the whole network's
+time (embedding, head, norms, masks) is its `rest`, so a network's latency is predicted as the rest and the sum of its modules,
+after ZipLM (https://arxiv.org/abs/2302.04089), section 3.2.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from anyfit.core.errors import UserError
+from anyfit.core.files import read_json, write_json
+
+ATTENTION, FEED_FORWARD = "attention", "feed_forward"
+KINDS = (ATTENTION, FEED_FORWARD)
+PREFILL, DECODE = "prefill", "decode"
+PHASES = (PREFILL, DECODE)
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Device:
+    """Whose latencies these are. `cores` are those that the process may use, `threads` those that the runtime was told to."""
+
+    processor: str
+    cores: int
+    runtime: str
+    threads: int
+
+    @classmethod
+    def here(cls, runtime: str, threads: int) -> Device:
+        """This machine with a runtime, given as its name and version."""
+        return cls(_processor(), cores(), runtime, threads)
+
+    def differences(self, other: Device) -> list[str]:
+        """Where another device is not this one, for a person to read."""
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return [f"{name} {own} and not {their}" for name, own, their in pairs if own != their]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run computes: `sequence` tokens of each of `batch` texts at once, or (`decode`) the one that comes after so many."""
+
+    batch: int
+    sequence: int
+    phase: str = PREFILL
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise UserError(f"There is no phase {self.phase!r}.", remedy=f"There are: {', '.join(PHASES)}.")
+        if self.batch < 1 or self.sequence < 1:
+            raise UserError(f"A batch of {self.batch} texts of {self.sequence} tokens can't be run.", remedy="Give numbers from 1 on.")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a network's blocks. `queries`: query heads that share a key/value group."""
+
+    hidden: int
+    head_dim: int
+    queries: int
+    groups: int
+    width: int
+    blocks: int
+
+    def full(self, kind: str) -> int:
+        """The uncut size of a module: groups of an attention, width of a feed-forward."""
+        return self.groups if kind == ATTENTION else self.width
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds. `whole` by format; `modules` by (kind, size, format), the size counted as in `Shape.full`."""
+
+    target: str
+    device: Device
+    setting: Setting
+    shape: Shape
+    whole: Mapping[str, float]
+    modules: Mapping[tuple[str, int, str], float]
+
+    def sizes(self, kind: str, format_: str) -> list[int]:
+        """The sizes that were measured, smallest first."""
+        return sorted(size for own, size, name in self.modules if (own, name) == (kind, format_))
+
+    def ms(self, kind: str, size: int, format_: str) -> float:
+        """What one module takes; nothing where it is left out (size 0). Raises `UserError` for one that wasn't measured."""
+        if size == 0:
+            return 0.0
+        if (kind, size, format_) not in self.modules:
+            measured = ", ".join(map(str, self.sizes(kind, format_))) or "none"
+            raise UserError(f"The latency of {kind} of size {size} in {format_} was not measured.", remedy=f"Measured sizes: {measured}.")
+        return self.modules[kind, size, format_]
+
+    def rest(self, format_: str) -> float:
+        """What the whole network takes besides its modules."""
+        return self.whole[format_] - self.shape.blocks * sum(self.ms(kind, self.shape.full(kind), format_) for kind in KINDS)
+
+    def predict(self, format_: str, modules: Iterable[tuple[str, int]]) -> float:
+        """What a network of these modules, (kind, size) each, takes."""
+        return self.rest(format_) + sum(self.ms(kind, size, format_) for kind, size in modules)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": _VERSION,
+            "target": self.target,
+            "device": asdict(self.device),
+            "setting": asdict(self.setting),
+            "shape": asdict(self.shape),
+            "whole": dict(self.whole),
+            "modules": [{"kind": k, "size": size, "format": name, "ms": ms} for (k, size, name), ms in sorted(self.modules.items())],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LatencyTable:
+        return cls(
+            data["target"],
+            Device(**data["device"]),
+            Setting(**data["setting"]),
+            Shape(**data["shape"]),
+            data["whole"],
+            {(row["kind"], row["size"], row["format"]): row["ms"] for row in data["modules"]},
+        )
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> LatencyTable:
+        """Raises `UserError` where the file is no table of this version. Whose it is, `require` looks at."""
+        try:
+            data = read_json(path)
+            if data is None:
+                raise UserError(f"There is no file {path}.", remedy="Make one with `anyfit measure`.")
+            if data["version"] != _VERSION:
+                raise UserError(f"{path} has the version {data['version']}, not {_VERSION}.", remedy="Measure again.")
+            return cls.from_json(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no table of latencies.", remedy="Make one with `anyfit measure`.") from error
+
+    def require(self, here: Device) -> None:
+        """Raises `UserError` where these latencies are another device's than this."""
+        if differences := self.device.differences(here):
+            raise UserError(f"These latencies are another device's: {'; '.join(differences)}.", remedy="Measure again on this one.")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """The processor as the system names it, with the numbers that tell its makes apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.partition(":")[::2] for line in lines)
+    known = {name.strip(): value.strip() for name, value in facts.items()}
+    numbers = [f"{name} {known[name]}" for name in ("cpu family", "model", "stepping", "cache size") if name in known]
+    return ", ".join([known.get("model name", platform.machine()), *numbers])

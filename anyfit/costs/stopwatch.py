@@ -1,0 +1,172 @@
+"""Timing: the contract of a runtime's stopwatch, and how a table of latencies is measured with one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from anyfit.core.errors import UserError
+from anyfit.costs.latency import ATTENTION, KINDS, Device, LatencyTable, Setting, Shape, cores
+from anyfit.costs.probes import probe, shape_of
+from anyfit.progress import Progress, Silent
+
+Run = Callable[[], object]
+"""One run of a network that is ready."""
+
+SECONDS, ROUNDS = 1.5, 15
+"""How long a network is timed, and in how many rounds at least."""
+STEP, SHRINK = 32, 0.9
+"""Widths of a ladder: multiples of the first, each about the second times the one before."""
+
+
+class Stopwatch(ABC):
+    """What makes networks ready to be timed in one runtime. `runtime` is its name and version."""
+
+    runtime: str
+    formats: tuple[str, ...]
+    """Those that run at a speed of their own, the plainest first."""
+
+    def refuses(self, setting: Setting) -> str | None:
+        """Why it can't time this; None where it can."""
+        return None
+
+    @abstractmethod
+    def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
+        """Load a network, whose parameters are on the meta device, with any numbers, and every matrix in a format that can be.
+
+        `folder` is an empty place on disk that lasts as long as the network is run.
+        """
+
+
+def measure(
+    stopwatch: Stopwatch,
+    config: PretrainedConfig,
+    target: str,
+    setting: Setting,
+    *,
+    formats: Iterable[str] | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Time a network of this config and its modules in each format (default: the stopwatch's first).
+
+    Every module is timed beside the whole network, the two taking turns, and what counts is the median of their ratios: what
+    slows the machine down for a while slows down both. Raises `UserError` for what can't be timed.
+    """
+    threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
+    _require(stopwatch, setting, formats, threads, config)
+    shape = shape_of(config)
+    whole: dict[str, float] = {}
+    modules: dict[tuple[str, int, str], float] = {}
+    ladder = [(kind, size) for kind in KINDS for size in sizes(shape, kind)]
+
+    def ready(part: Shape, kept: Sequence[str], format_: str, folder: Path) -> Run:
+        model = probe(config, part, kept, trust_remote_code=trust_remote_code)
+        return stopwatch.ready(model, format_, setting, threads, folder)
+
+    with _pinned(threads), (progress or Silent()).stage("measure", len(formats) * (len(ladder) + 1)) as stage:
+        for name in formats:
+            with tempfile.TemporaryDirectory() as folder:
+                clock = _Clock(ready(shape, KINDS, name, _new(folder, "whole")))
+                empty = clock.share(ready(shape, (), name, _new(folder, "empty")))
+                stage.advance(detail=name)
+                shares = {}
+                for kind, size in ladder:
+                    with tempfile.TemporaryDirectory() as own:
+                        part = replace(shape, groups=size) if kind == ATTENTION else replace(shape, width=size)
+                        shares[kind, size] = clock.share(ready(part, (kind,), name, Path(own)))
+                    stage.advance(detail=f"{kind} {size} {name}")
+                whole[name] = clock.whole
+                modules |= {(k, size, name): max(0.0, share - empty) / shape.blocks * clock.whole for (k, size), share in shares.items()}
+    return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
+
+
+def sizes(shape: Shape, kind: str) -> list[int]:
+    """The sizes that are timed, largest first: every number of groups, and a geometric ladder of widths, after ZipLM."""
+    if kind == ATTENTION:
+        return list(range(shape.groups, 0, -1))
+    ladder, width = [shape.width], float(shape.width)
+    while (width := width * SHRINK) >= STEP:
+        rounded = round(width / STEP) * STEP
+        if rounded < ladder[-1]:
+            ladder.append(rounded)
+    return ladder
+
+
+class _Clock:
+    """Times networks beside the whole one."""
+
+    def __init__(self, whole: Run) -> None:
+        self._run, self._times = whole, list[float]()
+
+    @property
+    def whole(self) -> float:
+        """Milliseconds of the whole network."""
+        return statistics.median(self._times)
+
+    def share(self, run: Run) -> float:
+        """What another takes, as a share of the whole network's time. Each is run twice at its turn, the second time counts."""
+        ratios, began = list[float](), time.perf_counter()
+        _took(run)
+        gc.disable()
+        try:
+            while len(ratios) < ROUNDS or time.perf_counter() - began < SECONDS:
+                reference = _took(self._run)
+                self._times.append(reference)
+                ratios.append(_took(run) / reference)
+        finally:
+            gc.enable()
+        return statistics.median(ratios)
+
+
+def _took(run: Run) -> float:
+    """Milliseconds of a run that another has just gone before."""
+    run()
+    began = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - began)
+
+
+@contextmanager
+def _pinned(threads: int) -> Iterator[None]:
+    """Run on so many of the cores only, with that many threads of torch."""
+    before, allowed = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        torch.set_num_threads(threads)
+        if allowed is not None:
+            os.sched_setaffinity(0, sorted(allowed)[-threads:])
+        yield
+    finally:
+        if allowed is not None:
+            os.sched_setaffinity(0, allowed)
+        torch.set_num_threads(before)
+
+
+def _new(folder: str, name: str) -> Path:
+    path = Path(folder, name)
+    path.mkdir()
+    return path
+
+
+def _require(stopwatch: Stopwatch, setting: Setting, formats: Sequence[str], threads: int, config: PretrainedConfig) -> None:
+    if reason := stopwatch.refuses(setting):
+        raise UserError(reason, remedy="Choose another setting or target.")
+    if unknown := [name for name in formats if name not in stopwatch.formats]:
+        raise UserError(f"{stopwatch.runtime} isn't timed in {unknown[0]}.", remedy=f"It is in: {', '.join(stopwatch.formats)}.")
+    if not 1 <= threads <= cores():
+        raise UserError(f"{threads} threads don't fit the {cores()} cores that may be used.", remedy="Say fewer --threads.")
+    context = int(getattr(config, "max_position_embeddings", setting.sequence))
+    if setting.sequence > context:
+        raise UserError(f"{setting.sequence} tokens are more than the model's context of {context}.", remedy="Say a smaller --sequence.")

@@ -1,0 +1,53 @@
+"""Networks ready to be timed in plain torch, which is what transformers runs them in: integers are unpacked before that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from anyfit.costs.latency import PREFILL, Setting
+from anyfit.costs.stopwatch import Run, Stopwatch
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class TorchStopwatch(Stopwatch):
+    formats = tuple(_DTYPES)
+
+    def __init__(self) -> None:
+        self.runtime = f"torch {torch.__version__}"
+
+    def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
+        _fill(model)
+        model.to(_DTYPES[format_])
+        tokens = torch.arange(setting.batch * setting.sequence).reshape(setting.batch, -1) % model.config.vocab_size
+        if setting.phase == PREFILL:
+            return lambda: _logits(model, tokens)
+        cache = DynamicCache(config=model.config)
+        _logits(model, tokens, cache)
+
+        def decode() -> None:
+            _logits(model, tokens[:, :1], cache)
+            cache.crop(setting.sequence)
+
+        return decode
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: torch.Tensor, cache: DynamicCache | None = None) -> torch.Tensor:
+    return model(tokens, past_key_values=cache, use_cache=cache is not None).logits
+
+
+def _fill(model: PreTrainedModel) -> None:
+    """Numbers of the size that a network's are, ties kept."""
+    rng = torch.Generator().manual_seed(0)
+    filled: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) not in filled:
+                numbers = 0.02 * torch.randn(parameter.shape, generator=rng)
+                filled[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
+            setattr(module, name, filled[id(parameter)])

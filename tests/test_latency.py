@@ -1,0 +1,179 @@
+"""Tables of latencies: measured in turns, refused on another device; the networks that are timed for their modules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+
+from anyfit import measuring
+from anyfit.core.errors import UserError
+from anyfit.costs import stopwatch
+from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape
+from anyfit.costs.probes import VOCABULARY, probe, shape_of
+from anyfit.costs.stopwatch import Stopwatch, sizes
+from anyfit.targets.torch_stopwatch import TorchStopwatch, _fill
+from anyfit.testing.models import tiny_model
+
+SHAPE = Shape(hidden=256, head_dim=64, queries=2, groups=2, width=512, blocks=2)
+SETTING = Setting(batch=1, sequence=16)
+
+
+def table(**changes) -> LatencyTable:
+    modules = {(ATTENTION, 2, "F32"): 2.0, (ATTENTION, 1, "F32"): 1.25, (FEED_FORWARD, 512, "F32"): 3.0, (FEED_FORWARD, 256, "F32"): 1.5}
+    made = LatencyTable("onnxruntime", Device.here("onnxruntime 1", 1), SETTING, SHAPE, {"F32": 11.0}, modules)
+    return replace(made, **changes)
+
+
+def test_a_prediction_is_the_rest_and_the_sum_of_the_modules():
+    found = table()
+    assert found.rest("F32") == 1.0
+    assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 256), (ATTENTION, 0), (FEED_FORWARD, 0)]) == 4.5
+    with pytest.raises(UserError, match=r"size 384 in F32 was not measured.*256, 512"):
+        found.ms(FEED_FORWARD, 384, "F32")
+
+
+def test_a_table_is_read_back_and_refused_on_another_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "_stopwatch", lambda target: FakeStopwatch("onnxruntime 1"))
+    table().write(tmp_path / "table.json")
+    assert measuring.latencies(tmp_path / "table.json") == table()
+    for field, value in {"processor": "Z80", "cores": 1000, "runtime": "onnxruntime 2", "threads": 7}.items():
+        other = table(device=replace(table().device, **{field: value}))
+        other.write(tmp_path / "other.json")
+        if field == "threads":
+            assert measuring.latencies(tmp_path / "other.json").device.threads == 7
+            continue
+        with pytest.raises(UserError, match=f"another device's: {field} {value}"):
+            measuring.latencies(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"version": 99}', "[]", '{"version": 1, "device": {}}'])
+def test_what_is_no_table_is_refused(text, tmp_path):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(UserError, match=r"table\.json"):
+        LatencyTable.read(tmp_path / "table.json")
+    with pytest.raises(UserError, match="no file"):
+        LatencyTable.read(tmp_path / "nothing.json")
+
+
+class FakeStopwatch(Stopwatch):
+    """Its networks take time on a clock of its own, by a formula; the machine is three times as slow now and then."""
+
+    formats = ("F32", "F16")
+
+    def __init__(self, runtime: str = "fake 1") -> None:
+        self.runtime, self.now, self.runs = runtime, 0.0, count()
+
+    def ready(self, model, format_, setting, threads, folder):
+        assert not list(folder.iterdir())
+        blocks = model.model.layers
+        took = 2.0 + (5.0 if model.config.vocab_size != VOCABULARY else 0.0)
+        for block in blocks:
+            took += getattr(block.self_attn, "q_proj", torch.nn.Linear(0, 0)).out_features / 64
+            took += getattr(block.mlp, "up_proj", torch.nn.Linear(0, 0)).out_features / 128
+        took *= 0.5 if format_ == "F16" else 1.0
+
+        def run():
+            self.now += 1e-3 * took * (3 if next(self.runs) // 40 % 2 else 1)
+
+        return run
+
+
+def test_modules_are_timed_beside_the_whole_network(monkeypatch):
+    fake = FakeStopwatch()
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: fake.now)
+    monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
+    config = tiny_model("llama").config
+    found = stopwatch.measure(fake, config, "fake", SETTING, formats=("F32", "F16"), threads=1)
+    assert found.shape == SHAPE and found.device == Device.here("fake 1", 1)
+    assert found.sizes(ATTENTION, "F32") == [1, 2] and found.sizes(FEED_FORWARD, "F16")[-1] == 512
+    for name, factor in (("F32", 1.0), ("F16", 0.5)):
+        slow = found.whole[name] / (23.0 * factor)
+        assert slow in (pytest.approx(1), pytest.approx(3))
+        for groups in (1, 2):
+            assert found.ms(ATTENTION, groups, name) == pytest.approx(2 * groups * factor * slow)
+        for width in found.sizes(FEED_FORWARD, name):
+            assert found.ms(FEED_FORWARD, width, name) == pytest.approx(width / 128 * factor * slow)
+        assert found.rest(name) == pytest.approx(7.0 * factor * slow)
+
+
+def test_what_cannot_be_timed_is_refused_before_anything_is_built():
+    config, fake = tiny_model("llama").config, FakeStopwatch()
+    for wrong, said in (
+        ({"formats": ("Q4_K",)}, "Q4_K"),
+        ({"threads": 4096}, "threads"),
+        ({"setting": Setting(1, 100_000)}, "context"),
+    ):
+        given = {"setting": SETTING, **wrong}
+        with pytest.raises(UserError, match=said):
+            stopwatch.measure(fake, config, "fake", **given)
+    with pytest.raises(UserError, match="phase"):
+        Setting(1, 1, "sleep")
+    with pytest.raises(UserError, match="gpt2"):
+        shape_of(tiny_model("gpt2").config)
+    with pytest.raises(UserError, match="no stopwatch"):
+        measuring.measure(target="llama.cpp")
+
+
+def test_widths_form_a_ladder_of_multiples_down_from_the_uncut_one():
+    assert sizes(SHAPE, ATTENTION) == [2, 1]
+    ladder = sizes(replace(SHAPE, width=1000), FEED_FORWARD)
+    assert ladder[0] == 1000 and ladder[-1] == 32 and all(width % 32 == 0 for width in ladder[1:])
+    assert ladder == sorted(set(ladder), reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_network_without_a_kind_of_modules_is_one_whose_modules_give_nothing(kind):
+    config = tiny_model(kind).config
+    shape = replace(shape_of(config), groups=1, width=96)
+    tokens = torch.arange(2 * 12).reshape(2, 12)
+    for kept in ((ATTENTION,), (FEED_FORWARD,), ()):
+        model = probe(config, shape, kept)
+        _fill(model)
+        config.vocab_size = VOCABULARY
+        whole = probe(config, shape)
+        _fill(whole)
+        whole.load_state_dict(model.state_dict(), strict=False)
+        for layer in whole.model.layers:
+            if ATTENTION not in kept:
+                layer.self_attn.o_proj.weight.zero_()
+            if FEED_FORWARD not in kept:
+                layer.mlp.down_proj.weight.zero_()
+        with torch.no_grad():
+            assert torch.allclose(model(tokens).logits, whole(tokens).logits, atol=1e-5)
+
+
+def test_torch_decodes_the_token_that_comes_after_the_cached_ones(tmp_path):
+    config = tiny_model("llama").config
+    run = TorchStopwatch().ready(probe(config, shape_of(config)), "F32", Setting(2, 24, DECODE), 1, tmp_path)
+    cache = run.__closure__ and next(cell.cell_contents for cell in run.__closure__ if hasattr(cell.cell_contents, "get_seq_length"))
+    for _ in range(3):
+        run()
+        assert cache.get_seq_length() == 24
+
+
+@pytest.mark.slow
+def test_a_smaller_networks_latency_is_predicted(tmp_path):
+    """In plain torch, which builds networks fast; the bar is loose because other tests run beside this one."""
+    config = tiny_model("llama").config
+    found = measuring_of(config)
+    small = replace(found.shape, groups=1, width=sizes(found.shape, FEED_FORWARD)[6])
+    predicted = found.predict("F32", [(kind, small.full(kind)) for kind in KINDS] * small.blocks)
+    watch = TorchStopwatch()
+    whole = watch.ready(probe(config, found.shape), "F32", found.setting, 1, tmp_path)
+    share = stopwatch._Clock(whole).share(watch.ready(probe(config, small), "F32", found.setting, 1, tmp_path))
+    assert predicted == pytest.approx(share * found.whole["F32"], rel=0.25)
+
+
+def measuring_of(config) -> LatencyTable:
+    return stopwatch.measure(TorchStopwatch(), config, "transformers", Setting(1, 128), threads=1)
+
+
+def test_the_table_on_disk_is_readable(tmp_path):
+    table().write(tmp_path / "table.json")
+    data = json.loads((tmp_path / "table.json").read_text())
+    assert data["modules"][0] == {"kind": "attention", "size": 1, "format": "F32", "ms": 1.25}
+    assert data["setting"] == {"batch": 1, "sequence": 16, "phase": "prefill"}

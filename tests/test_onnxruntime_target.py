@@ -1,0 +1,154 @@
+"""The ONNX Runtime target: the suite for targets, exact sizes and numbers for networks of other forms, refusals."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyfit.checkpoint import Checkpoint
+from anyfit.core.config import Config
+from anyfit.core.errors import FamilyError, RuntimeMissingError
+from anyfit.core.units import Weight
+from anyfit.targets import onnx_graph
+from anyfit.targets.onnx_graph import ExportError, Graph
+from anyfit.targets.onnxruntime import TARGET
+from anyfit.testing.models import save_tiny, tiny_model
+from anyfit.testing.targets import CHECKS, Trial
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+KINDS = {"llama, tied": {"tie_word_embeddings": True, "num_hidden_layers": 1}, "gpt2": {"num_hidden_layers": 1}}
+SLOW_KINDS = {kind: {} for kind in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi3", "llama")}
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """A trial of each kind, made once: exporting takes seconds."""
+
+    @cache
+    def made(kind: str) -> Trial:
+        folder = tmp_path_factory.mktemp("tiny") / "model"
+        return Trial.of(TARGET, save_tiny(folder, kind.partition(",")[0], **(KINDS | SLOW_KINDS)[kind]))
+
+    return made
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_suite_for_targets(trial, check, tmp_path):
+    check(trial("llama, tied"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)])
+def test_every_kind_is_written_and_computes_what_torch_does(trial, kind, tmp_path):
+    for seed in range(3):
+        config = trial(kind).config(seed)
+        assert trial(kind).write(tmp_path / str(seed), config) == trial(kind).space.bytes_(config)
+        checks = trial(kind).check(tmp_path / str(seed), config)
+        assert [check.name for check in checks] == ["audit", "values", "onnxruntime"]
+        assert all(check.passed for check in checks), checks
+        assert "skipped" not in checks[-1].detail
+
+
+@pytest.mark.parametrize("name", TARGET.formats)
+def test_each_format_is_read_to_the_bit_by_products_and_by_lookups(trial, name, tmp_path):
+    net = trial("llama, tied")
+    config = Config({decision.key: name for decision in net.space.decisions})
+    net.write(tmp_path / "folder", config)
+    session = onnxruntime.InferenceSession(tmp_path / "folder" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [item.name for item in session.get_inputs()] == ["input_ids"]
+    assert all(check.passed for check in net.check(tmp_path / "folder", config))
+
+
+def test_any_batch_and_length_is_run(trial, tmp_path):
+    net = trial("llama, tied")
+    config = Config({decision.key: "F32" for decision in net.space.decisions})
+    net.write(tmp_path / "folder", config)
+    session, model = onnxruntime.InferenceSession(tmp_path / "folder" / "model.onnx"), net.extract(config)
+    for shape in ((1, 1), (3, 7), (1, 200)):
+        tokens = torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(0))
+        (logits,) = session.run(None, {"input_ids": tokens.numpy()})
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(logits), model(tokens).logits, atol=1e-4)
+
+
+def test_the_graph_says_nothing_of_where_it_was_made(trial, tmp_path):
+    net = trial("llama, tied")
+    net.write(tmp_path / "folder", net.config(0))
+    content = (tmp_path / "folder" / "model.onnx").read_bytes()
+    assert b"site-packages" not in content and b"torch" not in content
+    onnx.checker.check_model(onnx.load(tmp_path / "folder" / "model.onnx"))
+
+
+def test_a_network_is_exported_once_and_stays_as_it_is(trial, same_random_state):
+    source = trial("llama, tied").source
+    onnx_graph._of.cache_clear()
+    before = source.config.to_dict()
+    graph = onnx_graph.of(source)
+    assert source.config.to_dict() == before
+    again = Checkpoint.open(source.folder).source(trial("llama, tied").weights)
+    assert onnx_graph.of(again) is graph
+    assert graph.open == {name for name, _ in source.skeleton().named_parameters()}
+
+
+def test_a_graph_of_another_size_than_the_familys_is_refused_before_writing(trial, tmp_path):
+    net = trial("llama, tied")
+    other = replace(net.space, fixed_bytes=net.space.fixed_bytes + 1)
+    with pytest.raises(FamilyError, match="another size"):
+        TARGET.write(tmp_path / "folder", net.source, other, net.config(0), net.variant)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_network_that_cannot_be_exported_is_not_supported(trial, monkeypatch):
+    def fails(_: object) -> Graph:
+        raise ExportError("no such operator")
+
+    monkeypatch.setattr(onnx_graph, "_of", fails)
+    assert "no such operator" in str(TARGET.supports(trial("gpt2").source))
+
+
+def test_without_the_package_the_error_says_what_to_install(trial, monkeypatch):
+    def missing(name: str, *rest: object, **more: object) -> object:
+        if name.startswith("onnxscript"):
+            raise ImportError(name=name)
+        return imported(name, *rest, **more)
+
+    imported = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(RuntimeMissingError, match=r"anyfit\[onnxruntime\]"):
+        onnx_graph.export(tiny_model("llama"))
+
+
+def test_a_row_length_that_a_group_does_not_divide_gets_smaller_groups_or_halves(trial):
+    graph = onnx_graph.of(trial("llama, tied").source)
+    name = "model.layers.0.mlp.down_proj.weight"
+    for columns, wanted, expected in ((96, "int4_sym_g128", "int4_sym"), (64, "int2_asym_g128", "int2_asym"), (48, "int8_sym", "F16")):
+        space = TARGET.space(trial("llama, tied").source, [Weight(name, (256, columns), "down", name, 0)], [wanted])
+        (decision,) = space.decisions
+        assert [choice.name for choice in decision.choices] == [expected]
+        assert f"{expected} takes its place" in decision.refused[wanted]
+    assert graph.uses(name)[0].kind == "MatMul"
+
+
+def test_a_matrix_that_is_used_in_another_way_keeps_plain_numbers(trial):
+    net = trial("llama, tied")
+    norm = next(name for name in net.source.passthrough if name.endswith("norm.weight"))
+    space = TARGET.space(net.source, [Weight(norm, (1, 256), "norm", None)], ["int8_sym"])
+    assert "has an" in space.decisions[0].refused["int8_sym"]
+
+
+def files(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def test_what_travels_with_a_model_travels_with_the_graph(trial, tmp_path):
+    net = trial("gpt2")
+    net.write(tmp_path / "folder", net.config(0))
+    assert files(tmp_path / "folder") >= {"model.onnx", "weights.safetensors", "config.json", "tokenizer.json"}
+    assert "model.safetensors" not in files(tmp_path / "folder")
