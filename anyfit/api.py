@@ -22,9 +22,12 @@ from anyfit.core.budget import BYTES, Budget
 from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.core.files import refuse_existing
+from anyfit.costs.latency import LatencyTable
+from anyfit.costs.probes import shape_of
 from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
+from anyfit.measuring import latencies
 from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
@@ -52,6 +55,7 @@ class Wishes(TypedDict, total=False):
     target: str
     formats: Iterable[str] | None
     recipe: str
+    latency: str | Path | None
     length: int | None
     segments: int | None
     effort: str
@@ -121,6 +125,7 @@ def prepare(
     target: str = "llama.cpp",
     formats: Iterable[str] | None = None,
     recipe: str = "gptq",
+    latency: str | Path | None = None,
     length: int | None = None,
     segments: int | None = None,
     effort: str = Effort.NORMAL,
@@ -135,6 +140,7 @@ def prepare(
     parquet, folders of them, data sets of the hub as "hf:NAME[:CONFIG][@SPLIT]", in any mix; it is divided into text
     to calibrate with, to search with and to report on. "self", the default for other models than the embedded one, is
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
+    `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes.
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
     `segments`: how many calibrate (default 128). `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
@@ -155,10 +161,23 @@ def prepare(
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
     length = _segment_length(length, checkpoint.config, longest)
     where = devices.device(device).type
-    settings = Settings(target, wanted, recipe, length, segments or NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT, seed, diligence, where)
+    table = None if latency is None else _latencies(latency, checkpoint, target, recipe)
+    settings = Settings(
+        target,
+        wanted,
+        recipe,
+        length,
+        segments or NUM_CALIBRATION,
+        NUM_SEARCH,
+        NUM_REPORT,
+        seed,
+        diligence,
+        where,
+        None if table is None else table.digest,
+    )
     progress = progress or Silent()
     # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
-    run = Fit(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress, group())
+    run = Fit(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress, group(), table)
     reason = runtime.supports(run.source)
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
@@ -175,6 +194,21 @@ def prepare(
     if not any(weight.block is not None for weight in run.weights):
         raise ModelError(f"{checkpoint.name} has no blocks.", remedy="Check num_hidden_layers in its config.json.")
     return run
+
+
+def _latencies(path: str | Path, checkpoint: Checkpoint, target: str, recipe: str) -> LatencyTable:
+    """The table, if it is of this network, runtime and device. Raises `UserError` where it isn't."""
+    if recipes.get(recipe).pruning is None:
+        raise UserError(f"{recipe} decides about formats, and latencies are about heads and channels.", remedy="Take --recipe ziplm.")
+    table = latencies(Path(path).expanduser())
+    if table.target != target:
+        raise UserError(
+            f"{path} was measured for {table.target}, not for {target}.", remedy=f"Say --target {table.target}, or measure again."
+        )
+    shape = shape_of(checkpoint.config)
+    if table.shape != shape:
+        raise UserError(f"{path} was measured for a network of other sizes: {table.shape}, not {shape}.", remedy="Measure this one.")
+    return table
 
 
 def _segments(

@@ -26,6 +26,10 @@ Budgets = Annotated[list[str], typer.Option("--budget", help="An upper bound: 1.
 MaybeBudgets = Annotated[list[str] | None, typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens in a segment of text. Default: the model's context, at most 2048.")]
 Segments = Annotated[int | None, typer.Option(min=1, help="How many segments of text to use.")]
+Latency = Annotated[
+    Path | None,
+    typer.Option(help="A table of `anyfit measure`, made on this device: a recipe that prunes then fits to milliseconds."),
+]
 EffortName = Annotated[
     Effort,
     typer.Option(

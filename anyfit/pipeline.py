@@ -22,11 +22,13 @@ from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import uncovered
 from anyfit.calibration.data import PURPOSES, Segments
 from anyfit.checkpoint import Checkpoint, Source
+from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.effort import Effort
 from anyfit.core.errors import UserError
 from anyfit.core.files import output_error, remove, sha256, write_json, written_aside
 from anyfit.core.space import Space, coverage
 from anyfit.core.units import Weight
+from anyfit.costs.latency import ATTENTION, FEED_FORWARD, LatencyTable
 from anyfit.devices import device, moved
 from anyfit.distributed import ALONE, Group
 from anyfit.elastic.model import ElasticModel
@@ -48,7 +50,7 @@ from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
 from anyfit.structure.levels import Structure
-from anyfit.structure.space import structures
+from anyfit.structure.space import Measured, structures
 from anyfit.structuring import Structuring
 from anyfit.targets import targets
 from anyfit.tasks.language import Reference
@@ -91,8 +93,10 @@ class Fit:
         settings: Settings,
         progress: Progress,
         group: Group = ALONE,
+        latency: LatencyTable | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.latency = latency
         self.segments = segments
         self.settings = settings
         self.progress = progress
@@ -143,8 +147,15 @@ class Fit:
     @cached_property
     def space(self) -> Space:
         if self.structures:
-            return self.target.cut_space(self.source, self.architecture, self.structures, self.settings.length, None)
+            return self.target.cut_space(self.source, self.architecture, self.structures, self.settings.length, self._measured())
         return self.target.space(self.source, self.weights, self.settings.formats)
+
+    def _measured(self) -> Measured | None:
+        if self.latency is None:
+            return None
+        table, format_ = self.latency, self.target.cut_format(self.source)
+        kinds = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
+        return Measured(lambda structure, kept: table.ms(kinds[structure.axis], kept, format_), table.rest(format_))
 
     def stream(self, store: Store) -> Stream:
         """The network as it runs block by block, its states in the store's folder."""
@@ -321,7 +332,8 @@ class Fit:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should hear before anything is computed."""
-        return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []))
+        latency = [] if self.latency is None else [str(self.latency)]
+        return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []), *latency)
 
     def keep_source(self, store: Store) -> None:
         """What exports need of the original, and the tokens of all three splits."""

@@ -8,6 +8,8 @@ after ZipLM (https://arxiv.org/abs/2302.04089), section 3.2.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -129,6 +131,16 @@ class LatencyTable:
             data["whole"],
             {(row["kind"], row["size"], row["format"]): row["ms"] for row in data["modules"]},
         )
+
+    def __str__(self) -> str:
+        setting, device = self.setting, self.device
+        where = f"{device.runtime} with {device.threads} threads on {device.processor}"
+        return f"Milliseconds are those of {setting.phase}, {setting.batch} x {setting.sequence} tokens, as measured in {where}."
+
+    @property
+    def digest(self) -> str:
+        """Of all that was measured."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
         write_json(path, self.to_json())

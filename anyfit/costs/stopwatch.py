@@ -20,14 +20,13 @@ from anyfit.core.errors import UserError
 from anyfit.costs.latency import ATTENTION, KINDS, Device, LatencyTable, Setting, Shape, cores
 from anyfit.costs.probes import probe, shape_of
 from anyfit.progress import Progress, Silent
+from anyfit.structure.levels import widths
 
 Run = Callable[[], object]
 """One run of a network that is ready."""
 
 SECONDS, ROUNDS = 1.5, 15
 """How long a network is timed, and in how many rounds at least."""
-STEP, SHRINK = 32, 0.9
-"""Widths of a ladder: multiples of the first, each about the second times the one before."""
 
 
 class Stopwatch(ABC):
@@ -97,12 +96,7 @@ def sizes(shape: Shape, kind: str) -> list[int]:
     """The sizes that are timed, largest first: every number of groups, and a geometric ladder of widths, after ZipLM."""
     if kind == ATTENTION:
         return list(range(shape.groups, 0, -1))
-    ladder, width = [shape.width], float(shape.width)
-    while (width := width * SHRINK) >= STEP:
-        rounded = round(width / STEP) * STEP
-        if rounded < ladder[-1]:
-            ladder.append(rounded)
-    return ladder
+    return widths(shape.width)
 
 
 class _Clock:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source
@@ -16,6 +18,7 @@ from anyfit.core.units import Weight
 from anyfit.elastic.model import Decoded
 from anyfit.elastic.stream import Chosen
 from anyfit.streaming import Original, Predictions, Stream, some_rows
+from anyfit.tasks.language import Logits
 
 SPACE = 2.5
 """Times the network's size in float32, that loading it may take."""
@@ -62,3 +65,28 @@ class Extracted:
             return None
         needed, there = describe(BYTES, SPACE * size), describe(BYTES, free)
         return f"it would hold the whole network in memory, which takes up to {needed}, and {there} are free"
+
+
+class InMemory:
+    """A whole network, asked as an `Extracted` is."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def weight(self, name: str) -> Weight | None:
+        """None: parameters are as the network has them."""
+        return None
+
+    def parameter(self, name: str) -> Tensor:
+        return self.model.get_parameter(name)
+
+    def logits(self, tokens: Tensor) -> Logits:
+        def run(tokens: Tensor) -> Tensor:
+            with torch.inference_mode():
+                found: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            return found
+
+        return run
+
+    def too_large(self) -> str | None:
+        return None

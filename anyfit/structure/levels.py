@@ -13,7 +13,9 @@ from anyfit.core.units import Weight
 from anyfit.modeling_cut import spread
 
 SHRINKING = 0.9
-"""From one width to the next smaller: ZipLM's ladder."""
+"""From one width to the next smaller, about."""
+STEP = 32
+"""Of which widths are multiples: what runtimes' blocks of weights and matrix products like."""
 _NAME = re.compile(f"({HEADS}|{WIDTH})([0-9]+)")
 
 
@@ -27,14 +29,20 @@ class Structure:
     num: int
     size: int
 
-    def levels(self, multiple: int) -> dict[str, int]:
-        """{choice: structures kept}, the most first, none last; widths are multiples of `multiple` where they aren't the whole."""
-        if self.axis == HEADS:
-            return {f"{HEADS}{kept}": kept for kept in range(self.num, -1, -1)}
-        widths, width = [self.num], float(self.num)
-        while (width := width * SHRINKING) >= multiple:
-            widths.append(int(width) // multiple * multiple)
-        return {f"{WIDTH}{kept}": kept for kept in dict.fromkeys([*widths, 0])}
+    def levels(self) -> dict[str, int]:
+        """{choice: structures kept}, the most first, none last."""
+        sizes = range(self.num, 0, -1) if self.axis == HEADS else widths(self.num)
+        return {f"{self.axis}{kept}": kept for kept in (*sizes, 0)}
+
+
+def widths(whole: int) -> list[int]:
+    """Those of a feed-forward that are looked at, the whole first: a geometric ladder of multiples of `STEP`, after ZipLM."""
+    ladder, width = [whole], float(whole)
+    while (width := width * SHRINKING) >= STEP:
+        rounded = round(width / STEP) * STEP
+        if rounded < ladder[-1]:
+            ladder.append(rounded)
+    return ladder
 
 
 def kept_of(choice: str) -> int:

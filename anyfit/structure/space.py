@@ -53,7 +53,6 @@ def pruned_space(
     architecture: Architecture,
     found: Mapping[str, Structure],
     *,
-    multiple: int,
     length: int,
     bytes_: Bytes,
     fixed_bytes: int = 0,
@@ -61,10 +60,10 @@ def pruned_space(
 ) -> Space:
     """Each attention and feed-forward at its sizes.
 
-    `multiple`: of which widths are multiples. `length`: tokens of a sequence, for the multiply-adds of attention. `fixed_bytes`: of
+    `length`: tokens of a sequence, for the multiply-adds of attention. `fixed_bytes`: of
     the file, that belong to no tensor. Sizes that take no less time than a larger one aren't offered: narrower must be faster.
     """
-    levels = {name: list(structure.levels(multiple).items()) for name, structure in found.items()}
+    levels = {name: list(structure.levels().items()) for name, structure in found.items()}
     whole = source.skeleton()
     halves = {name: _parameters(whole, architecture, structure) for name, structure in found.items()}
     rest = {name: p for name, p in _stored(whole).items() if not any(name in half for half in halves.values())}

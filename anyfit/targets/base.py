@@ -84,6 +84,10 @@ class Target(ABC):
         """
         raise UserError(f"{self.name} takes no networks with parts left out.", remedy="Take --target transformers.")
 
+    def cut_format(self, source: Source) -> str:
+        """What the numbers of such a network are stored in."""
+        raise NotImplementedError
+
     def write_cut(self, path: Path, source: Source, model: PreTrainedModel) -> int:
         """Write a network that `structure.cutting.cut` made smaller to `path`, which doesn't exist yet; returns the bytes that a budget
         counts, at most `Space.bytes_` of its config. `source`: the whole network's."""

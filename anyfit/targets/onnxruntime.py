@@ -6,21 +6,26 @@ nobody decides about are kept in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from anyfit.architectures.base import Architecture
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError, UnknownNameError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.costs.stopwatch import Stopwatch
-from anyfit.elastic.extracted import Extracted
+from anyfit.elastic.extracted import Extracted, InMemory
 from anyfit.formats import INTEGER_GROUPS
+from anyfit.structure.levels import Structure
+from anyfit.structure.space import Measured, pruned_space
 from anyfit.targets import onnx_file, onnx_graph, onnxruntime_check
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.onnx_file import Layout, Place
@@ -85,6 +90,31 @@ class OnnxRuntime(Target):
     def stopwatch(self) -> Stopwatch:
         return OnnxRuntimeStopwatch(self.formats)
 
+    def cut_space(
+        self, source: Source, architecture: Architecture, found: Mapping[str, Structure], length: int, measured: Measured | None
+    ) -> Space:
+        def bytes_(name: str, shape: torch.Size) -> tuple[int, int]:
+            slot = Slot(name, torch.float32, tuple(shape))
+            return slot.bytes_, slot.data_bytes
+
+        whole = _cut_layout(source.frame())
+        fixed = whole.bytes_ - sum(slot.bytes_ for slot in whole.slots)  # the graph of a cut network is no longer than this one's
+        return pruned_space(source, architecture, found, length=length, bytes_=bytes_, fixed_bytes=fixed, measured=measured)
+
+    def cut_format(self, source: Source) -> str:
+        return "F32"
+
+    def write_cut(self, path: Path, source: Source, model: PreTrainedModel) -> int:
+        layout, numbers = _cut_layout(model), dict(model.named_parameters())
+        path.mkdir()
+        (path / onnx_file.GRAPH).write_bytes(layout.content)
+        size = write_file(path / onnx_file.NUMBERS, layout.slots, ((slot.name, numbers[slot.name]) for slot in layout.slots))
+        copy_companions(source, path)
+        return len(layout.content) + size
+
+    def check_cut(self, path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+        return onnxruntime_check.checks(path, _cut_layout(model), InMemory(model), tokens)
+
     def _decision(self, place: Place, wanted: Sequence[str]) -> Decision:
         legal, refused = set(), {}
         for name in wanted:
@@ -102,6 +132,15 @@ class OnnxRuntime(Target):
 def _layout(source: Source, weights: Iterable[Weight], config: Config) -> Layout:
     graph = onnx_graph.of(source)
     return Layout.of(graph, ((Place(weight, graph), config.format(weight.name)) for weight in weights), _fixed(source, graph))
+
+
+def _cut_layout(model: PreTrainedModel) -> Layout:
+    """Every parameter in float32. The model keeps its own."""
+    parameters = dict(model.named_parameters())
+    open_ = {id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), False) for parameter in parameters.values()}
+    graph = onnx_graph.export(copy.deepcopy(model, open_))
+    fixed = (Slot(name, torch.float32, tuple(parameter.shape)) for name, parameter in parameters.items() if name in graph.open)
+    return Layout.of(graph, (), fixed)
 
 
 def _fixed(source: Source, graph: onnx_graph.Graph) -> list[Slot]:

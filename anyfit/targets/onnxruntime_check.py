@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anyfit.core.files import is_full
-from anyfit.elastic.extracted import Extracted
+from anyfit.elastic.extracted import Extracted, InMemory
 from anyfit.targets import onnx_file, onnxruntime_session
 from anyfit.targets.base import Check
 from anyfit.targets.onnx_file import GRAPH, NUMBERS, Layout
@@ -30,7 +30,7 @@ class _DifferenceError(Exception):
     """What a file holds is not what was meant."""
 
 
-def checks(path: Path, layout: Layout, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
+def checks(path: Path, layout: Layout, model: Extracted | InMemory, tokens: Tensor) -> tuple[Check, ...]:
     """Audit, numbers, ONNX Runtime. The later ones are left out where one fails."""
     looks = {
         "audit": lambda: _audit(path, layout),
@@ -64,7 +64,7 @@ def _audit(path: Path, layout: Layout) -> str:
     return f"{len(found)} tensors, each once; {size + len(layout.content)} bytes as predicted"
 
 
-def _values(path: Path, layout: Layout, model: Extracted) -> str:
+def _values(path: Path, layout: Layout, model: Extracted | InMemory) -> str:
     """Every parameter, as the nodes of the written graph read it from where the graph says it lies, is the model's to the bit."""
     import onnx
 
@@ -115,14 +115,14 @@ def _fields(data: np.ndarray, bits: int) -> np.ndarray:
     return (data[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & (2**bits - 1)).reshape(len(data), -1)
 
 
-def _required_equal(name: str, values: np.ndarray, model: Extracted) -> str:
+def _required_equal(name: str, values: np.ndarray, model: Extracted | InMemory) -> str:
     expected, found = model.parameter(name), torch.from_numpy(np.array(values))
     if found.shape != expected.shape or not torch.equal(found, expected):
         raise _DifferenceError(f"{name} is not the extracted model's")
     return name
 
 
-def _outputs(path: Path, model: Extracted, tokens: Tensor) -> str:
+def _outputs(path: Path, model: Extracted | InMemory, tokens: Tensor) -> str:
     """Logits where nothing is rounded on the way against the extracted model's; divergence of what people run."""
     if find_spec("onnxruntime") is None:
         return "skipped: onnxruntime is not installed (pip install 'anyfit[onnxruntime]')"

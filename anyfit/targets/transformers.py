@@ -39,8 +39,6 @@ from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shar
 from anyfit.targets.torch_stopwatch import TorchStopwatch
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-MULTIPLE = 32
-"""Of which the widths of feed-forwards are multiples: what matrix products like."""
 _DEAREST_FIRST = sorted(INTEGER_BITS, reverse=True)
 
 
@@ -107,7 +105,7 @@ class Transformers(Target):
         self, source: Source, architecture: Architecture, found: Mapping[str, Structure], length: int, measured: Measured | None
     ) -> Space:
         def bytes_(name: str, shape: torch.Size) -> tuple[int, int]:
-            slot = Slot(name, cut_dtype(source), tuple(shape))
+            slot = Slot(name, DTYPES[self.cut_format(source)], tuple(shape))
             return slot.bytes_, slot.data_bytes
 
         whole, _ = passthrough(source.skeleton(), ())
@@ -116,15 +114,18 @@ class Transformers(Target):
             source,
             architecture,
             found,
-            multiple=MULTIPLE,
             length=length,
             bytes_=bytes_,
             fixed_bytes=files * EMPTY_BYTES,
             measured=measured,
         )
 
+    def cut_format(self, source: Source) -> str:
+        """The original's type."""
+        return _own_format(source) or "F32"
+
     def write_cut(self, path: Path, source: Source, model: PreTrainedModel) -> int:
-        return write_cut(path, source, model, cut_dtype(source))
+        return write_cut(path, source, model, DTYPES[self.cut_format(source)])
 
     def check_cut(self, path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.cut_checks(path, source, model, tokens)
@@ -147,11 +148,6 @@ class Transformers(Target):
         slots = {name: held.slots(name) for name in self.formats if name in legal}
         choices = tuple(Choice(name, sum(s.bytes_ for s in parts), sum(s.data_bytes for s in parts)) for name, parts in slots.items())
         return Decision(Unit(held.weight.name, (held.weight,)), choices, refused=refused)
-
-
-def cut_dtype(source: Source) -> torch.dtype:
-    """What a network with parts left out is stored in: the original's type."""
-    return DTYPES[_own_format(source) or "F32"]
 
 
 def write_dense(path: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> int:
