@@ -48,7 +48,10 @@ def test_budgets_as_people_type_them(text: str, limits: dict[str, float]) -> Non
     assert dict(Budget.parse(text, original={"bytes": 1000, "ms": 8, "macs": 50e6}).limits) == pytest.approx(limits)
 
 
-@pytest.mark.parametrize("text", ["", "lots", "5 parsecs", "12", "-3GB", "0MB", "1.2.3GB", "GB", "3.2 bits GB", "nan GB", "1e400", "bits 3x", "ms 3GB", "5 ms/mile"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "lots", "5 parsecs", "12", "-3GB", "0MB", "1.2.3GB", "GB", "3.2 bits GB", "nan GB", "1e400", "bits 3x", "ms 3GB", "5 ms/mile"],
+)
 def test_text_that_is_no_budget_lists_the_units(text: str) -> None:
     with pytest.raises(BudgetError, match=r"GB"):
         Budget.parse(text)

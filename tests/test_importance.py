@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyfit.importance import importances
-from anyfit.importance.base import Importance, _Solved, damped
+from anyfit.importance.base import Importance, Repair, damped
 from anyfit.importance.obs import _costs, _diagonal, _remove_some
 from anyfit.importance.sparsity import keep_global, keep_of_group, keep_uniform
 from anyfit.importance.wanda import weight_scores
@@ -69,7 +69,7 @@ def test_each_step_is_the_least_squares_of_what_is_kept(size: int) -> None:
     weight, moments = layer(32, 256)
     order = OBS.order(weight, moments, size)
     columns = columns_of(order, size)
-    solved = _Solved.of(weight, moments, columns)
+    solved = Repair.of(weight, moments, columns)
     for kept in (1, len(order) // 3, len(order) - 1):
         expected = least_squares(weight, damped(moments), columns[: kept * size])[:, columns[: kept * size]]
         assert (solved.keeping(kept * size) - expected).abs().max() < 1e-10

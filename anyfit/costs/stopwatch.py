@@ -75,10 +75,10 @@ def measure(
         model = probe(config, part, kept, trust_remote_code=trust_remote_code)
         return stopwatch.ready(model, format_, setting, threads, folder)
 
-    with _pinned(threads), (progress or Silent()).stage("measure", len(formats) * (len(ladder) + 1)) as stage:
+    with pinned(threads), (progress or Silent()).stage("measure", len(formats) * (len(ladder) + 1)) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
-                clock = _Clock(ready(shape, KINDS, name, _new(folder, "whole")))
+                clock = Clock(ready(shape, KINDS, name, _new(folder, "whole")))
                 empty = clock.share(ready(shape, (), name, _new(folder, "empty")))
                 stage.advance(detail=name)
                 shares = {}
@@ -99,7 +99,7 @@ def sizes(shape: Shape, kind: str) -> list[int]:
     return widths(shape.width)
 
 
-class _Clock:
+class Clock:
     """Times networks beside the whole one."""
 
     def __init__(self, whole: Run) -> None:
@@ -134,7 +134,7 @@ def _took(run: Run) -> float:
 
 
 @contextmanager
-def _pinned(threads: int) -> Iterator[None]:
+def pinned(threads: int) -> Iterator[None]:
     """Run on so many of the cores only, with that many threads of torch."""
     before, allowed = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:

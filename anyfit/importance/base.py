@@ -51,7 +51,7 @@ class Importance(ABC):
         order = self.order(weight, moments, size)
         assert order.sort().values.tolist() == list(range(structures)), "an order names every structure once"
         columns = (order[:, None] * size + torch.arange(size)).flatten()
-        solved = _Solved.of(weight, moments, columns) if self.repairs else None
+        solved = Repair.of(weight, moments, columns) if self.repairs else None
         weights: dict[int, Tensor] = {}
         errors: dict[int, float] = {}
         for number in sorted(set(kept)):
@@ -67,7 +67,7 @@ class Importance(ABC):
 
 
 @dataclass(frozen=True)
-class _Solved:
+class Repair:
     """The least squares of every beginning of an order at once: of the factor L of the damped moments in that order, the upper left
     corner is the factor of the kept ones' moments. `forward` (inputs, outputs): L⁻¹ H Wᵀ. Float64."""
 
@@ -75,7 +75,7 @@ class _Solved:
     forward: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, moments: Tensor, columns: Tensor) -> _Solved:
+    def of(cls, weight: Tensor, moments: Tensor, columns: Tensor) -> Repair:
         lower = torch.linalg.cholesky(damped(moments)[columns][:, columns])
         # H Wᵀ = L Lᵀ Wᵀ, so that the forward substitution has nothing to solve.
         return cls(lower, lower.T @ weight.double().T[columns])
