@@ -1,0 +1,226 @@
+"""Families whose sizes differ in heads and channels: what is stored, chosen, taken out and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import anyfit
+from anyfit import structuring
+from anyfit.api import prepare
+from anyfit.architectures import architecture_of
+from anyfit.core.budget import BYTES, LATENCY, MACS
+from anyfit.core.config import HEADS, WIDTH, Config
+from anyfit.core.errors import BudgetError, ModelError, UserError
+from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting, Shape
+from anyfit.costs.probes import shape_of
+from anyfit.family import Family
+from anyfit.structure.cutting import sizes
+from anyfit.structure.levels import STEP, kept_of, widths
+from anyfit.testing.models import save_tiny, tiny_text
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(30)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def fitted(model: Path, text: Path, output: Path, **wishes: object) -> Family:
+    asked = {"target": "transformers", "recipe": "ziplm", "data": text, "length": LENGTH, "segments": 8, "effort": "low"}
+    return anyfit.fit(model, output=output, **{**asked, **wishes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def family(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return fitted(model, text, tmp_path_factory.mktemp("families") / "tiny.family")
+
+
+def logits(network: torch.nn.Module, family: Family) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = network(input_ids=family.text()["report"][:2]).logits
+    return found
+
+
+def test_every_attention_and_feed_forward_is_decided(family: Family) -> None:
+    axes = [decision.axis for decision in family.space.decisions]
+    assert axes == [HEADS, WIDTH] * 2
+    names = [[choice.name for choice in decision.choices] for decision in family.space.decisions[:2]]
+    assert names == [["heads2", "heads1", "heads0"], [f"width{kept}" for kept in (*widths(512), 0)]]
+
+
+def test_widths_fall_geometrically_in_whole_steps() -> None:
+    ladder = widths(2816)
+    assert ladder[0] == 2816 and ladder[-1] == STEP
+    assert all(width % STEP == 0 for width in ladder)
+    assert all(0.8 <= small / large <= 0.95 for large, small in zip(ladder, ladder[1:], strict=False) if small >= 10 * STEP)
+    assert widths(40) == [40, 32] and widths(20) == [20]
+
+
+@pytest.mark.parametrize("budget", ["95%", "60%", "macs <= 50%", "30%"])
+def test_what_is_extracted_is_small_and_computes_what_was_measured(family: Family, budget: str) -> None:
+    """The cut network's outputs against the whole one with the stored matrices, which have zeros in what was taken out."""
+    point = family.select(budget)
+    cut = family.extract(budget)
+    whole = family.source.build(dict(family._decoder(point.config).matrices(family.space, point.config)))
+    assert torch.allclose(logits(cut, family), logits(whole, family), atol=1e-5)
+    numbers = sum(parameter.numel() for parameter in cut.parameters())
+    assert numbers < sum(parameter.numel() for parameter in whole.parameters())
+    kept = [kept_of(point.config[decision.key]) for decision in family.space.decisions]
+    assert [n for own in sizes(cut, architecture_of(cut)) for n in (own.groups, own.channels)] == kept
+
+
+def test_the_largest_is_the_original(family: Family, model: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(model)
+    assert torch.equal(logits(family.extract(family.space.largest()), family), logits(original, family))
+    point = family.point(family.space.largest())
+    assert point.search is not None and point.search.kl_mean == 0
+
+
+@pytest.mark.parametrize("budget", ["90%", "55%"])
+def test_exported_folders_have_the_predicted_bytes_and_load(family: Family, tmp_path: Path, budget: str) -> None:
+    made = family.export(budget, tmp_path / "small")
+    assert all(check.passed for check in made.checks), made.checks
+    size = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
+    assert size == made.bytes_ == made.point.bytes_ <= dict(family.budget(budget).limits)[BYTES]
+
+
+def test_nothing_left_in_the_blocks(family: Family, tmp_path: Path) -> None:
+    least = family.space.bytes_(family.space.smallest())
+    made = family.export(f"{least}B", tmp_path / "nothing")
+    assert made.bytes_ == least and all(check.passed for check in made.checks)
+    with pytest.raises(BudgetError, match=f"{least} B"):
+        family.export(f"{least - 1}B", tmp_path / "less")
+
+
+def test_multiply_adds_are_those_of_the_extracted_network(family: Family) -> None:
+    """Every matrix of the cut network once a token, and for each query the keys and values of half a sequence."""
+    for budget in ("100%", "70%", "40%"):
+        point, network = family.select(budget), family.extract(budget)
+        linear = sum(module.weight.numel() for module in network.modules() if isinstance(module, torch.nn.Linear))
+        widths_ = [own.groups * own.heads * own.head_dim for own in sizes(network, architecture_of(network))]
+        assert family.space.costs(point.config)[MACS] == linear + LENGTH * sum(widths_)
+
+
+def test_killed_and_continued(model: Path, text: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned: list[str] = []
+    original = structuring._Pruner._prune
+
+    def dies(self: structuring._Pruner, weight: object, hessian: Tensor) -> None:
+        if len(pruned) == 2:
+            raise KeyboardInterrupt
+        pruned.append(weight.name)  # type: ignore[attr-defined]
+        original(self, weight, hessian)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(structuring._Pruner, "_prune", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(model, text, tmp_path / "again.family")
+    again: list[str] = []
+
+    def counts(self: structuring._Pruner, weight: object, hessian: Tensor) -> None:
+        again.append(weight.name)  # type: ignore[attr-defined]
+        original(self, weight, hessian)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(structuring._Pruner, "_prune", counts)
+    continued = fitted(model, text, tmp_path / "again.family")
+    assert continued.digest == family.digest
+    assert len(again) == 2 and not set(again) & set(pruned)
+
+
+def made_table(model: Path, **changes: object) -> LatencyTable:
+    """Latencies by a formula: attention is dear, and one width is slower than a larger one."""
+    config = AutoModelForCausalLM.from_pretrained(model).config
+    shape = shape_of(config)
+    modules = {(ATTENTION, groups, "F32"): 0.5 * groups for groups in range(1, shape.groups + 1)}
+    modules |= {(FEED_FORWARD, width, "F32"): 0.1 + width / 1024 for width in widths(shape.width)}
+    modules[FEED_FORWARD, 384, "F32"] = modules[FEED_FORWARD, 416, "F32"] + 0.001
+    whole = 1.0 + shape.blocks * (modules[ATTENTION, shape.groups, "F32"] + modules[FEED_FORWARD, shape.width, "F32"])
+    from anyfit.measuring import _stopwatch
+
+    device = Device.here(_stopwatch("transformers").runtime, 1)
+    given = {"target": "transformers", "device": device, "setting": Setting(1, LENGTH), "shape": shape, "whole": {"F32": whole}}
+    return LatencyTable(**{**given, "modules": modules, **changes})  # type: ignore[arg-type]
+
+
+def test_budgets_in_milliseconds(model: Path, text: Path, tmp_path: Path) -> None:
+    table = made_table(model)
+    table.write(tmp_path / "latency.json")
+    family = fitted(model, text, tmp_path / "fast.family", latency=tmp_path / "latency.json")
+    whole = family.space.costs(family.space.largest())[LATENCY]
+    assert whole == pytest.approx(table.whole["F32"])
+    for budget, bound in (("2x", whole / 2), ("1.5x", whole / 1.5), ("2ms", 2.0)):
+        point = family.select(budget)
+        kinds = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
+        modules = [(kinds[axis], kept_of(name)) for (_, axis), name in point.config.items()]
+        assert table.predict("F32", modules) == pytest.approx(family.size(point)) and family.size(point) <= bound
+    assert "width384" not in [choice.name for choice in family.space.decisions[1].choices]
+    assert any("no less time" in reason for _, name, reason in family.coverage if name == "width384")
+    both = family.select(["2x", "70%"])
+    assert family.size(both) <= whole / 2 and both.bytes_ <= 0.7 * family.original.bytes_
+    frontier = [family.size(point) for point in family.frontier]
+    assert frontier == sorted(frontier)
+    with pytest.raises(BudgetError, match="smallest possible is 1.000 ms"):
+        family.select("0.9ms")
+
+
+def test_latencies_of_something_else_are_refused(model: Path, text: Path, family: Family, tmp_path: Path) -> None:
+    table = made_table(model)
+    others = {
+        "another device": made_table(model, device=Device("abacus", 1, table.device.runtime, 1)),
+        "measured for onnxruntime": made_table(model, target="onnxruntime", device=_device_of("onnxruntime")),
+        "other sizes": made_table(model, shape=Shape(64, 16, 1, 4, 128, 2)),
+    }
+    for said, other in others.items():
+        other.write(tmp_path / "other.json")
+        with pytest.raises(UserError, match=said):
+            fitted(model, text, tmp_path / "no.family", latency=tmp_path / "other.json")
+    table.write(tmp_path / "latency.json")
+    with pytest.raises(UserError, match="decides about formats"):
+        fitted(model, text, tmp_path / "no.family", recipe="gptq", latency=tmp_path / "latency.json")
+    with pytest.raises(BudgetError, match="none was measured"):
+        family.select("2ms")
+
+
+def _device_of(target: str) -> Device:
+    from anyfit.core.errors import RuntimeMissingError
+    from anyfit.measuring import _stopwatch
+
+    try:
+        return Device.here(_stopwatch(target).runtime, 1)
+    except RuntimeMissingError:
+        pytest.skip(f"{target} is not installed")
+
+
+def test_what_can_not_be_pruned_says_so(text: Path, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"llama\.cpp takes no networks with parts left out"):
+        fitted(model, text, tmp_path / "no.family", target="llama.cpp")
+    other = save_tiny(tmp_path / "bloom", "bloom")
+    with pytest.raises(ModelError, match="can't be cut"):
+        fitted(other, text, tmp_path / "no.family")
+
+
+def test_a_budget_of_structure_on_a_family_of_formats(model: Path, text: Path, tmp_path: Path) -> None:
+    run = prepare(model, target="transformers", data=text, length=LENGTH, segments=8)
+    from anyfit.core.budget import Budget
+    from anyfit.searchers.exact import require
+
+    with pytest.raises(BudgetError, match="macs"):
+        require(run.space, Budget.parse("1 MMACs"))
+
+
+def test_configs_travel_as_json(family: Family) -> None:
+    config = family.select("60%").config
+    assert Config.from_json(config.to_json()) == config
+    assert set(config.to_json()) == {HEADS, WIDTH}
