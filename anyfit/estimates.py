@@ -31,8 +31,8 @@ from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
-from anyfit.quantizers import quantizers
-from anyfit.quantizers.worker import Workers
+from anyfit.quantizers import aqlm, quantizers
+from anyfit.quantizers.worker import Workers, num_workers
 from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
@@ -84,7 +84,8 @@ def needs(run: Fit) -> Needs:
         # The network that writes text stays.
         writer = 4 * run.space.num_parameters if run.segments.num_pending else 0
         on_device = run.device.type != "cpu"
-        memory, device_memory = rehearsal.memory + (0 if on_device else writer), peak.bytes_ + (writer if on_device else 0)
+        whole = _whole_matrices(run)
+        memory, device_memory = rehearsal.memory + whole + (0 if on_device else writer), peak.bytes_ + (whole + writer if on_device else 0)
     if _takes_all(run):
         if run.device.type == "cpu":
             memory = max(memory, Peak().bytes_ + _in_memory(run))
@@ -125,8 +126,14 @@ def _surely(run: Fit) -> int:
         sizes[weight.block] += weight.num_weights
     widest = max(weight.shape[1] for weight in run.weights)
     logits = 4 * run.checkpoint.config.vocab_size * max(TOKENS_AT_ONCE, run.settings.length)
-    streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits
+    streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits + _whole_matrices(run)
     return max(streamed, Peak().bytes_ + _in_memory(run)) if _takes_all(run) else streamed
+
+
+def _whole_matrices(run: Fit) -> int:
+    """Bytes of what is encoded at once because its rows share something: more than a rehearsal on some of the rows shows."""
+    sizes = [d.unit.weights[0].num_weights for d in run.space.decisions if any(all_formats.get(c.name).whole for c in d.choices)]
+    return aqlm.BYTES_A_NUMBER * sum(sorted(sizes)[-num_workers(run.device) :])
 
 
 def _takes_all(run: Fit) -> bool:

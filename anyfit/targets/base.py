@@ -17,7 +17,7 @@ from anyfit.core.units import Weight
 from anyfit.elastic.extracted import Extracted
 
 Variants = Callable[[str, str], Tensor]
-"""(weight name, format name) to the variant's bytes: uint8 (rows, row_bytes), rows in the target's order."""
+"""(weight name, format name) to the variant's bytes: uint8 (data_rows, row_bytes), rows in the target's order."""
 
 
 @dataclass(frozen=True)
