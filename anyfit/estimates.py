@@ -37,7 +37,7 @@ from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.tasks.language import Reference, kept_bytes, measure
-from anyfit.training import MOST_BITS, trained
+from anyfit.training import decided
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
@@ -148,7 +148,8 @@ def _in_memory(run: Fit) -> int:
     # Beside the networks, tuning holds levels, latents, values, gradients and what they are made of.
     refining = model + 6 * model if run.effort.refines else 0
     # Training holds every variant's codes and scales, and what is made of those that are drawn.
-    variants = sum(len(decision.choices) * decision.unit.num_weights for decision in trained(run.space))
+    decisions = decided(run.space, run.recipe.training) if run.recipe.training else ()
+    variants = sum(len(decision.choices) * decision.unit.num_weights for decision in decisions)
     # Tuning holds levels, a buffer, squares, values, gradients and what they are made of, of one format at a time.
     each = 12 * model if isinstance(run.recipe.training, (Tuning, Nesting)) else 4 * model + 2 * variants
     training = each if run.recipe.training else 0
@@ -308,7 +309,6 @@ def _training(run: Fit) -> int:
         return 0
     settings = run.recipe.training.settings_for(run.effort)
     if isinstance(run.recipe.training, (Tuning, Nesting)):
-        most = math.inf if isinstance(run.recipe.training, Nesting) else MOST_BITS
-        formats = {choice.name for decision in trained(run.space, most) for choice in decision.choices}
+        formats = {choice.name for decision in decided(run.space, run.recipe.training) for choice in decision.choices}
         return 5 * len(formats) * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
     return 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)

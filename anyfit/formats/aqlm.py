@@ -2,10 +2,10 @@
 
 Paper: "Extreme Compression of Large Language Models via Additive Quantization" (AQLM), arXiv 2401.06118, section 3. `aqlm_2x8g8` has two
 codebooks of 2^8 entries, for groups of 8 columns: two bits a weight, and the codebooks, which weigh on small matrices (8 KiB here).
-More entries, 2^16 as in the paper's best, would only pay on matrices far larger than what a processor encodes in any reasonable time.
+2^16 entries, as in the paper's best, would only pay on matrices far larger than what a processor encodes in reasonable time.
 
-Entries and scales are halves. The bytes are an array of equal rows. The first ones hold the codebooks, filled up with zeros; then comes a row
-for each of the matrix: its scale (2), then its codes, those of a group side by side.
+Entries and scales are halves. The bytes are an array of equal rows. The first ones hold the codebooks, filled up with zeros; then
+comes a row for each of the matrix: its scale (2), then its codes, those of a group side by side.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class Format(ABC):
         return shape[0] * self.row_bytes(shape[1])
 
     def data_rows(self, shape: tuple[int, int]) -> int:
-        """Rows of the array that a matrix's bytes are kept in, uint8 (data_rows, row_bytes): its own, last, behind those that hold what they
-        share. The latter are filled up, which `bytes_` doesn't count."""
+        """Rows of the array that a matrix's bytes are kept in, uint8 (data_rows, row_bytes): its own are the last, behind those that hold
+        what they share. The latter are filled up, which `bytes_` doesn't count."""
         return shape[0]
 
     @abstractmethod

@@ -1,13 +1,13 @@
 """Codebooks, codes and scales of one matrix, each fitted in turn to what its outputs lose (AQLM).
 
-Paper: "Extreme Compression of Large Language Models via Additive Quantization", arXiv 2401.06118, section 3. Minimised is tr(D H Dᵀ), with D
-the weights' error and H the mean of x xᵀ.
+Paper: "Extreme Compression of Large Language Models via Additive Quantization", arXiv 2401.06118, section 3. Minimised is tr(D H Dᵀ),
+with D the weights' error and H the mean of x xᵀ.
 
 Differences from the paper, and why:
 
-* Codes of a group are chosen together by a beam over its codebooks, with all other groups of the row as they are now, one group after the
-  other; the paper's beam goes over the codes of a whole row. So all rows take their steps side by side, as matrix products. With one codebook
-  the choice is exact: the entry nearest in the metric.
+* Codes of a group are chosen together by a beam over its codebooks, with all other groups of the row as they are now, one group after
+  the other; the paper's beam goes over the codes of a whole row. So all rows take their steps side by side, as matrix products. With
+  one codebook the choice is exact: the entry nearest in the metric.
 * Codebooks and scales come from their least-squares problems (by conjugate gradients, and in closed form), not from steps of Adam.
 * The first codebooks are those of residual k-means, as in the paper, weighted by the squares of the scales and by H's diagonal.
 * H is damped a little, so that directions which the text didn't show don't run away.
@@ -181,8 +181,8 @@ def _costs(codebooks: Tensor, pushed: Tensor, own: Tensor, codes: Tensor) -> Ten
 
 
 def _residual_kmeans(format_: AdditiveFormat, rows: Tensor, scales: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codebooks for `rows` (rows, columns), each for what the ones before it left, and codes. A row's error counts with its squared scale, a
-    column's with its `importance` (columns,)."""
+    """Codebooks for `rows` (rows, columns), each for what the ones before it left, and codes. A row's error counts with its squared scale,
+    a column's with its `importance` (columns,)."""
     left = rows.reshape(-1, format_.group)
     counted = (scales.square().unsqueeze(1) * importance).view_as(left)
     counted = counted / counted.mean().clamp_min(torch.finfo(torch.float32).tiny)

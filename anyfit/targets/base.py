@@ -58,6 +58,10 @@ class Target(ABC):
         ones take their place and `Decision.refused` says why.
         """
 
+    def needs(self, config: Config) -> str:
+        """What whoever loads a written model must have and know, in Markdown; empty where it is what its card says anyway."""
+        return ""
+
     def row_order(self, source: Source, weight: Weight) -> Tensor | None:
         """Rows of the runtime's matrix as indices into the checkpoint's (outputs,); None where equal."""
         return None
