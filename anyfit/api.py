@@ -170,7 +170,7 @@ def prepare(
     most = num_batches(run.segments.num_tokens("calibration") // length, length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
-    if not any(weight.block is not None for weight in run.weights):
+    if not any(weight.block is not None for decision in run.space.decisions for weight in decision.unit.weights):
         raise ModelError(f"{checkpoint.name} has no blocks.", remedy="Check num_hidden_layers in its config.json.")
     return run
 

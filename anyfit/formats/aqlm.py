@@ -56,6 +56,11 @@ class AdditiveFormat(Format):
         self.name = f"aqlm_{num_codebooks}x8g{group}"
         self.num_codebooks, self.group, self.block = num_codebooks, group, group
 
+    def refuses(self, shape: tuple[int, int]) -> str | None:
+        if self.bytes_(shape) >= _HALF_BYTES * shape[0] * shape[1]:
+            return f"its codebooks would take {self.name} more bytes than 16 bits a weight"
+        return super().refuses(shape)
+
     @property
     def bits(self) -> float:
         return 8 * self.num_codebooks / self.group
