@@ -36,7 +36,15 @@ from anyfit.testing.targets import CHECKS, Trial
 from anyfit.tuning import pv
 from anyfit.tuning.coded import Matrix, Summed
 
-SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+    "tie_word_embeddings": True,
+}
+"""All of one shape, as aqlm compiles its kernel for each."""
 needs_aqlm = pytest.mark.skipif(LAYOUT.lacks_runtime() is not None, reason=str(LAYOUT.lacks_runtime()))
 
 
@@ -125,7 +133,7 @@ def test_with_one_codebook_codes_are_the_nearest_in_the_metric(name: str) -> Non
 
 def test_codes_are_the_best_of_their_group_once_no_group_changes() -> None:
     """Across spans, too, whose groups push their errors on to each other."""
-    found = fit("aqlm_1x8g8", 3, SPAN + 16)
+    found = fit("aqlm_1x8g8", 24, SPAN + 16)
     for _ in range(50):
         before = found.codes.clone()
         found.choose_codes()
@@ -133,7 +141,7 @@ def test_codes_are_the_best_of_their_group_once_no_group_changes() -> None:
             break
     assert torch.equal(before, found.codes)
     least = found.error()
-    for row, group in ((0, 0), (1, 31), (2, 32), (0, 33), (1, 7)):
+    for row, group in ((0, 0), (11, 31), (23, 32), (3, 33), (17, 7)):
         kept = int(found.codes[row, group, 0])
         tried = []
         for code in range(256):
@@ -144,7 +152,7 @@ def test_codes_are_the_best_of_their_group_once_no_group_changes() -> None:
 
 
 def test_a_beam_is_no_worse_than_greedy_and_a_full_one_is_exhaustive() -> None:
-    found = fit("aqlm_2x8g8", 12, 8)
+    found = fit("aqlm_2x8g8", 700, 8)
     given, errors = found.codes.clone(), {}
     for width in (1, 8, 256):
         found.codes = given.clone()
@@ -161,16 +169,18 @@ def test_a_beam_is_no_worse_than_greedy_and_a_full_one_is_exhaustive() -> None:
 def test_codebooks_come_to_their_least_squares_and_scales_to_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aqlm, "_LEAST_SQUARES_STEPS", 300)
     found = fit("aqlm_2x8g8", 24, 16)
+    found.codes = torch.randint(6, found.codes.shape, generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    found.fit_scales()
     found.fit_codebooks()
     root = torch.linalg.cholesky(found.hessian.double())
     design = torch.zeros(24, 16, 2, 256, 8, dtype=torch.float64)
     for row, column, book in itertools.product(range(24), range(16), range(2)):
-        design[row, column, book, found.codes[row, column // 8, book], column % 8] = found.scales[row]
+        design[row, column, book, int(found.codes[row, column // 8, book]), column % 8] = found.scales[row].double()
     design = torch.einsum("rcx,cd->rdx", design.flatten(2), root).flatten(0, 1)
     wanted = (found.weight.double() @ root).flatten()
     best = torch.linalg.lstsq(design, wanted.unsqueeze(1), driver="gelsd").solution
     least = float((design @ best - wanted.unsqueeze(1)).square().sum())
-    assert least - 1e-9 <= found.error() <= least + 1e-4 * float(wanted.square().sum())
+    assert 0 < least and found.error() == pytest.approx(least, rel=1e-3)
     found = fit("aqlm_1x8g8")
     kept, least = found.scales.clone(), found.error()
     for factor in (0.99, 1.01):
@@ -273,15 +283,15 @@ def test_a_family_in_codebooks_and_plain_tensors(asked: dict[str, Any], tmp_path
 
 def test_memory_is_planned_for_whole_matrices(asked: dict[str, Any]) -> None:
     codebooks, integers = (estimates._whole_matrices(prepare(formats=names, **asked)) for names in (("aqlm_1x8g4", "F16"), ("int4_sym",)))
-    assert integers == 0 and codebooks >= aqlm.BYTES_A_NUMBER * 128 * 256
+    assert integers == 0 and codebooks >= aqlm.BYTES_A_NUMBER * 128 * 128
 
 
-FEW = pv.Settings(num_steps=30, code_rate=0.06)
+FEW = pv.Settings(num_steps=12, code_rate=0.1, half_rate=1e-2)
 
 
 @pytest.mark.parametrize("name", ["aqlm_1x8g4", "aqlm_2x8g8"])
 def test_pv_tuning_moves_codes_codebooks_and_scales(name: str) -> None:
-    model = tiny_model("llama", **SMALL, vocab_size=256, tie_word_embeddings=True).requires_grad_(False)
+    model = tiny_model("llama", **SMALL, vocab_size=256).requires_grad_(False)
     tokens = torch.randint(256, (16, 24), generator=torch.Generator().manual_seed(1))
     text, given = [Reference.of(model, tokens)] * 2, {}
     for weight in architecture_of(model).weights(model):

@@ -35,6 +35,8 @@ BYTES_A_NUMBER = 40
 """Of a matrix, that are held while it is encoded."""
 _SAMPLE, _KMEANS_STEPS = 1 << 16, 12
 _LEAST_SQUARES_STEPS = 12
+_EXACT = 1e-10
+"""Of the squared gradient at first: what is left of it then is rounding."""
 _NUMBERS_AT_ONCE = 1 << 22
 """Distances to entries that are held together."""
 
@@ -93,14 +95,17 @@ class Fit:
         residual = gathered(((self.weight - self.values()) @ hessian).mul_(scales), self.codes)
         ahead = residual * _inverse(diagonal)
         direction, size = ahead.clone(), (residual * ahead).sum()
+        enough = float(size) * _EXACT
         for _ in range(_LEAST_SQUARES_STEPS):
+            if float(size) <= enough:
+                break
             pushed = gathered((summed(direction, self.codes).mul_(scales) @ hessian).mul_(scales), self.codes)
-            step = size * _inverse((direction * pushed).sum())
+            step = size / (direction * pushed).sum()
             self.codebooks = self.codebooks + step * direction
             residual = residual - step * pushed
             ahead = residual * _inverse(diagonal)
             before, size = size, (residual * ahead).sum()
-            direction = ahead + size * _inverse(before) * direction
+            direction = ahead + size / before * direction
 
     def choose_codes(self, width: int = WIDTH) -> None:
         """Anew for each group in turn; none gets worse ones."""
