@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
 from anyfit.tasks.language import Quality, Reference, measure
-from anyfit.training import MOST_BITS, nested_sizes, trained
+from anyfit.training import MOST_BITS, decided, nested_sizes
 from anyfit.zoo import DATA, MODEL
 
 NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 16, 32
@@ -182,8 +181,8 @@ def prepare(
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
     if isinstance(method.training, Nesting):
-        nested_sizes(trained(run.space, math.inf))
-    elif method.training and not trained(run.space):
+        nested_sizes(decided(run.space, method.training))
+    elif method.training and not decided(run.space, method.training):
         raise UserError(
             f"{recipe} has nothing to train: no matrix in the blocks of {checkpoint.name} can have a format of at most {MOST_BITS:g} bits.",
             remedy="Name such formats, or take --recipe gptq.",
@@ -191,7 +190,7 @@ def prepare(
     most = num_batches(run.segments.num_tokens("calibration") // length, length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
-    if not any(weight.block is not None for weight in run.weights):
+    if not any(weight.block is not None for decision in run.space.decisions for weight in decision.unit.weights):
         raise ModelError(f"{checkpoint.name} has no blocks.", remedy="Check num_hidden_layers in its config.json.")
     return run
 

@@ -258,10 +258,18 @@ class _Worker:
             del prepared
 
     def _of_group(self, group: Matrices, prepared: Any) -> Iterator[_Task]:
-        for pieces in _pieces(group, NUMBERS_AT_ONCE[self.encoding.stream.device.type]):
+        names = self.encoding.choices[group[0].name]
+        whole = [name for name in names if formats.get(name).whole]
+        yield from self._pieces(group, [name for name in names if name not in whole], prepared)
+        for weight in group:
+            matrix = self.encoding.rows(weight, slice(None)) if whole else torch.empty(0)
+            yield from (_Task(group, [(weight, slice(0, weight.shape[0]))], matrix, prepared, name) for name in whole)
+
+    def _pieces(self, group: Matrices, names: list[str], prepared: Any) -> Iterator[_Task]:
+        for pieces in _pieces(group, NUMBERS_AT_ONCE[self.encoding.stream.device.type]) if names else ():
             # Numbers of a column lie side by side, as the quantizer takes them.
             matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces]).T.contiguous().T
-            yield from (_Task(group, pieces, matrix, prepared, name) for name in self.encoding.choices[group[0].name])
+            yield from (_Task(group, pieces, matrix, prepared, name) for name in names)
 
     def _write(self, results: Iterator[tuple[_Task, Encoded]]) -> None:
         """The variants of one group, whose pieces come in order."""
@@ -272,14 +280,15 @@ class _Worker:
                 first_row = 0
                 for weight, rows in task.pieces:
                     part = slice(first_row, first_row + rows.stop - rows.start)
-                    files[weight.name].put(task.format_, rows.start, encoded.rows(part))
+                    files[weight.name].put(task.format_, rows.start, encoded.rows(part) if len(task.pieces) > 1 else encoded)
                     first_row = part.stop
         for name in files:
             self.stage.advance(detail=name)
 
     def _writing(self, weight: Weight) -> AbstractContextManager[Writing]:
-        row_bytes = {name: formats.get(name).row_bytes(weight.shape[1]) for name in self.encoding.choices[weight.name]}
-        return self.encoding.store.writing(weight.name, {name: (weight.shape[0], size) for name, size in row_bytes.items()})
+        chosen = {name: formats.get(name) for name in self.encoding.choices[weight.name]}
+        shapes = {name: (format_.data_rows(weight.shape), format_.row_bytes(weight.shape[1])) for name, format_ in chosen.items()}
+        return self.encoding.store.writing(weight.name, shapes)
 
     def _variant(self, task: _Task) -> tuple[_Task, Encoded]:
         try:

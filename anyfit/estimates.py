@@ -31,13 +31,14 @@ from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
-from anyfit.quantizers.worker import Workers
+from anyfit.quantizers import aqlm
+from anyfit.quantizers.worker import Workers, num_workers
 from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.structuring import Structuring
 from anyfit.tasks.language import Reference, kept_bytes, measure
-from anyfit.training import MOST_BITS, trained
+from anyfit.training import decided
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
@@ -84,7 +85,8 @@ def needs(run: Fit) -> Needs:
         # The network that writes text stays.
         writer = 4 * run.space.num_parameters if run.segments.num_pending else 0
         on_device = run.device.type != "cpu"
-        memory, device_memory = rehearsal.memory + (0 if on_device else writer), peak.bytes_ + (writer if on_device else 0)
+        whole = _whole_matrices(run)
+        memory, device_memory = rehearsal.memory + whole + (0 if on_device else writer), peak.bytes_ + (whole + writer if on_device else 0)
     if _takes_all(run):
         if run.device.type == "cpu":
             memory = max(memory, Peak().bytes_ + _in_memory(run))
@@ -125,8 +127,16 @@ def _surely(run: Fit) -> int:
         sizes[weight.block] += weight.num_weights
     widest = max(weight.shape[1] for weight in run.weights)
     logits = 4 * run.checkpoint.config.vocab_size * max(TOKENS_AT_ONCE, run.settings.length)
-    streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits
+    streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits + _whole_matrices(run)
     return max(streamed, Peak().bytes_ + _in_memory(run)) if _takes_all(run) else streamed
+
+
+def _whole_matrices(run: Fit) -> int:
+    """Bytes of what is encoded at once because its rows share something: more than a rehearsal on some of the rows shows."""
+    if run.structures:
+        return 0
+    sizes = [d.unit.weights[0].num_weights for d in run.space.decisions if any(all_formats.get(c.name).whole for c in d.choices)]
+    return aqlm.BYTES_A_NUMBER * sum(sorted(sizes)[-num_workers(run.device) :])
 
 
 def _takes_all(run: Fit) -> bool:
@@ -141,7 +151,8 @@ def _in_memory(run: Fit) -> int:
     # Beside the networks, tuning holds levels, latents, values, gradients and what they are made of.
     refining = model + 6 * model if run.effort.refines else 0
     # Training holds every variant's codes and scales, and what is made of those that are drawn.
-    variants = sum(len(decision.choices) * decision.unit.num_weights for decision in trained(run.space))
+    decisions = decided(run.space, run.recipe.training) if run.recipe.training else ()
+    variants = sum(len(decision.choices) * decision.unit.num_weights for decision in decisions)
     # Tuning holds levels, a buffer, squares, values, gradients and what they are made of, of one format at a time.
     each = 12 * model if isinstance(run.recipe.training, (Tuning, Nesting)) else 4 * model + 2 * variants
     training = each if run.recipe.training else 0
@@ -318,7 +329,6 @@ def _training(run: Fit) -> int:
         return 0
     settings = run.recipe.training.settings_for(run.effort)
     if isinstance(run.recipe.training, (Tuning, Nesting)):
-        most = math.inf if isinstance(run.recipe.training, Nesting) else MOST_BITS
-        formats = {choice.name for decision in trained(run.space, most) for choice in decision.choices}
+        formats = {choice.name for decision in decided(run.space, run.recipe.training) for choice in decision.choices}
         return 5 * len(formats) * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
     return 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)

@@ -56,7 +56,7 @@ from anyfit.targets import targets
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
 from anyfit.training import FOLDER as TRAINING
-from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, gains, trained
+from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, decided, gains, trained
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
@@ -240,7 +240,7 @@ class Fit:
     def _changes(self, store: Store) -> Changes:
         how = self.recipe.training
         assert how is not None
-        decisions = trained(self.space, math.inf) if isinstance(how, NestingRecipe) else trained(self.space)
+        decisions = decided(self.space, how)
         shared: dict[str, Any] = {
             "store": store,
             "space": self.space,

@@ -6,6 +6,7 @@ into the scales that are stored; tuning changes codes, too. Formats that didn't 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from anyfit.formats.base import GridFormat
 from anyfit.formats.fitting import HALF_MAX
 from anyfit.formats.nested import nested_bits, packed
 from anyfit.progress import Progress
+from anyfit.recipes import base as recipes
 from anyfit.tasks.language import Reference, kl
 from anyfit.trainers.bit_switching import BitSwitching, EverySize
 from anyfit.trainers.loop import Divergence, Settings, divergence, train
@@ -313,12 +315,21 @@ def stored_choices(space: Space, decisions: Iterable[Decision], matrices: Callab
     return found
 
 
-def trained(space: Space, most_bits: float = MOST_BITS) -> tuple[Decision, ...]:
-    """The decisions about one matrix of a block, with the choices that training has something to gain from."""
+def decided(space: Space, how: recipes.Training | recipes.Tuning | recipes.Nesting) -> tuple[Decision, ...]:
+    """What a recipe's stage trains of a space."""
+    if isinstance(how, recipes.Nesting):
+        return trained(space, math.inf)
+    return trained(space, grids=isinstance(how, recipes.Training))
+
+
+def trained(space: Space, most_bits: float = MOST_BITS, *, grids: bool = False) -> tuple[Decision, ...]:
+    """The decisions about one matrix of a block, with the choices that training has something to gain from; of `grids` alone."""
     found = []
     for decision in space.decisions:
-        weights = decision.unit.weights
-        choices = tuple(choice for choice in decision.choices if 8 * choice.stored_bytes <= most_bits * decision.unit.num_weights)
+        weights, most = decision.unit.weights, most_bits * decision.unit.num_weights / 8
+        choices = tuple(
+            c for c in decision.choices if c.stored_bytes <= most and (not grids or isinstance(formats.get(c.name), GridFormat))
+        )
         if len(weights) == 1 and weights[0].block is not None and choices:
             found.append(replace(decision, choices=choices))
     return tuple(found)

@@ -247,8 +247,8 @@ def speed(batch: int, sequence: int) -> tuple[Section, Section]:
     )
     header = ("asked for", "predicted ms", "measured ms", "predicted against measured", "measured speed-up", "KL / perplexity")
     other = (
-        "Uniform: the same density everywhere, the same weights to choose from. Searched: the best within the uniform one's predicted time. A row "
-        "holds where it is closer to the original and measured to take no longer, within 2%."
+        "Uniform: the same density everywhere, the same weights to choose from. Searched: the best within the uniform one's predicted time. "
+        "A row holds where it is closer to the original and measured to take no longer, within 2%."
     )
     return (
         Section(f"The speed that was asked for: {where}", header, first, [remark]),
@@ -310,9 +310,10 @@ def essential(bench: Bench) -> Section:
     rows.append(Row((f"free, within {WITHIN:.0%}", *(f"{free[kind]:.0%}" for kind in scores)), free["magnitude"] >= free["random"]))
     rows.append(Row(("knee", *(f"{1 - DENSITIES[knees[kind]]:.0%}" for kind in scores))))
     remark = (
-        f"The embedded default, perplexity {original:.3f}; masks of all matrices in the blocks, nothing trained: magnitude in one pool of all "
-        "weights, Wanda row by row, and chance. The knee is the point furthest from the line between the ends, of the logarithm of the perplexity. "
-        "Rows of patterns hold where Wanda is no worse than magnitude, and magnitude no worse than chance. Zeros alone save neither bytes nor time."
+        f"The embedded default, perplexity {original:.3f}; masks of all matrices in the blocks, nothing trained: magnitude in one pool "
+        "of all weights, Wanda row by row, and chance. The knee is the point furthest from the line between the ends, of the logarithm of "
+        "the perplexity. Rows of patterns hold where Wanda is no worse than magnitude, and magnitude no worse than chance. Zeros alone "
+        "save neither bytes nor time."
     )
     return Section("Essential sparsity", ("weights removed", *scores), rows, [remark])
 

@@ -202,11 +202,12 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
     yield cost_section(bench)
 
 
-def codes_section(progress: Progress) -> Section:
+def codes_section(subject: subspace.Subject, progress: Progress) -> Section:
     with tempfile.TemporaryDirectory() as folder:
-        run, store = prepare(formats=("Q8_0", subspace.FORMAT), device="cpu"), Store(Path(folder))
+        run = prepare(target=subject.target, formats=(subject.rest, subject.format_), device="cpu")
+        store = Store(Path(folder))
         run.encode(store)
-        return subspace.section(run, store, progress)
+        return subspace.section(subject, run, store, progress)
 
 
 def main() -> int:
@@ -222,7 +223,7 @@ def main() -> int:
     if args.only in (None, "switching") and args.assets:
         sections.append(switching.section(args.assets, progress))
     if args.only in (None, "codes"):
-        sections.append(codes_section(progress))
+        sections += [codes_section(subject, progress) for subject in subspace.SUBJECTS]
     remarks = () if args.assets or args.only else ("Without ASSETS=FOLDER: Double Rounding on ResNet-20 is left out.",)
     return finish_page("train-once", "One run for all sizes", "make bench-train-once", sections, remarks)
 

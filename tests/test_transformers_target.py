@@ -29,13 +29,14 @@ from anyfit.family.store import Decoder
 from anyfit.formats import formats
 from anyfit.formats.base import CastFormat, Scales
 from anyfit.network import quiet
-from anyfit.targets import safetensors_file, transformers_check, transformers_reader
-from anyfit.targets.compressed_tensors import place
+from anyfit.targets import compressed_tensors, safetensors_file, transformers_check, transformers_reader
+from anyfit.targets.compressed_tensors import LAYOUT
+from anyfit.targets.hub_layout import DTYPES
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shards, write_file
 from anyfit.targets.transformers import TARGET, write_dense
 from anyfit.testing.models import save_tiny
 
-MISSING = transformers_check.lacks_runtime()
+MISSING = LAYOUT.lacks_runtime()
 needs_runtime = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 KINDS = {
     "llama": {},
@@ -47,6 +48,8 @@ KINDS = {
     "falcon": {},
 }
 INTEGERS = [name for name in TARGET.formats if name.startswith("int")]
+MIXABLE = [*DTYPES, *INTEGERS]
+"""What one folder can have."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def network(tmp_path_factory):
         skeleton = Checkpoint.open(folder).skeleton()
         weights = tuple(architecture_of(skeleton).weights(skeleton))
         source = Checkpoint.open(folder).source(weights)
-        return Network(source, weights, TARGET.space(source, weights, TARGET.formats))
+        return Network(source, weights, TARGET.space(source, weights, MIXABLE))
 
     return made
 
@@ -167,7 +170,7 @@ def test_packed_words_are_those_of_compressed_tensors(network, name):
 
     net = network("llama")
     weight = net.weights[2]
-    format_, held = formats.get(name), place(net.source.skeleton(), weight)
+    format_, held = formats.get(name), LAYOUT.place(net.source.skeleton(), weight)
     data = net.variant(weight.name, name)
     tensors = held.tensors(name, data)
     assert {Slot.of(key, tensor) for key, tensor in tensors.items()} == set(held.slots(name))
@@ -200,14 +203,14 @@ def test_check_says_that_it_skipped_loading_where_compressed_tensors_is_missing(
     def nowhere(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(transformers_check, "version", nowhere)
+    monkeypatch.setattr(compressed_tensors, "version", nowhere)
     net = network("llama")
     net.write(tmp_path / "folder", net.config(seed=2))
     model = net.extracted(net.config(seed=2), tmp_path)
     last = TARGET.check(tmp_path / "folder", net.source, net.config(seed=2), model, tokens())[-1]
     assert last.passed and "skipped" in last.detail and "anyfit[compressed]" in last.detail
-    monkeypatch.setattr(transformers_check, "version", lambda package: "0.17.1")
-    assert "0.17.1 is installed" in str(transformers_check.lacks_runtime())
+    monkeypatch.setattr(compressed_tensors, "version", lambda package: "0.17.1")
+    assert "0.17.1 is installed" in str(LAYOUT.lacks_runtime())
 
 
 def _truncate(file: Path) -> None:
@@ -247,7 +250,7 @@ def test_check_fails_for_a_damaged_file(network, damage, said, tmp_path):
 def test_large_folders_are_split_and_still_take_the_predicted_bytes(network, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "MAX_SHARD_BYTES", 1_000_000)
     net = network("llama")
-    space = TARGET.space(net.source, net.weights, TARGET.formats)
+    space = TARGET.space(net.source, net.weights, MIXABLE)
     for seed in range(3):
         config, folder = net.config(seed), tmp_path / str(seed)
         assert TARGET.write(folder, net.source, space, config, net.variant) == weight_bytes(folder) == space.bytes_(config)

@@ -187,7 +187,7 @@ def test_pv_tuning_changes_codes_and_scales_to_what_can_be_stored(name: str, sha
 
 def test_only_a_share_of_the_vectors_moves_in_a_step() -> None:
     (matrix,) = (entry for name, entry in matrices(network(), {"embedding": "Q8_0"}, everywhere="IQ2_XXS").items() if "up_proj" in name)
-    subject = pv._Subject("m", matrix, replace(FEW, share=0.1, code_rate=1.0))
+    subject = pv.GridSubject("m", matrix, replace(FEW, share=0.1, code_rate=1.0))
     gradient = torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0))
     kept, given = subject.codes.clone(), subject.values()
     subject.move({"m": gradient}, 1.0)
@@ -199,7 +199,7 @@ def test_only_a_share_of_the_vectors_moves_in_a_step() -> None:
 
 def test_all_codes_at_once_are_those_nearest_to_the_buffer() -> None:
     (matrix,) = (entry for name, entry in matrices(network(), {}, everywhere="int3_sym").items() if "up_proj" in name)
-    subject = pv._Subject("m", matrix, replace(FEW, share=1.0))
+    subject = pv.GridSubject("m", matrix, replace(FEW, share=1.0))
     subject.move({"m": torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0))}, 1.0)
     scale = subject._grid()[0].repeat_interleave(32, 1)
     assert torch.equal(subject.codes.float() - 4, (subject.buffer / scale).round().clamp(-4, 3))

@@ -54,14 +54,14 @@ class Store:
 
     @contextmanager
     def writing(self, weight: str, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Writing]:
-        """Write the variants of one matrix, {format: (rows, row_bytes)}, in any pieces; it is there when the block ends."""
+        """Write the variants of one matrix, {format: (data_rows, row_bytes)}, in any pieces; it is there when the block ends."""
         with written_aside(self._variants(weight)) as aside, aside.open("wb") as file:
             writing = Writing(file, shapes)
             yield writing
             writing.close()
 
     def rewrite(self, weight: str, changed: Mapping[str, Tensor]) -> None:
-        """Replace the bytes of some variants of one matrix, {format: uint8 (rows, row_bytes)}; errors and notes stay."""
+        """Replace the bytes of some variants of one matrix, {format: uint8 (data_rows, row_bytes)}; errors and notes stay."""
         about = self._metadata(weight)
         data = {name: changed[name] if name in changed else self.variant(weight, name) for name in about}
         with self.writing(weight, {name: (part.shape[0], part.shape[1]) for name, part in data.items()}) as writing:
@@ -96,8 +96,8 @@ class Store:
         return list(dict.fromkeys(note for row in self._metadata(weight).values() for note in row["notes"]))
 
     def variant(self, weight: str, format_: str) -> Tensor:
-        """The bytes of one variant, uint8 (rows, row_bytes): memory-mapped, or made of the one that it is nested in. Of what is pruned,
-        the numbers of a level, (rows, kept columns)."""
+        """The bytes of one variant, uint8 (data_rows, row_bytes): memory-mapped, or made of the one that it is nested in. Of what is
+        pruned, the numbers of a level, (rows, kept columns)."""
         with self._open(self._variants(weight)) as file:
             if format_ in file.keys():  # noqa: SIM118  (safe_open isn't iterable)
                 return file.get_tensor(format_)
@@ -245,7 +245,7 @@ class Decoder:
 
     def rows(self, weight: Weight, format_: str, which: Tensor | slice) -> Tensor:
         assert self.target.row_order(self.source, weight) is None and not weight.transposed, weight
-        return formats.get(format_).decode(self.variants(weight.name, format_)[which])
+        return formats.get(format_).decode_rows(self.variants(weight.name, format_), which)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ INTEGER_KINDS = {"sym": INTEGER_BITS, "asym": INTEGER_BITS, "offset": range(2, 5
 """{kind: its bits}, see `formats.integer`."""
 INTEGER_GROUPS = {32: "", 64: "_g64", 128: "_g128"}
 """What a group's size adds to the name of an integer format."""
+AQLM_SCHEMES = {f"aqlm_{codebooks}x8g{group}": (codebooks, group) for codebooks, group in ((2, 8), (1, 4), (1, 8))}
+"""{name: codebooks of a matrix, columns of a group}, see `formats.aqlm`."""
 
 formats: Registry[Format] = Registry(
     "format",
@@ -34,5 +36,6 @@ formats: Registry[Format] = Registry(
             for kind, all_bits in INTEGER_KINDS.items()
             for bits in all_bits
         },
+        **{name: f"anyfit.formats.aqlm:{name}" for name in AQLM_SCHEMES},
     },
 )

@@ -5,6 +5,8 @@ A format turns a matrix into the very bytes that a runtime's file holds, and bac
 the whole format shares and scale and offset belong to a group of columns. Such a format fits scales and
 offsets for a span of columns and packs codes; whoever chooses the codes (rounding, GPTQ, ...) needs to know
 no format by name, and what is chosen is what the file holds, to the bit.
+
+The rows of a matrix are stored each by itself, but for formats in which they have something in common (`Format.whole`).
 """
 
 from __future__ import annotations
@@ -45,11 +47,14 @@ class Format(ABC):
     name: str
     block: int
     """A row's length must be a multiple of this many columns."""
+    whole: bool = False
+    """Whether the rows of a matrix share something that is stored with it, codebooks for instance: it is then encoded all at once, and rows
+    of its bytes mean nothing alone."""
 
     @property
     @abstractmethod
     def bits(self) -> float:
-        """Stored bits per weight, scales and all counted."""
+        """Stored bits per weight, scales and all counted, but for what is stored once a row or once a matrix."""
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
         """Why this format can't hold a matrix of `shape`; None where it can."""
@@ -67,9 +72,18 @@ class Format(ABC):
         """Stored bytes of a matrix, exact."""
         return shape[0] * self.row_bytes(shape[1])
 
+    def data_rows(self, shape: tuple[int, int]) -> int:
+        """Rows of the array that a matrix's bytes are kept in, uint8 (data_rows, row_bytes): its own are the last, behind those that hold
+        what they share. The latter are filled up, which `bytes_` doesn't count."""
+        return shape[0]
+
     @abstractmethod
     def decode(self, data: Tensor) -> Tensor:
-        """uint8 (rows, row_bytes) to float32 (rows, columns), bit-equal to what the runtime computes."""
+        """uint8 (data_rows, row_bytes) to float32 (rows, columns), bit-equal to what the runtime computes."""
+
+    def decode_rows(self, data: Tensor, which: Tensor | slice) -> Tensor:
+        """Some of the rows, float32."""
+        return self.decode(data[which])
 
 
 class CastFormat(Format):

@@ -16,7 +16,7 @@ from anyfit.formats.base import Format
 
 @dataclass(frozen=True)
 class Encoded:
-    """One variant: the file's bytes, and what they cost.
+    """One variant: the file's bytes, uint8 (data_rows, row_bytes), and what they cost.
 
     `errors` (rows,): the expected squared error of each output, the diagonal of D H Dᵀ with D the weights' error and H the
     mean of x xᵀ over the calibration inputs. `notes` says aloud what was out of the ordinary.
@@ -32,7 +32,7 @@ class Encoded:
         return float(self.errors.sum())
 
     def rows(self, which: slice) -> Encoded:
-        """The variant of these rows alone."""
+        """The variant of these rows alone; not of a format that stores a matrix as a whole."""
         return Encoded(self.data[which], self.errors[which], self.notes)
 
 

@@ -19,6 +19,7 @@ Differences from the paper, and why:
 * Formats that code several columns as one entry of a codebook round these together, and their errors are
   passed on together, through the factor's diagonal blocks (as QuIP#'s block LDLQ, arXiv 2402.04396, does with
   its own codebook). The entry is chosen in the metric that the block's errors then cost.
+* Formats with codebooks of a matrix's own have no grid to solve in before it is known: these are fitted as AQLM does (`aqlm`).
 * Damping starts at 5 % of the mean diagonal (1 % in the paper; more is safer in coarse grids, whose range
   compensation must not leave) and doubles until the factorisation succeeds; more than the start is noted.
 """
@@ -37,9 +38,11 @@ from torch.nn import functional
 
 from anyfit.calibration.statistics import DAMPING, InputStatistics
 from anyfit.devices import CPU
+from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join
 from anyfit.formats.choose import Levels
 from anyfit.formats.threads import each
+from anyfit.quantizers import aqlm
 from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 from anyfit.quantizers.gptq_span import LANES, VECTOR_ROWS, Grid, Order, Rows, round_lanes, round_rows
 from anyfit.quantizers.rtn import encode_nearest
@@ -153,6 +156,8 @@ class GPTQ(Quantizer):
         weight = weight.cpu()
         if isinstance(format_, GridFormat):  # a table that is only looked up: no column can make good another's error
             data = encode_nearest(format_, weight, prepared.importance)
+        elif isinstance(format_, AdditiveFormat):
+            data = aqlm.encode(format_, weight.masked_fill(prepared.dead, 0), prepared.statistics.hessian)
         else:
             assert isinstance(format_, CastFormat)
             data = format_.encode(weight)

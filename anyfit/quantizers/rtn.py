@@ -1,7 +1,7 @@
 """Rounding to the nearest, with scales that minimise the error weighted by the inputs' mean squares.
 
 This is what llama.cpp does with an importance matrix: only the diagonal of the second moments is used, and
-each weight is rounded by itself.
+each weight is rounded by itself. Codebooks of a matrix's own are fitted, with the same weights (`aqlm`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
+from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, join, quantize
+from anyfit.quantizers import aqlm
 from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 
 
@@ -24,7 +26,9 @@ class RoundToNearest(Quantizer):
 
     def encode(self, weight: Tensor, prepared: InputStatistics, format_: Format) -> Encoded:
         weight = weight.cpu()
-        if isinstance(format_, CastFormat):
+        if isinstance(format_, AdditiveFormat):
+            data = aqlm.encode(format_, weight, prepared.diagonal.diag())
+        elif isinstance(format_, CastFormat):
             data = format_.encode(weight)
         else:
             assert isinstance(format_, GridFormat)

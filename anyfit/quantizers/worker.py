@@ -31,6 +31,11 @@ def one_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
 
+def num_workers(device: torch.device) -> int:
+    """How many there are where encoding runs on a device."""
+    return min(MOST_WORKERS, config.NUMBA_NUM_THREADS) if device.type == "cpu" else NUM_DRIVERS
+
+
 class Workers:
     """Threads that each compute alone, on pieces of their own: the same results, whatever their number.
 
@@ -40,7 +45,7 @@ class Workers:
 
     def __init__(self, device: torch.device = CPU) -> None:
         by_itself = device.type == "cpu"
-        self.number = min(MOST_WORKERS, config.NUMBA_NUM_THREADS) if by_itself else NUM_DRIVERS
+        self.number = num_workers(device)
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.number, initializer=_begin, initargs=(by_itself,))
 

@@ -11,6 +11,7 @@ from jinja2 import TemplateNotFound
 
 from anyfit.report import summary
 from anyfit.report.page import environment
+from anyfit.targets import targets
 
 if TYPE_CHECKING:
     from anyfit.core.config import Config
@@ -25,8 +26,9 @@ def model_card(family: Family, point: Point, file_name: str, *, target: str | No
     """The README.md, with the Hugging Face hub's front matter, of the model written to `file_name`.
 
     Figures are of the report split where this very config was measured; a config that was only predicted
-    says so. `target` is whose way of running it is shown, by default the family's own.
+    says so. `target` is whose way of running it is shown, for a model written as plain numbers; by default the family's own.
     """
+    dense = target is not None
     target = target or family.target
     made = environment().overlay(autoescape=False)
     made.filters["code"] = _code
@@ -39,6 +41,8 @@ def model_card(family: Family, point: Point, file_name: str, *, target: str | No
         "shares": summary.shares(family.space, point.config),
         "roles": _roles(family, point.config),
         "front_matter": _front_matter(family, target),
+        "dense": dense,
+        "needs": "" if dense else targets.get(target).needs(point.config),
         "provenance": summary.flat(family.provenance),
     }
     try:

@@ -23,7 +23,7 @@ from anyfit.structure.levels import Structure
 from anyfit.structure.space import Measured
 
 Variants = Callable[[str, str], Tensor]
-"""(weight name, format name) to the variant's bytes: uint8 (rows, row_bytes), rows in the target's order."""
+"""(weight name, format name) to the variant's bytes: uint8 (data_rows, row_bytes), rows in the target's order."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ class Target(ABC):
         Every unit keeps at least one choice: where no wanted format fits its row length, the nearest legal
         ones take their place and `Decision.refused` says why.
         """
+
+    def needs(self, config: Config) -> str:
+        """What whoever loads a written model must have and know, in Markdown; empty where it is what its card says anyway."""
+        return ""
 
     def row_order(self, source: Source, weight: Weight) -> Tensor | None:
         """Rows of the runtime's matrix as indices into the checkpoint's (outputs,); None where equal."""

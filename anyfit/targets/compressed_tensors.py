@@ -18,55 +18,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anyfit.core.units import Weight
 from anyfit.formats import formats
-from anyfit.formats.base import CastFormat
 from anyfit.formats.fields import pack_dense, unpack_dense
 from anyfit.formats.integer import IntegerFormat
+from anyfit.targets.hub_layout import DTYPES, Layout, Place, below, modules_of
 from anyfit.targets.safetensors_file import Slot
 
 VERSION = "0.18.0"
 """The oldest version of compressed-tensors that reads every file written here."""
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PACKED, _BYTES = "pack-quantized", "naive-quantized"
 
 
 @dataclass(frozen=True)
-class Place:
-    """One matrix in the file. `form` is how its integers are kept; None where they can't be, and `problem` says why."""
+class IntegerPlace(Place):
+    """`form` is how its integers are kept; None where they can't be."""
 
-    weight: Weight
     form: str | None
-    problem: str = ""
 
-    @property
-    def modules(self) -> list[str]:
-        """Paths of the modules that share the matrix, the one that it is stored for first."""
-        return [name.removesuffix(".weight") for name in (self.weight.name, *self.weight.tied)]
-
-    def refuses(self, name: str) -> str | None:
-        """Why this matrix can't be stored in a format; None where it can."""
-        format_ = formats.get(name)
-        if isinstance(format_, CastFormat):
-            return None
-        assert isinstance(format_, IntegerFormat), name
-        if self.form is None:
-            return self.problem
+    def _refuses(self, name: str) -> str | None:
+        format_ = _integer(name)
         if self.form == _BYTES and format_.num_bits != 8:
             return "a table, like a matrix that several modules share, loads only as whole bytes"
         return format_.refuses(self.weight.shape)
 
-    def slots(self, name: str) -> tuple[Slot, ...]:
-        """The tensors that the matrix takes in a format."""
-        if name in DTYPES:
-            shape = self.weight.shape[::-1] if self.weight.transposed else self.weight.shape
-            return (Slot(self.weight.name, DTYPES[name], shape),)
+    def substitute(self, name: str) -> str | None:
+        """Eight bits, where these load."""
+        eight = f"int8_{name.partition('_')[2]}".replace("offset", "asym")
+        return eight if self.refuses(eight) is None else None
+
+    def _slots(self, name: str) -> tuple[Slot, ...]:
         format_ = _integer(name)
         rows, columns = self.weight.shape
         per_group = [Slot("weight_scale", torch.float16, (rows, columns // format_.group))]
@@ -76,15 +65,11 @@ class Place:
         if self.form == _PACKED:
             words = Slot("weight_packed", torch.int32, (rows, columns * format_.num_bits // 32))
             original = Slot("weight_shape", torch.int64, (2,))
-            return tuple(_below(self.modules[0], slot) for slot in (words, original, *per_group))
+            return tuple(below(self.modules[0], slot) for slot in (words, original, *per_group))
         codes = Slot("weight", torch.int8, (rows, columns))
-        return (_below(self.modules[0], codes), *(_below(module, slot) for module in self.modules for slot in per_group))
+        return (below(self.modules[0], codes), *(below(module, slot) for module in self.modules for slot in per_group))
 
-    def tensors(self, name: str, data: Tensor) -> dict[str, Tensor]:
-        """The variant's bytes, uint8 (rows, row_bytes), as those tensors."""
-        if name in DTYPES:
-            values = data.clone().view(DTYPES[name])
-            return {self.weight.name: values.T if self.weight.transposed else values}
+    def _tensors(self, name: str, data: Tensor) -> dict[str, Tensor]:
         format_ = _integer(name)
         codes, scale, zero = format_.unpack(data)
         parts = {"weight_scale": scale.half()}
@@ -102,10 +87,7 @@ class Place:
         copies = {f"{module}.{part}": tensor for module in self.modules for part, tensor in parts.items()}
         return {self.weight.name: _signed(codes, format_.num_bits), **copies}
 
-    def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The matrix that a reader makes of those tensors, float32, in the checkpoint's orientation."""
-        if name in DTYPES:
-            return tensors[self.weight.name].float()
+    def _decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         format_ = _integer(name)
         module = self.modules[0]
         if self.form == _PACKED:
@@ -134,45 +116,63 @@ class Place:
         }
 
 
-def place(model: PreTrainedModel, weight: Weight) -> Place:
-    """How a folder can keep a matrix of this network, which may be on meta."""
-    modules = [model.get_submodule(name.rpartition(".")[0]) for name in (weight.name, *weight.tied)]
-    if not all(isinstance(module, nn.Linear | nn.Embedding) for module in modules):
-        kind = next(type(module).__name__ for module in modules if not isinstance(module, nn.Linear | nn.Embedding))
-        return Place(weight, None, f"compressed-tensors reads integers into Linear and Embedding modules only, and this is a {kind}")
-    if any(dict(module.named_buffers(recurse=False)) for module in modules):
-        kind = type(modules[0]).__name__
-        return Place(weight, None, f"compressed-tensors takes the buffer of a {kind} for a parameter that the file should hold")
-    if odd := next((m for m in modules if type(m).forward not in (nn.Linear.forward, nn.Embedding.forward)), None):
-        return Place(weight, None, f"compressed-tensors replaces the forward of a Linear, and {type(odd).__name__} has one of its own")
-    alone = len(modules) == 1 and isinstance(modules[0], nn.Linear)
-    return Place(weight, _PACKED if alone else _BYTES)
+class CompressedTensors(Layout):
+    """Integers."""
 
+    needs = (
+        f"Loading it takes `pip install 'compressed-tensors>={VERSION}'`; integers become floating-point numbers before the first forward "
+        "pass, so it is small on disk, not in memory."
+    )
 
-def quantization_config(model: PreTrainedModel, chosen: Iterable[tuple[Place, str]]) -> dict[str, Any] | None:
-    """What config.json says of (matrix, format) pairs; None where all are plain tensors.
+    def place(self, model: PreTrainedModel, weight: Weight) -> IntegerPlace:
+        modules = modules_of(model, weight)
+        if not all(isinstance(module, nn.Linear | nn.Embedding) for module in modules):
+            kind = next(type(module).__name__ for module in modules if not isinstance(module, nn.Linear | nn.Embedding))
+            problem = f"compressed-tensors reads integers into Linear and Embedding modules only, and this is a {kind}"
+            return IntegerPlace(weight, problem, None)
+        if any(dict(module.named_buffers(recurse=False)) for module in modules):
+            kind = type(modules[0]).__name__
+            problem = f"compressed-tensors takes the buffer of a {kind} for a parameter that the file should hold"
+            return IntegerPlace(weight, problem, None)
+        if odd := next((m for m in modules if type(m).forward not in (nn.Linear.forward, nn.Embedding.forward)), None):
+            problem = f"compressed-tensors replaces the forward of a Linear, and {type(odd).__name__} has one of its own"
+            return IntegerPlace(weight, problem, None)
+        alone = len(modules) == 1 and isinstance(modules[0], nn.Linear)
+        return IntegerPlace(weight, "", _PACKED if alone else _BYTES)
 
-    One group for each scheme, with the modules by name. Linear modules in no group are listed as ignored.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for held, name in chosen:
-        scheme = held.scheme(name)
-        if scheme is not None:
-            group = groups.setdefault(f"{name} {scheme['format']}", {"targets": [], **scheme})
-            group["targets"] += held.modules
-    if not groups:
+    def quantization_config(self, model: PreTrainedModel, chosen: Iterable[tuple[Place, str]]) -> dict[str, Any] | None:
+        """One group for each scheme, with the modules by name. Linear modules in no group are listed as ignored."""
+        groups: dict[str, dict[str, Any]] = {}
+        for held, name in chosen:
+            assert isinstance(held, IntegerPlace)
+            scheme = held.scheme(name)
+            if scheme is not None:
+                group = groups.setdefault(f"{name} {scheme['format']}", {"targets": [], **scheme})
+                group["targets"] += held.modules
+        if not groups:
+            return None
+        targeted = {module for group in groups.values() for module in group["targets"]}
+        linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+        forms = {group["format"] for group in groups.values()}
+        return {
+            "quant_method": "compressed-tensors",
+            "version": VERSION,
+            "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": dict(sorted(groups.items())),
+            "ignore": [path for path in linear if path not in targeted],
+        }
+
+    def lacks_runtime(self) -> str | None:
+        needed = f"compressed-tensors>={VERSION}"
+        install = "pip install 'anyfit[compressed]'"
+        try:
+            installed = version("compressed-tensors")
+        except PackageNotFoundError:
+            return f"loading integers needs {needed}, which is not installed; {install}"
+        if Version(installed) < Version(VERSION):
+            return f"loading these integers needs {needed}, and {installed} is installed; {install}"
         return None
-    targeted = {module for group in groups.values() for module in group["targets"]}
-    linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
-    forms = {group["format"] for group in groups.values()}
-    return {
-        "quant_method": "compressed-tensors",
-        "version": VERSION,
-        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": dict(sorted(groups.items())),
-        "ignore": [path for path in linear if path not in targeted],
-    }
 
 
 def _integer(name: str) -> IntegerFormat:
@@ -181,10 +181,9 @@ def _integer(name: str) -> IntegerFormat:
     return format_
 
 
-def _below(module: str, slot: Slot) -> Slot:
-    return Slot(f"{module}.{slot.name}", slot.dtype, slot.shape)
-
-
 def _signed(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes as the signed integers of the same width, int8."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+LAYOUT = CompressedTensors()

@@ -1,8 +1,8 @@
 """transformers: an ordinary folder that `AutoModelForCausalLM.from_pretrained` loads, with no anyfit installed.
 
-Integers are kept in the layout of the compressed-tensors package, which whoever loads the folder needs then; a
-folder of floating-point tensors needs transformers only. transformers unpacks the integers before the first
-forward pass, so such a folder is small on disk and to send, not in memory.
+Integers are kept in the layout of the compressed-tensors package, codebooks in that of aqlm, which whoever loads the
+folder needs then; a folder of floating-point tensors needs transformers only. transformers unpacks integers before the
+first forward pass, so such a folder is small on disk and to send, not in memory; codebooks stay as they are.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import passthrough
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
-from anyfit.core.errors import UnknownNameError
+from anyfit.core.errors import UnknownNameError, UserError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
-from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
+from anyfit.formats import AQLM_SCHEMES, INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
 from anyfit.structure.cutting import MODULE, plain_changes, uneven_changes
 from anyfit.structure.levels import Structure
 from anyfit.structure.space import Measured, pruned_space
-from anyfit.targets import compressed_tensors, transformers_check
+from anyfit.targets import aqlm, compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
-from anyfit.targets.compressed_tensors import DTYPES, Place
+from anyfit.targets.hub_layout import DTYPES, Layout, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shards, write_file, write_index
 from anyfit.targets.torch_stopwatch import TorchStopwatch
 
@@ -54,6 +54,7 @@ class Transformers(Target):
             if bits in INTEGER_KINDS[kind]
             for group in INTEGER_GROUPS.values()
         ),
+        *AQLM_SCHEMES,
     )
     default_formats = ("F16", "BF16", *(f"int{bits}_sym" for bits in _DEAREST_FIRST))
 
@@ -61,14 +62,20 @@ class Transformers(Target):
         """The network came from such a folder, so there is none that can't go back into one."""
         return None
 
+    def needs(self, config: Config) -> str:
+        return layout_of(config.formats.values()).needs if set(config.formats.values()) - DTYPES.keys() else ""
+
     def space(self, source: Source, weights: Iterable[Weight], formats: Iterable[str]) -> Space:
-        """See `Target.space`. Of the 16-bit types only the original's own is a choice where both are wanted."""
+        """See `Target.space`. Of the 16-bit types only the original's own is a choice where both are wanted.
+
+        Raises `UserError` for formats that no folder can have together.
+        """
         wanted = list(dict.fromkeys(formats))
         for name in wanted:
             if name not in self.formats:
                 raise UnknownNameError(f"format of {self.name}", name, self.formats)
-        model, weights = source.skeleton(), list(weights)
-        decisions = tuple(self._decision(compressed_tensors.place(model, weight), wanted, source) for weight in weights)
+        model, weights, layout = source.skeleton(), list(weights), layout_of(wanted)
+        decisions = tuple(self._decision(layout.place(model, weight), wanted, source) for weight in weights)
         fixed = [Slot.of(name, tensor) for name, tensor in source.passthrough.items()]
         num_shards = len(shards([*(slot.bytes_ for slot in fixed), *_largest(decisions)]))
         return Space(
@@ -79,12 +86,8 @@ class Transformers(Target):
         )
 
     def write(self, path: Path, source: Source, space: Space, config: Config, variants: Variants) -> int:
-        model = source.skeleton()
-        chosen = [
-            (compressed_tensors.place(model, weight), config[decision.key])
-            for decision in space.decisions
-            for weight in decision.unit.weights
-        ]
+        model, layout = source.skeleton(), layout_of(config.formats.values())
+        chosen = [(layout.place(model, weight), config[decision.key]) for decision in space.decisions for weight in decision.unit.weights]
         parts = [
             *(_Part.of(name, tensor) for name, tensor in source.passthrough.items()),
             *(_Part.variant(held, name, variants) for held, name in chosen),
@@ -92,14 +95,13 @@ class Transformers(Target):
         path.mkdir()
         num_fixed = len(source.passthrough)
         size = _write_weights(path, parts, [*(part.bytes_ for part in parts[:num_fixed]), *_largest(space.decisions)])
-        quantization = compressed_tensors.quantization_config(model, chosen)
-        _write_rest(
-            path, source, {} if quantization is None else {"quantization_config": quantization}, _loading_dtype(parts, quantization)
-        )
+        quantization = layout.quantization_config(model, chosen)
+        changes = {} if quantization is None else {"quantization_config": quantization}
+        _write_rest(path, source, changes, _loading_dtype(parts, quantization))
         return size
 
     def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
-        return transformers_check.checks(path, source, config, model, tokens)
+        return transformers_check.checks(layout_of(config.formats.values()), path, source, config, model, tokens)
 
     def cut_space(
         self, source: Source, architecture: Architecture, found: Mapping[str, Structure], length: int, measured: Measured | None
@@ -148,6 +150,18 @@ class Transformers(Target):
         slots = {name: held.slots(name) for name in self.formats if name in legal}
         choices = tuple(Choice(name, sum(s.bytes_ for s in parts), sum(s.data_bytes for s in parts)) for name, parts in slots.items())
         return Decision(Unit(held.weight.name, (held.weight,)), choices, refused=refused)
+
+
+def layout_of(names: Iterable[str]) -> Layout:
+    """That of a folder in these formats. Raises `UserError` where there is none."""
+    coded = [name for name in dict.fromkeys(names) if name not in DTYPES]
+    codebooks = [name for name in coded if name in AQLM_SCHEMES]
+    if codebooks and len(coded) > 1:
+        raise UserError(
+            f"No folder that transformers loads can have {' and '.join(coded)}: codebooks of one size go with plain tensors alone.",
+            remedy=f"Name one of them, with F16 or BF16 beside it: --formats {codebooks[0]},F16.",
+        )
+    return aqlm.LAYOUT if codebooks else compressed_tensors.LAYOUT
 
 
 def write_dense(path: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> int:
@@ -258,11 +272,8 @@ def _own_format(source: Source) -> str | None:
 
 
 def _substitute(held: Place, name: str, own: str | None) -> str:
-    """The nearest format to one that is refused: 8 bits where these load, otherwise 16."""
-    eight = f"int8_{name.partition('_')[2]}".replace("offset", "asym")
-    if held.refuses(eight) is None:
-        return eight
-    return own if own in ("F16", "BF16") else "F16"
+    """The nearest format to one that is refused: one of the layout's where there is, otherwise 16 bits."""
+    return held.substitute(name) or (own if own in ("F16", "BF16") else "F16")
 
 
 TARGET = Transformers()

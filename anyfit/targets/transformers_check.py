@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,9 +21,9 @@ from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.files import is_full
 from anyfit.elastic.extracted import Extracted
-from anyfit.targets import compressed_tensors, transformers_reader
+from anyfit.targets import transformers_reader
 from anyfit.targets.base import Check
-from anyfit.targets.compressed_tensors import DTYPES, Place
+from anyfit.targets.hub_layout import DTYPES, Layout, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot
 
 LOGITS_BAR = 1e-4
@@ -33,14 +32,14 @@ PROBE = "def anyfit(x):\n    return 'ünïcode', [1, 2.5]\n"
 """What both tokenizers are asked to read."""
 
 
-def checks(path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
+def checks(layout: Layout, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
     """See `Target.check`. The later ones are left out where an earlier one fails."""
-    chosen = [(compressed_tensors.place(model.skeleton, weight), config.format(name)) for name, weight in model.weights.items()]
+    chosen = [(layout.place(model.skeleton, weight), config.format(name)) for name, weight in model.weights.items()]
     try:
         audit = _audit(path, source, chosen)
         if audit.passed:
             values = _values(path, source, chosen, model)
-            return audit, values, *(_loads(path, source, chosen, model, tokens) if values.passed else ())
+            return audit, values, *(_loads(layout, path, source, chosen, model, tokens) if values.passed else ())
     except (SafetensorError, OSError) as error:
         if is_full(error):
             raise
@@ -88,12 +87,14 @@ def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: 
     return Check("values", not wrong, detail)
 
 
-def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
-    if any(name not in DTYPES for _, name in chosen) and (missing := lacks_runtime()):
+def _loads(
+    layout: Layout, path: Path, source: Source, chosen: list[tuple[Place, str]], model: Extracted, tokens: Tensor
+) -> tuple[Check, ...]:
+    if any(name not in DTYPES for _, name in chosen) and (missing := layout.lacks_runtime()):
         return (Check("transformers", True, f"skipped: {missing}"),)
     if problem := model.too_large():
         return (Check("transformers", True, f"skipped: {problem}"),)
-    found = read(path, tokens, trust=source.trust_remote_code)
+    found = read(path, tokens, layout.environment(), trust=source.trust_remote_code)
     if isinstance(found, Check):
         return (found,)
     names = [name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)]
@@ -102,7 +103,7 @@ def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: E
 
 def cut_checks(path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
     """See `Target.check_cut`. Where blocks differ the folder holds code of ours, which the reader is told to run."""
-    found = read(path, tokens, trust=source.trust_remote_code or any(path.glob("*.py")))
+    found = read(path, tokens, {}, trust=source.trust_remote_code or any(path.glob("*.py")))
     if isinstance(found, Check):
         return (found,)
     with torch.inference_mode():
@@ -110,14 +111,15 @@ def cut_checks(path: Path, source: Source, model: PreTrainedModel, tokens: Tenso
     return compare(*found, source, dict(model.named_parameters(remove_duplicate=False)), logits)
 
 
-def read(path: Path, tokens: Tensor, *, trust: bool) -> tuple[Mapping[str, Any], Tensor] | Check:
-    """What `transformers_reader.read` finds in another process, and its logits of the tokens; a failed check where it doesn't load."""
+def read(path: Path, tokens: Tensor, environment: Mapping[str, str], *, trust: bool) -> tuple[Mapping[str, Any], Tensor] | Check:
+    """What `transformers_reader.read` finds in another process with these settings besides, and its logits of the tokens; a failed check
+    where it doesn't load."""
     with tempfile.TemporaryDirectory() as folder:
         save_file({"tokens": tokens.contiguous()}, Path(folder, "tokens.safetensors"))
         arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", PROBE, str(torch.get_num_threads())]
         # -P keeps anyfit's own folder, where the program lies, from being searched for modules
         command = [sys.executable, "-P", transformers_reader.__file__, *arguments, *(["trust"] if trust else [])]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
         if ran.returncode:
             last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
             return Check("transformers", False, f"from_pretrained failed: {last}")
@@ -148,16 +150,3 @@ def compare(
             "loads and reads a probe text as the original's does" if same_tokens else "reads a probe text otherwise",
         ),
     )
-
-
-def lacks_runtime() -> str | None:
-    """What to install before a folder with integers can be loaded; None where it is there."""
-    needed = f"compressed-tensors>={compressed_tensors.VERSION}"
-    install = "pip install 'anyfit[compressed]'"
-    try:
-        installed = version("compressed-tensors")
-    except PackageNotFoundError:
-        return f"loading integers needs {needed}, which is not installed; {install}"
-    if Version(installed) < Version(compressed_tensors.VERSION):
-        return f"loading these integers needs {needed}, and {installed} is installed; {install}"
-    return None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -25,16 +25,30 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
+def additive(model: nn.Module) -> dict[str, str]:
+    """Hashes of the matrices that are kept in codebooks, by the names that their parameters had. To be asked for before the model runs: on
+    a CPU the package then changes the order of its codes."""
+    found = {}
+    for path, module in model.named_modules():
+        if type(module).__module__ == "aqlm.inference":
+            from aqlm.utils import _dequantize_weight, unpack_int_data
+
+            codes = unpack_int_data(module.codes.data, module.nbits_per_codebook)
+            found[f"{path}.weight"] = digest(_dequantize_weight(codes, module.codebooks, module.scales))
+    return found
+
+
 def read(folder: str | Path, tokens: Tensor, text: str, *, trust_remote_code: bool) -> tuple[dict[str, Any], Tensor]:
     """Load a folder in float32: (what is found, the logits of `tokens`)."""
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
     )
+    digests = additive(model)
     with torch.no_grad():
         logits = model.eval()(tokens).logits
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     report = {
-        "digests": {name: digest(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)},
+        "digests": digests | {name: digest(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)},
         "text": tokenizer(text)["input_ids"],
         "complaints": {kind: sorted(map(str, names)) for kind, names in found.items() if names},
         "anyfit": any(name.partition(".")[0] == "anyfit" for name in sys.modules),

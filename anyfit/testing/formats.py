@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from anyfit.core.errors import UserError
+from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join, quantize
+from anyfit.quantizers import aqlm
 
 MANY_ROWS = 101
 """No round number, so that vectorised loops have a remainder."""
@@ -30,8 +32,12 @@ def check_bytes_are_counted_exactly(format_: Format) -> None:
     for columns in _row_lengths(format_):
         data = _encode(format_, _weight(3, columns), _importance(columns))
         assert data.dtype == torch.uint8, f"{format_.name} stores {data.dtype}"
-        assert tuple(data.shape) == (3, format_.row_bytes(columns)), f"{tuple(data.shape)}, foretold {format_.row_bytes(columns)} a row"
-        assert data.numel() == format_.bytes_((3, columns)) == 3 * columns * format_.bits / 8, f"bytes of {columns} columns"
+        rows, row_bytes, bytes_ = format_.data_rows((3, columns)), format_.row_bytes(columns), format_.bytes_((3, columns))
+        assert tuple(data.shape) == (rows, row_bytes), f"{tuple(data.shape)}, foretold {rows} of {row_bytes} a row"
+        if format_.whole:
+            assert 0 <= data.numel() - bytes_ < row_bytes, f"bytes of {columns} columns, filled up to a row"
+        else:
+            assert data.numel() == bytes_ == 3 * columns * format_.bits / 8, f"bytes of {columns} columns"
 
 
 def check_what_was_chosen_is_what_is_read(format_: Format) -> None:
@@ -41,6 +47,11 @@ def check_what_was_chosen_is_what_is_read(format_: Format) -> None:
         if isinstance(format_, CastFormat):
             decoded = format_.decode(format_.encode(weight))
             assert torch.equal(format_.decode(format_.encode(decoded)), decoded), f"{format_.name} changes its own values"
+            continue
+        if isinstance(format_, AdditiveFormat):
+            data = _encode(format_, weight, _importance(columns))
+            assert torch.equal(format_.pack(format_.read(data)), data), f"{format_.name} reads other parts than it packed"
+            _check_bits(format_.decode(data), format_.read(data).values, format_.name)
             continue
         assert isinstance(format_, GridFormat)
         scales = _fit(format_, weight, _importance(columns))
@@ -110,9 +121,9 @@ def check_too_large_is_refused(format_: Format) -> None:
 
 def check_illegal_row_lengths_are_refused(format_: Format) -> None:
     """`refuses` names the length that doesn't fit, and accepts the block."""
-    assert format_.refuses((4, format_.block)) is None
+    assert format_.refuses((1 << 14, format_.block)) is None
     if format_.block > 1:
-        reason = format_.refuses((4, format_.block + 1))
+        reason = format_.refuses((1 << 14, format_.block + 1))
         assert reason and str(format_.block + 1) in reason, f"{format_.name}: {reason!r}"
 
 
@@ -134,10 +145,14 @@ def check_nothing_else_changes(format_: Format) -> None:
 
 
 def check_rows_are_alone(format_: Format) -> None:
-    """A row's bytes don't depend on the other rows."""
+    """A row's bytes don't depend on the other rows, unless they share something; and some can be decoded without the rest."""
     columns = SPAN if SPAN % format_.block == 0 else format_.block
     weight, importance = _weight(MANY_ROWS, columns), _importance(columns)
     data = _encode(format_, weight, importance)
+    for which in (slice(7, 9), torch.tensor([3, 3, MANY_ROWS - 1])):
+        assert torch.equal(format_.decode_rows(data, which), format_.decode(data)[which]), f"{format_.name}: some rows alone"
+    if format_.whole:
+        return
     for first, last in ((0, 1), (7, 9), (MANY_ROWS - 30, MANY_ROWS)):
         rows = _encode(format_, weight[first:last], importance)
         assert torch.equal(rows, data[first:last]), f"{format_.name}: rows {first} to {last} differ when alone"
@@ -209,7 +224,9 @@ def _any_codes(format_: GridFormat, like: Tensor) -> Tensor:
 def _encode(format_: Format, weight: Tensor, importance: Tensor) -> Tensor:
     if isinstance(format_, CastFormat):
         return format_.encode(weight)
-    assert isinstance(format_, GridFormat), f"{format_.name} is neither a cast nor a grid"
+    if isinstance(format_, AdditiveFormat):
+        return aqlm.encode(format_, weight, importance.diag())
+    assert isinstance(format_, GridFormat), f"{format_.name} is neither a cast nor a grid, and has no codebooks"
     scales = _fit(format_, weight, importance)
     return format_.pack(quantize(format_, weight, *_spread(format_, scales))[0], scales)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyfit.core.units import Weight
+from anyfit.formats.aqlm import Additive, AdditiveFormat
 from anyfit.formats.base import Format, GridFormat, Scales
 
 
@@ -37,14 +39,30 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Summed:
+    """A matrix as it is stored in additive codebooks of its own, rows in the target's order."""
+
+    format_: AdditiveFormat
+    parts: Additive
+
+    @property
+    def data(self) -> Tensor:
+        """The file's bytes, uint8 (data_rows, row_bytes)."""
+        return self.format_.pack(self.parts)
+
+
+Kept = TypeVar("Kept", bound=Coded | Summed, covariant=True)
+
+
+@dataclass(frozen=True)
+class Matrix(Generic[Kept]):
     """A stored matrix and its place in a network.
 
     `weight` float32 (outputs, inputs): the original, rows in stored order. `order` (outputs,): stored rows as indices into
     the network's; None where equal. `transposed`: the network's parameter is (inputs, outputs).
     """
 
-    coded: Coded
+    coded: Kept
     weight: Tensor
     order: Tensor | None = None
     transposed: bool = False
@@ -61,20 +79,30 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Stored:
-    """A matrix of a configuration: `data` uint8 (outputs, row_bytes), rows in the target's `order` (outputs,), None where equal."""
+    """A matrix of a configuration: `data` uint8 (data_rows, row_bytes), rows in the target's `order` (outputs,), None where equal."""
 
     weight: Weight
     format_: Format
     data: Tensor
     order: Tensor | None
 
-    def matrix(self, original: PreTrainedModel) -> Matrix:
-        """As tuning wants it. The format must be a grid."""
+    def matrix(self, original: PreTrainedModel) -> Matrix[Coded | Summed]:
+        """As tuning wants it. The format must have codes."""
+        if isinstance(self.format_, AdditiveFormat):
+            summed = Summed(self.format_, self.format_.read(self.data))
+            return Matrix(summed, self._original(original), self.order, self.weight.transposed)
+        return self.grid(original)
+
+    def grid(self, original: PreTrainedModel) -> Matrix[Coded]:
+        """The same where the format must be a grid."""
         assert isinstance(self.format_, GridFormat)
+        coded = Coded(self.format_, *self.format_.read(self.data))
+        return Matrix(coded, self._original(original), self.order, self.weight.transposed)
+
+    def _original(self, original: PreTrainedModel) -> Tensor:
         values = original.get_parameter(self.weight.name).detach().float()
         values = values.T if self.weight.transposed else values
-        values = values.contiguous() if self.order is None else values[self.order]
-        return Matrix(Coded(self.format_, *self.format_.read(self.data)), values, self.order, self.weight.transposed)
+        return values.contiguous() if self.order is None else values[self.order]
 
     def values(self) -> Tensor:
         """Decoded, as the network's parameter."""

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from anyfit.devices import repeatable
 from anyfit.progress import Progress
 from anyfit.tasks.language import Logits, Reference
-from anyfit.tuning.coded import Coded
+from anyfit.tuning.coded import Coded, Summed
 
 
 @dataclass(frozen=True)
 class Tuned:
     """The tuned matrices by name, and mean KL to the original per held-out token in nats, as given and as tuned."""
 
-    coded: dict[str, Coded]
+    coded: Mapping[str, Coded | Summed]
     before: float
     after: float
 

@@ -59,7 +59,7 @@ class Settings:
 
 def tune(
     network: PreTrainedModel,
-    matrices: Mapping[str, Matrix],
+    matrices: Mapping[str, Matrix[Coded]],
     reference: Reference,
     held_out: Reference,
     *,
@@ -95,7 +95,7 @@ def tune(
 class _Sheet:
     """All matrices of one format, as one tensor of groups: a step costs a few operations, however many matrices there are."""
 
-    def __init__(self, format_: GridFormat, matrices: Mapping[str, Matrix], settings: Settings) -> None:
+    def __init__(self, format_: GridFormat, matrices: Mapping[str, Matrix[Coded]], settings: Settings) -> None:
         self.format_, self.matrices, self.settings = format_, matrices, settings
         coded, where = [matrix.coded for matrix in matrices.values()], next(iter(matrices.values())).weight.device
         codes = torch.cat([c.codes.reshape(-1, format_.group) for c in coded]).to(where)
@@ -178,8 +178,8 @@ class _Sheet:
         return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
-def _sheets(matrices: Mapping[str, Matrix], settings: Settings) -> list[_Sheet]:
-    by_format: dict[str, dict[str, Matrix]] = {}
+def _sheets(matrices: Mapping[str, Matrix[Coded]], settings: Settings) -> list[_Sheet]:
+    by_format: dict[str, dict[str, Matrix[Coded]]] = {}
     for name, matrix in matrices.items():
         by_format.setdefault(matrix.coded.format_.name, {})[name] = matrix
     return [_Sheet(next(iter(group.values())).coded.format_, group, settings) for group in by_format.values()]
