@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit import modeling_cut
+from anyfit.architectures import architectures
 from anyfit.architectures.base import Architecture
 from anyfit.core.errors import ModelError
 from anyfit.modeling_cut import HEADS, Layout, Sizes, cut_attention, cut_feed_forward, describe, overrides
@@ -144,7 +145,7 @@ def _layout(architecture: Architecture) -> Layout:
     if architecture.layout is None:
         raise ModelError(
             f"Networks of the kind {architecture.name!r} can't be cut: anyfit doesn't know where heads and channels are in their matrices.",
-            remedy="Use a kind that it knows (llama, mistral, qwen2, qwen3, gemma, phi3, gpt2, gpt_neox, opt), or add its layout.",
+            remedy=f"Use one of {', '.join(architectures)}, or add a layout to this kind's description.",
         )
     return architecture.layout
 
