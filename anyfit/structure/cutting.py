@@ -16,7 +16,18 @@ from anyfit import modeling_cut
 from anyfit.architectures import architectures
 from anyfit.architectures.base import Architecture
 from anyfit.core.errors import ModelError
-from anyfit.modeling_cut import HEADS, Layout, Sizes, cut_attention, cut_feed_forward, describe, overrides
+from anyfit.core.units import Weight
+from anyfit.modeling_cut import (
+    HEADS,
+    Layout,
+    Sizes,
+    attention_rows,
+    cut_attention,
+    cut_feed_forward,
+    describe,
+    feed_forward_rows,
+    overrides,
+)
 
 MODULE = "modeling_cut"
 """Name of the file that travels with a network whose blocks have different sizes."""
@@ -61,6 +72,17 @@ def cut(model: PreTrainedModel, architecture: Architecture, kept: Sequence[Kept]
                 remove(block, paths, layout, which)
     _tell(model, architecture, layout)
     return model
+
+
+def rows_of(model: PreTrainedModel, architecture: Architecture, reader: Weight, kept: Tensor) -> dict[str, Tensor]:
+    """The rows that are left of the whole `model`'s other matrices when these structures of what `reader` reads are kept, by parameter
+    name."""
+    layout, index = _layout(architecture), reader.block
+    assert index is not None
+    own, paths = sizes(model, architecture)[index], _paths(architecture, index)
+    rows = attention_rows(own, layout, kept) if reader.role == "o" else feed_forward_rows(own.channels, kept)
+    block = architecture.block.format(i=index)
+    return {f"{block}.{paths[role]}.weight": rows[role] for role in rows.keys() & paths.keys()}
 
 
 def plain_changes(model: PreTrainedModel, architecture: Architecture, config: PretrainedConfig) -> dict[str, Any] | None:
