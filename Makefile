@@ -18,7 +18,7 @@ PEER_hqq := hqq==0.2.8.post1
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-device bench-effort bench-family bench-formats bench-frontier bench-kill bench-scale bench-scores bench-train-once bench-zoo peers clean
+.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-device bench-effort bench-family bench-formats bench-frontier bench-kill bench-scale bench-scores bench-structure bench-train-once bench-zoo peers clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -77,6 +77,9 @@ bench-scale: $(VENV)/.installed $(if $(PEERS),,peers)  ## Memory, time and disk 
 
 bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
 	$(BIN)/python benchmarks/scores.py
+
+bench-structure: $(VENV)/.dev  ## Heads and channels taken out: exactness, quality, and whether a speed-up that was asked for is kept.
+	$(BIN)/python benchmarks/structure.py
 
 bench-train-once: $(VENV)/.installed  ## One run that trains every size, against a run for each. ASSETS=FOLDER adds Double Rounding.
 	$(BIN)/python benchmarks/train_once.py $(if $(ASSETS),--assets "$(ASSETS)")
