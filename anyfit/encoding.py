@@ -6,7 +6,7 @@ killed goes on at the block that it was in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from anyfit.devices import matrix_speed
 from anyfit.distributed import ALONE, Group
 from anyfit.family.store import Store, Writing
 from anyfit.formats import formats
+from anyfit.formats.nested import held, lowered
 from anyfit.progress import Progress, Stage
 from anyfit.quantizers.base import Encoded, Quantizer
 from anyfit.quantizers.worker import Workers
@@ -42,18 +43,22 @@ NUMBERS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 23}
 the same time for fewer."""
 
 Matrices = list[Weight]
+ByFormat = dict[str, Encoded]
+"""A matrix, or rows of some, as variants."""
 _Pieces = list[tuple[Weight, slice]]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Rows of a group's matrices, their numbers, what was prepared for them, and the format that they are encoded in."""
+    """Rows of a group's matrices, their numbers, what was prepared for them, the format that they are encoded in, and those that its
+    bytes hold."""
 
     group: Matrices
     pieces: _Pieces
     matrix: Tensor
     prepared: Any
     format_: str
+    held: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,7 @@ class _Worker:
         for pieces in _pieces(group, NUMBERS_AT_ONCE[self.encoding.stream.device.type]):
             # Numbers of a column lie side by side, as the quantizer takes them.
             matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces]).T.contiguous().T
-            yield from (_Task(group, pieces, matrix, prepared, name) for name in self.encoding.choices[group[0].name])
+            yield from (_Task(group, pieces, matrix, prepared, *work) for work in works(self.encoding.choices[group[0].name]))
 
     def _owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The process that takes each of these pieces of work."""
@@ -237,7 +242,7 @@ class _Worker:
             loads[owners[key]] += sizes[key]
         return owners
 
-    def _write(self, results: Iterator[tuple[_Task, Encoded]]) -> None:
+    def _write(self, results: Iterator[tuple[_Task, ByFormat]]) -> None:
         """The variants of one group, whose pieces come in order."""
         with ExitStack() as stack:
             files: dict[str, Writing] = {}
@@ -246,24 +251,43 @@ class _Worker:
                 first_row = 0
                 for weight, rows in task.pieces:
                     part = slice(first_row, first_row + rows.stop - rows.start)
-                    files[weight.name].put(task.format_, rows.start, encoded.rows(part))
+                    files[weight.name].put(task.format_, rows.start, encoded[task.format_].rows(part))
+                    for name in task.held:
+                        files[weight.name].derive(name, task.format_, encoded[name].rows(part))
                     first_row = part.stop
         for name in files:
             self.stage.advance(detail=name)
 
     def _writing(self, weight: Weight) -> AbstractContextManager[Writing]:
-        row_bytes = {name: formats.get(name).row_bytes(weight.shape[1]) for name in self.encoding.choices[weight.name]}
+        row_bytes = {name: formats.get(name).row_bytes(weight.shape[1]) for name, _ in works(self.encoding.choices[weight.name])}
         return self.encoding.store.writing(weight.name, {name: (weight.shape[0], size) for name, size in row_bytes.items()})
 
-    def _variant(self, task: _Task) -> tuple[_Task, Encoded]:
+    def _variant(self, task: _Task) -> tuple[_Task, ByFormat]:
         try:
-            return task, self.encoding.quantizer.encode(task.matrix, task.prepared, formats.get(task.format_))
+            return task, variants(self.encoding.quantizer, task.matrix, task.prepared, task.format_, task.held)
         except UserError as error:
             rest = ",".join(other for other in self.encoding.choices[task.group[0].name] if other != task.format_)
             listed = ", ".join(weight.name for weight in task.group)
             raise ModelError(
                 f"{listed} can't be stored as {task.format_}: {error.problem}", remedy=f"Leave it out: --formats {rest}."
             ) from error
+
+
+def works(names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """The formats that are encoded and stored, each with those that its bytes hold."""
+    names = list(names)
+    within = held(names)
+    return [(name, tuple(low for low in names if within.get(low) == name)) for name in names if name not in within]
+
+
+def variants(quantizer: Quantizer, matrix: Tensor, prepared: Any, name: str, within: Iterable[str]) -> ByFormat:
+    """A matrix (rows, columns) in a format, and in those that its bytes hold."""
+    high = quantizer.encode(matrix, prepared, formats.get(name))
+    found = {name: high}
+    for low in within:
+        data = lowered(formats.get(name), formats.get(low), high.data)
+        found[low] = Encoded(data, quantizer.errors(matrix.cpu() - formats.get(low).decode(data), prepared), high.notes)
+    return found
 
 
 def _pieces(group: Matrices, numbers: int) -> Iterator[_Pieces]:

@@ -314,11 +314,12 @@ def stored_choices(space: Space, decisions: Iterable[Decision], matrices: Callab
 
 
 def trained(space: Space, most_bits: float = MOST_BITS) -> tuple[Decision, ...]:
-    """The decisions about one matrix of a block, with the choices that training has something to gain from."""
+    """The decisions about one matrix of a block, with the choices that training has something to gain from: grids."""
     found = []
     for decision in space.decisions:
         weights = decision.unit.weights
-        choices = tuple(choice for choice in decision.choices if 8 * choice.stored_bytes <= most_bits * decision.unit.num_weights)
+        few = (choice for choice in decision.choices if 8 * choice.stored_bytes <= most_bits * decision.unit.num_weights)
+        choices = tuple(choice for choice in few if isinstance(formats.get(choice.name), GridFormat))
         if len(weights) == 1 and weights[0].block is not None and choices:
             found.append(replace(decision, choices=choices))
     return tuple(found)

@@ -12,6 +12,7 @@ from anyfit import finalists, pipeline
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.scores import sensitivities
+from anyfit.targets import targets
 from anyfit.testing.models import save_tiny, tiny_text
 
 
@@ -32,15 +33,17 @@ def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setitem(recipe.__dict__, "training", few)
     (tmp_path / "notes.txt").write_text("\n\n".join(tiny_text(300, seed=seed) for seed in range(20)))
     model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
+    target, formats = ("transformers", ("F16", *recipe.needs)) if recipe.needs else ("llama.cpp", ("Q8_0", "Q4_0", "Q2_K"))
     family = anyfit.fit(
         model,
         data=tmp_path / "notes.txt",
         output=tmp_path / "x.family",
         recipe=name,
-        formats=("Q8_0", "Q4_0", "Q2_K"),
+        target=target,
+        formats=formats,
         length=32,
         segments=8,
     )
     assert family.manifest.recipe == name and len(family.frontier) >= 2
-    export = family.export("60%", tmp_path / "x.gguf")
+    export = family.export("60%", tmp_path / f"x{targets.get(target).suffix}")
     assert all(check.passed for check in export.checks)

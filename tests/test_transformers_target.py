@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import anyfit.transformers_plugin  # noqa: F401  (for what it registers)
 from anyfit import streaming
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint, Source
@@ -28,9 +29,11 @@ from anyfit.elastic.extracted import Extracted
 from anyfit.family.store import Decoder
 from anyfit.formats import formats
 from anyfit.formats.base import CastFormat, Scales
+from anyfit.formats.table import TableFormat
 from anyfit.network import quiet
 from anyfit.targets import safetensors_file, transformers_check, transformers_reader
-from anyfit.targets.compressed_tensors import place
+from anyfit.targets.base import ALL
+from anyfit.targets.compressed_tensors import DTYPES, place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shards, write_file
 from anyfit.targets.transformers import TARGET, write_dense
 from anyfit.testing.models import save_tiny
@@ -46,6 +49,7 @@ KINDS = {
     "gemma2": {},
     "falcon": {},
 }
+TABLES = tuple(name for name in TARGET.formats if name.startswith("table"))
 INTEGERS = [name for name in TARGET.formats if name.startswith("int")]
 
 
@@ -57,12 +61,18 @@ class Network:
     weights: tuple[Weight, ...]
     space: Space
 
-    def variant(self, weight: str, name: str) -> Tensor:
+    def variant(self, weight: str, name: str, which: Tensor | slice = ALL) -> Tensor:
+        return self.whole(weight, name)[which]
+
+    def whole(self, weight: str, name: str) -> Tensor:
         shape = next(w.shape for w in self.weights if w.name == weight)
         rng = torch.Generator().manual_seed(zlib.crc32(f"{weight} {name}".encode()))
         format_ = formats.get(name)
         if isinstance(format_, CastFormat):
             return format_.encode(0.02 * torch.randn(shape, generator=rng))
+        if isinstance(format_, TableFormat):
+            codes = torch.randint(0, 2**format_.num_bits, shape, generator=rng, dtype=torch.uint8)
+            return format_.pack(codes, (0.02 * torch.randn(shape[0], format_.entries, generator=rng)).half())
         groups = (shape[0], shape[1] // format_.group)
         codes = torch.randint(0, len(format_.levels), shape, generator=rng, dtype=torch.uint8)
         scale = (0.1 * torch.randn(groups, generator=rng) / len(format_.levels)).half()
@@ -147,6 +157,30 @@ def test_transformers_reads_every_kind_to_the_bit(network, kind, tmp_path):
     config = net.config(seed=4)
     net.write(tmp_path / "folder", config)
     assert read_here(tmp_path / "folder", net.source, net.extracted(config, tmp_path)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_tables_in_every_kind_to_the_bit(network, kind, tmp_path):
+    net = network(kind)
+    net = replace(net, space=TARGET.space(net.source, net.weights, ("F16", *TABLES)))
+    for seed in range(2):
+        config, folder = net.config(seed), tmp_path / str(seed)
+        assert len(set(config.formats.values())) > 2
+        assert net.write(folder, config) == weight_bytes(folder) == net.space.bytes_(config)
+        assert read_here(folder, net.source, net.extracted(config, tmp_path)) == []
+
+
+def test_tables_and_integers_are_not_mixed_and_tables_pay(network):
+    net = network("llama")
+    mixed = TARGET.space(net.source, net.weights, ("F16", "int4_sym", "table3"))
+    assert all("integers or tables" in d.refused["table3"] for d in mixed.decisions) and "table3" not in mixed.formats()
+    own = next(name for name, dtype in DTYPES.items() if dtype == net.source.config.dtype)
+    with_own = TARGET.space(net.source, net.weights, (own, *TABLES))
+    assert "table8" in TARGET.space(net.source, net.weights, TABLES).formats()
+    for decision in with_own.decisions:
+        most = decision.choice(own).stored_bytes
+        assert all(choice.stored_bytes < most for choice in decision.choices if choice.name != own)
+        assert {"table8"} <= decision.refused.keys() and "no more bytes" in decision.refused["table8"]
 
 
 @needs_runtime

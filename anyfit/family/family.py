@@ -258,7 +258,7 @@ class Family:
         point = self.select(budget)
         with written_aside(path, force=force) as aside:
             write_dense(aside, self.source, self._decoder(point.config).matrices(self.space, point.config))
-            (aside / "README.md").write_text(model_card(self, point, path.name, target="transformers"), encoding="utf-8")
+            (aside / "README.md").write_text(model_card(self, point, path.name, dense=True), encoding="utf-8")
         return point
 
     def _refuse(self, path: Path, *, force: bool, folder: bool) -> None:

@@ -20,6 +20,8 @@ INTEGER_KINDS = {"sym": INTEGER_BITS, "asym": INTEGER_BITS, "offset": range(2, 5
 """{kind: its bits}, see `formats.integer`."""
 INTEGER_GROUPS = {32: "", 64: "_g64", 128: "_g128"}
 """What a group's size adds to the name of an integer format."""
+TABLE_BITS = range(2, 9)
+"""See `formats.table`."""
 
 formats: Registry[Format] = Registry(
     "format",
@@ -34,5 +36,6 @@ formats: Registry[Format] = Registry(
             for kind, all_bits in INTEGER_KINDS.items()
             for bits in all_bits
         },
+        **{f"table{bits}": f"anyfit.formats.table:table{bits}" for bits in TABLE_BITS},
     },
 )

@@ -45,11 +45,13 @@ class Format(ABC):
     name: str
     block: int
     """A row's length must be a multiple of this many columns."""
+    overhead: int = 0
+    """Stored bytes of a row besides its `bits`, whatever its length."""
 
     @property
     @abstractmethod
     def bits(self) -> float:
-        """Stored bits per weight, scales and all counted."""
+        """Stored bits per weight, scales and all counted but for the `overhead`."""
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
         """Why this format can't hold a matrix of `shape`; None where it can."""
@@ -59,7 +61,7 @@ class Format(ABC):
 
     def row_bytes(self, columns: int) -> int:
         """Stored bytes of one row."""
-        bits = columns * self.bits
+        bits = columns * self.bits + 8 * self.overhead
         assert bits == int(bits) and bits % 8 == 0, (self.name, columns)
         return int(bits) // 8
 

@@ -21,13 +21,13 @@ _LIBRARIES = {"llama.cpp": "gguf", "transformers": "transformers"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def model_card(family: Family, point: Point, file_name: str, *, target: str | None = None) -> str:
+def model_card(family: Family, point: Point, file_name: str, *, dense: bool = False) -> str:
     """The README.md, with the Hugging Face hub's front matter, of the model written to `file_name`.
 
     Figures are of the report split where this very config was measured; a config that was only predicted
-    says so. `target` is whose way of running it is shown, by default the family's own.
+    says so. `dense`: it is an ordinary folder for transformers, whatever the family's target.
     """
-    target = target or family.target
+    target = "transformers" if dense else family.target
     made = environment().overlay(autoescape=False)
     made.filters["code"] = _code
     context: dict[str, Any] = {
@@ -36,6 +36,7 @@ def model_card(family: Family, point: Point, file_name: str, *, target: str | No
         "quality": point.report,
         "expected": family.expected(point.predicted),
         "file_name": file_name,
+        "dense": dense,
         "shares": summary.shares(family.space, point.config),
         "roles": _roles(family, point.config),
         "front_matter": _front_matter(family, target),

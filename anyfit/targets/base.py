@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,8 +17,14 @@ from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.elastic.extracted import Extracted
 
-Variants = Callable[[str, str], Tensor]
-"""(weight name, format name) to the variant's bytes: uint8 (rows, row_bytes), rows in the target's order."""
+ALL = slice(None)
+
+
+class Variants(Protocol):
+    """Where variants are found."""
+
+    def __call__(self, weight: str, format_: str, which: Tensor | slice = ALL, /) -> Tensor:
+        """The variant's bytes: uint8 (rows, row_bytes), of all its rows or some, in the target's order."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from anyfit.formats import formats
 from anyfit.formats.base import CastFormat
 from anyfit.formats.fields import pack_dense, unpack_dense
 from anyfit.formats.integer import IntegerFormat
+from anyfit.formats.table import TableFormat
+from anyfit.targets import row_tables
 from anyfit.targets.safetensors_file import Slot
 
 VERSION = "0.18.0"
@@ -55,6 +57,8 @@ class Place:
         format_ = formats.get(name)
         if isinstance(format_, CastFormat):
             return None
+        if isinstance(format_, TableFormat):
+            return format_.refuses(self.weight.shape)
         assert isinstance(format_, IntegerFormat), name
         if self.form is None:
             return self.problem
@@ -67,6 +71,8 @@ class Place:
         if name in DTYPES:
             shape = self.weight.shape[::-1] if self.weight.transposed else self.weight.shape
             return (Slot(self.weight.name, DTYPES[name], shape),)
+        if table := _table(name):
+            return row_tables.slots(self.weight, table)
         format_ = _integer(name)
         rows, columns = self.weight.shape
         per_group = [Slot("weight_scale", torch.float16, (rows, columns // format_.group))]
@@ -85,6 +91,8 @@ class Place:
         if name in DTYPES:
             values = data.clone().view(DTYPES[name])
             return {self.weight.name: values.T if self.weight.transposed else values}
+        if table := _table(name):
+            return row_tables.tensors(self.weight, table, data)
         format_ = _integer(name)
         codes, scale, zero = format_.unpack(data)
         parts = {"weight_scale": scale.half()}
@@ -106,6 +114,8 @@ class Place:
         """The matrix that a reader makes of those tensors, float32, in the checkpoint's orientation."""
         if name in DTYPES:
             return tensors[self.weight.name].float()
+        if table := _table(name):
+            return row_tables.decode(self.weight, table, tensors)
         format_ = _integer(name)
         module = self.modules[0]
         if self.form == _PACKED:
@@ -150,11 +160,15 @@ def place(model: PreTrainedModel, weight: Weight) -> Place:
 
 
 def quantization_config(model: PreTrainedModel, chosen: Iterable[tuple[Place, str]]) -> dict[str, Any] | None:
-    """What config.json says of (matrix, format) pairs; None where all are plain tensors.
+    """What config.json says of (matrix, format) pairs; None where all are plain tensors. Tables and integers aren't mixed.
 
     One group for each scheme, with the modules by name. Linear modules in no group are listed as ignored.
     """
     groups: dict[str, dict[str, Any]] = {}
+    chosen = list(chosen)
+    if tables := [(held.weight, table) for held, name in chosen if (table := _table(name))]:
+        assert len(tables) == sum(name not in DTYPES for _, name in chosen), "one loader for a folder"
+        return row_tables.quantization_config(tables)
     for held, name in chosen:
         scheme = held.scheme(name)
         if scheme is not None:
@@ -179,6 +193,11 @@ def _integer(name: str) -> IntegerFormat:
     format_ = formats.get(name)
     assert isinstance(format_, IntegerFormat), name
     return format_
+
+
+def _table(name: str) -> TableFormat | None:
+    format_ = formats.get(name)
+    return format_ if isinstance(format_, TableFormat) else None
 
 
 def _below(module: str, slot: Slot) -> Slot:

@@ -1,8 +1,9 @@
-"""transformers: an ordinary folder that `AutoModelForCausalLM.from_pretrained` loads, with no anyfit installed.
+"""transformers: an ordinary folder that `AutoModelForCausalLM.from_pretrained` loads, with no anyfit installed but for codebooks.
 
 Integers are kept in the layout of the compressed-tensors package, which whoever loads the folder needs then; a
-folder of floating-point tensors needs transformers only. transformers unpacks the integers before the first
-forward pass, so such a folder is small on disk and to send, not in memory.
+folder of floating-point tensors needs transformers only. Codebooks of rows are kept in a layout of ours, for which
+`anyfit.transformers_plugin` is imported. transformers unpacks the integers before the first forward pass and codebooks
+when it loads, so such a folder is small on disk and to send, not in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from anyfit.core.errors import UnknownNameError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.elastic.extracted import Extracted
-from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
+from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS, TABLE_BITS
 from anyfit.targets import compressed_tensors, transformers_check
 from anyfit.targets.base import Check, Target, Variants
 from anyfit.targets.compressed_tensors import DTYPES, Place
@@ -31,6 +32,7 @@ from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shar
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _DEAREST_FIRST = sorted(INTEGER_BITS, reverse=True)
+_TABLES = tuple(f"table{bits}" for bits in sorted(TABLE_BITS, reverse=True))
 
 
 class Transformers(Target):
@@ -45,6 +47,7 @@ class Transformers(Target):
             if bits in INTEGER_KINDS[kind]
             for group in INTEGER_GROUPS.values()
         ),
+        *_TABLES,
     )
     default_formats = ("F16", "BF16", *(f"int{bits}_sym" for bits in _DEAREST_FIRST))
 
@@ -94,8 +97,8 @@ class Transformers(Target):
         legal, refused = set(), {}
         own = _own_format(source)
         for name in wanted:
-            if own in wanted and name in ("F16", "BF16") and name != own and own != "F32":
-                refused[name] = f"{own}, the original's type, takes as many bytes and loses nothing"
+            if reason := _beaten(held, name, own if own in wanted else None) or _unmixed(name, wanted):
+                refused[name] = reason
                 continue
             reason = held.refuses(name)
             substitute = name if reason is None else _substitute(held, name, own)
@@ -188,8 +191,32 @@ def _own_format(source: Source) -> str | None:
     return next((name for name, dtype in DTYPES.items() if dtype == source.config.dtype), None)
 
 
+def _beaten(held: Place, name: str, own: str | None) -> str | None:
+    """Why a format is of no use beside the original's `own`; None where it is."""
+    if own is None or name == own:
+        return None
+    if name in ("F16", "BF16") and own != "F32":
+        return f"{own}, the original's type, takes as many bytes and loses nothing"
+    if name in _TABLES and held.refuses(name) is None and _data_bytes(held, name) >= _data_bytes(held, own):
+        return f"its tables are longer than rows are worth: {own}, the original's type, takes no more bytes and loses nothing"
+    return None
+
+
+def _unmixed(name: str, wanted: Sequence[str]) -> str | None:
+    """A folder has one loader for all that isn't floating-point."""
+    if name in _TABLES and any(other not in DTYPES and other not in _TABLES for other in wanted):
+        return "a folder holds integers or tables, as different packages read them: leave the integers out to have tables"
+    return None
+
+
+def _data_bytes(held: Place, name: str) -> int:
+    return sum(slot.data_bytes for slot in held.slots(name))
+
+
 def _substitute(held: Place, name: str, own: str | None) -> str:
     """The nearest format to one that is refused: 8 bits where these load, otherwise 16."""
+    if name in _TABLES:
+        return own if own in ("F16", "BF16") else "F16"
     eight = f"int8_{name.partition('_')[2]}".replace("offset", "asym")
     if held.refuses(eight) is None:
         return eight

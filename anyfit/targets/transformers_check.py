@@ -26,6 +26,8 @@ from anyfit.targets.base import Check
 from anyfit.targets.compressed_tensors import DTYPES, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot
 
+PLUGIN = "anyfit.transformers_plugin"
+"""What is imported before a folder with tables is loaded."""
 LOGITS_BAR = 1e-4
 """Largest difference of a logit. The weights are equal to the bit; threads may add them up in another order."""
 PROBE = "def anyfit(x):\n    return 'ünïcode', [1, 2.5]\n"
@@ -88,22 +90,24 @@ def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: 
 
 
 def _loads(path: Path, source: Source, chosen: list[tuple[Place, str]], model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
-    if any(name not in DTYPES for _, name in chosen) and (missing := lacks_runtime()):
+    tables = any(name.startswith("table") for _, name in chosen)
+    if not tables and any(name not in DTYPES for _, name in chosen) and (missing := lacks_runtime()):
         return (Check("transformers", True, f"skipped: {missing}"),)
     if problem := model.too_large():
         return (Check("transformers", True, f"skipped: {problem}"),)
     with tempfile.TemporaryDirectory() as folder:
         save_file({"tokens": tokens.contiguous()}, Path(folder, "tokens.safetensors"))
         arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", PROBE, str(torch.get_num_threads())]
+        arguments += ["trust" if source.trust_remote_code else "no", *([PLUGIN] if tables else [])]
         # -P keeps anyfit's own folder, where the program lies, from being searched for modules
-        command = [sys.executable, "-P", transformers_reader.__file__, *arguments, *(["trust"] if source.trust_remote_code else [])]
+        command = [sys.executable, "-P", transformers_reader.__file__, *arguments]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
             return (Check("transformers", False, f"from_pretrained failed: {last}"),)
         report = json.loads(Path(folder, "out.json").read_text(encoding="utf-8"))
         logits = load_file(Path(folder, "out.safetensors"))["logits"]
-    assert not report["anyfit"], "the reader must not need anyfit"
+    assert tables or not report["anyfit"], "the reader must not need anyfit"
     return compare(report, logits, source, model, tokens)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anyfit.core.errors import UserError
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join, quantize
+from anyfit.formats.table import TableFormat
 
 MANY_ROWS = 101
 """No round number, so that vectorised loops have a remainder."""
@@ -31,7 +32,8 @@ def check_bytes_are_counted_exactly(format_: Format) -> None:
         data = _encode(format_, _weight(3, columns), _importance(columns))
         assert data.dtype == torch.uint8, f"{format_.name} stores {data.dtype}"
         assert tuple(data.shape) == (3, format_.row_bytes(columns)), f"{tuple(data.shape)}, foretold {format_.row_bytes(columns)} a row"
-        assert data.numel() == format_.bytes_((3, columns)) == 3 * columns * format_.bits / 8, f"bytes of {columns} columns"
+        foretold = 3 * (columns * format_.bits / 8 + format_.overhead)
+        assert data.numel() == format_.bytes_((3, columns)) == foretold, f"bytes of {columns} columns"
 
 
 def check_what_was_chosen_is_what_is_read(format_: Format) -> None:
@@ -41,6 +43,11 @@ def check_what_was_chosen_is_what_is_read(format_: Format) -> None:
         if isinstance(format_, CastFormat):
             decoded = format_.decode(format_.encode(weight))
             assert torch.equal(format_.decode(format_.encode(decoded)), decoded), f"{format_.name} changes its own values"
+            continue
+        if isinstance(format_, TableFormat):
+            codes, tables = format_.read(format_.encode(weight, _importance(columns)))
+            chosen = torch.take_along_dim(tables[:, -(2**format_.num_bits) :].float(), codes.long(), 1)
+            _check_bits(format_.decode(format_.pack(codes, tables)), chosen, format_.name)
             continue
         assert isinstance(format_, GridFormat)
         scales = _fit(format_, weight, _importance(columns))
@@ -86,7 +93,7 @@ def check_odd_rows(format_: Format) -> None:
         for row in (1, 2):
             worst = (decoded[row] / weight[row] - 1).abs().max().item()
             assert worst < 0.25, f"{format_.name}: a constant row is off by {worst:.0%}"
-    if isinstance(format_, CastFormat) or (isinstance(format_, GridFormat) and format_.vector == 1):
+    if not isinstance(format_, GridFormat) or format_.vector == 1:
         # An entry of a codebook has no zeros to put beside an outlier.
         error = (_decoded(format_, weight, torch.ones(columns))[3, 7] / 500 - 1).abs().item()
         assert error < 0.25, f"{format_.name}: an outlier is off by {error:.0%}"
@@ -209,7 +216,9 @@ def _any_codes(format_: GridFormat, like: Tensor) -> Tensor:
 def _encode(format_: Format, weight: Tensor, importance: Tensor) -> Tensor:
     if isinstance(format_, CastFormat):
         return format_.encode(weight)
-    assert isinstance(format_, GridFormat), f"{format_.name} is neither a cast nor a grid"
+    if isinstance(format_, TableFormat):
+        return format_.encode(weight, importance)
+    assert isinstance(format_, GridFormat), f"{format_.name} is neither a cast, nor a table, nor a grid"
     scales = _fit(format_, weight, importance)
     return format_.pack(quantize(format_, weight, *_spread(format_, scales))[0], scales)
 

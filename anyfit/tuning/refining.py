@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from anyfit.architectures.base import Architecture
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.units import Weight
-from anyfit.formats.base import GridFormat
+from anyfit.formats.base import CastFormat, GridFormat
 from anyfit.progress import Progress
 from anyfit.quantizers.base import Quantizer
 from anyfit.quantizers.worker import one_thread
@@ -70,7 +70,7 @@ class Refinery:
         """`stored` runs as the configuration of `matrices` does, and is left with the refined values."""
         given = {entry.weight.name: entry for entry in matrices}
         before = kl(stored, self._held_out)
-        if not any(isinstance(entry.format_, GridFormat) for entry in matrices):
+        if all(isinstance(entry.format_, CastFormat) for entry in matrices):
             return Refined({}, before, before)  # floating-point numbers have nothing to choose
         solver = _Solver(self._quantizer, given)
         resolve(
@@ -86,15 +86,17 @@ class Refinery:
         if now >= before:
             solved, now = given, before
             _put(stored, given.values())
-        tuned = self._tune(stored, solved, progress)
+        tuned = self._tune(stored, solved, now, progress)
         data = {name: entry.data for name, entry in solved.items() if entry is not given[name]}
         if tuned.after < now:
             data |= {name: coded.data for name, coded in tuned.coded.items()}
             _put(stored, [Stored(given[n].weight, given[n].format_, data[n], given[n].order) for n in tuned.coded])
         return Refined(data, before, min(now, tuned.after))
 
-    def _tune(self, stored: PreTrainedModel, entries: Mapping[str, Stored], progress: Progress) -> Tuned:
+    def _tune(self, stored: PreTrainedModel, entries: Mapping[str, Stored], now: float, progress: Progress) -> Tuned:
         grids = {name: entry.matrix(self._original) for name, entry in entries.items() if isinstance(entry.format_, GridFormat)}
+        if not grids:
+            return Tuned({}, now, now)
         return signround.tune(stored, grids, self._text, self._held_out, settings=self._settings.tuning, progress=progress)
 
     @cached_property
