@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ import anyfit
 import anyfit.transformers_plugin
 from anyfit import encoding, finalists, pipeline
 from anyfit.core.errors import UserError
+from anyfit.family.family import Family
 from anyfit.family.store import Store
 from anyfit.formats import TABLE_BITS, formats
 from anyfit.formats.fitting_tables import SEED, entries, fit_tables
@@ -69,7 +74,7 @@ def errors_of(codes: Tensor, weight: Tensor, importance: Tensor) -> list[float]:
 def test_no_assignment_of_codes_is_better() -> None:
     """All of them, not only runs of neighbours."""
     weight, importance = sample(6, 8)
-    codes, _ = fit_tables(weight, importance, 2)
+    codes, _ = fit_tables(weight, importance, 2, seed=2)
     ours, counted = errors_of(codes, weight, importance), importance.double().numpy()
     every = np.array(list(itertools.product(range(4), repeat=8)))
     for error, row in zip(ours, weight.double().numpy(), strict=True):
@@ -84,9 +89,19 @@ def test_no_assignment_of_codes_is_better() -> None:
 @pytest.mark.parametrize(("seed", "columns"), [(2, 61), (3, 64), (4, 47)])
 def test_the_seed_is_the_best_there_is(seed: int, columns: int) -> None:
     weight, importance = sample(5, columns, seed)
-    codes, _ = fit_tables(weight, importance, seed, seed)
+    codes = fit_tables(weight, importance, 6, seed)[0] >> (6 - seed)
     for error, row in zip(errors_of(codes, weight, importance), weight.double().numpy(), strict=True):
         assert error == pytest.approx(best_of_runs(row, importance.double().numpy(), 2**seed), rel=1e-9)
+
+
+def test_below_the_seed_neighbours_are_one_cluster() -> None:
+    weight, importance = sample(5, 61)
+    for bits in (2, 3):
+        codes, tables = fit_tables(weight, importance, bits)
+        assert torch.equal(codes, fit_tables(weight, importance, 5)[0] >> (5 - bits)) and tables.shape == (5, entries(bits))
+        counted, own = importance.double(), codes == 1
+        means = (counted * weight.double() * own).sum(1) / (counted * own).sum(1)
+        assert torch.allclose(tables[:, entries(bits) - 2**bits + 1].double(), means, rtol=1e-3)
 
 
 def test_every_cluster_is_cut_where_it_is_best() -> None:
@@ -150,18 +165,29 @@ def test_which_formats_are_held_by_others() -> None:
 NAMES = ("F16", "table4", "table3", "table2")
 
 
-@pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    monkeypatch.setattr(finalists, "NUM_FINALISTS", 3)
-    monkeypatch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 2)
-    notes = tmp_path / "notes.txt"
+@dataclass(frozen=True)
+class Made:
+    """A tiny network, its family, and what was asked for."""
+
+    tiny: Path
+    family: Family
+    asked: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    folder = tmp_path_factory.mktemp("made")
+    tiny, notes = save_tiny(folder / "tiny", "llama", num_hidden_layers=1), folder / "notes.txt"
     notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
-    return {"data": notes, "target": "transformers", "formats": NAMES, "length": 32, "segments": 8, "recipe": "any-precision"}
+    asked = {"data": notes, "target": "transformers", "formats": NAMES, "length": 32, "segments": 8, "recipe": "any-precision"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finalists, "NUM_FINALISTS", 3)
+        patch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 2)
+        yield Made(tiny, anyfit.fit(tiny, output=folder / "whole.family", **asked), asked)
 
 
-def test_one_stored_matrix_holds_every_size(asked: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1)
-    family = anyfit.fit(tiny, output=tmp_path / "whole.family", **asked)  # type: ignore[arg-type]
+def test_one_stored_matrix_holds_every_size(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = made.family
     store = Store(family.path)
     for weight in (w for d in family.space.decisions for w in d.unit.weights):
         file = family.path / "variants" / f"{weight.name}.safetensors"
@@ -172,7 +198,7 @@ def test_one_stored_matrix_holds_every_size(asked: dict[str, object], tmp_path: 
         some = torch.tensor([5, 1])
         assert torch.equal(store.variant(weight.name, "table2", some), store.variant(weight.name, "table2")[some])
     assert any(note.startswith("table2, table3: nested, stored once as the upper bits of table4") for note in family.notes)
-    alone = anyfit.fit(tiny, output=tmp_path / "alone.family", **{**asked, "formats": ("F16", "table3")})  # type: ignore[arg-type]
+    alone = anyfit.fit(made.tiny, output=tmp_path / "alone.family", **made.asked | {"formats": ("F16", "table3")})
     assert torch.equal(Store(alone.path).variant(weight.name, "table3"), store.variant(weight.name, "table3"))
     assert Store(alone.path).errors(weight.name)["table3"] == store.errors(weight.name)["table3"]
 
@@ -182,13 +208,12 @@ def test_one_stored_matrix_holds_every_size(asked: dict[str, object], tmp_path: 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.Fit, "score", stopped)
         with pytest.raises(KeyboardInterrupt):
-            anyfit.fit(tiny, output=tmp_path / "killed.family", **asked)  # type: ignore[arg-type]
-    assert anyfit.fit(tiny, output=tmp_path / "killed.family", **asked).digest == family.digest  # type: ignore[arg-type]
+            anyfit.fit(made.tiny, output=tmp_path / "killed.family", **made.asked)
+    assert anyfit.fit(made.tiny, output=tmp_path / "killed.family", **made.asked).digest == family.digest
 
 
-def test_an_exported_folder_is_read_at_any_smaller_size(asked: dict[str, object], tmp_path: Path) -> None:
-    tiny = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1)
-    family = anyfit.fit(tiny, output=tmp_path / "x.family", **asked)  # type: ignore[arg-type]
+def test_an_exported_folder_is_read_at_any_smaller_size(made: Made, tmp_path: Path) -> None:
+    family = made.family
     point = next(point for point in family.points if point.uniform == "table4")
     export = family.export(f"{point.bytes_} B", tmp_path / "folder")
     assert {check.name: check.passed for check in export.checks} == dict.fromkeys(
@@ -215,18 +240,23 @@ def test_an_exported_folder_is_read_at_any_smaller_size(asked: dict[str, object]
         AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
 
 
-def test_a_size_can_be_refined(asked: dict[str, object], tmp_path: Path) -> None:
-    tiny = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1)
-    family = anyfit.fit(tiny, output=tmp_path / "x.family", **asked)  # type: ignore[arg-type]
-    smallest = f"{family.space.bytes_(family.space.smallest())} B"
-    made = anyfit.refine(family, smallest, model=tiny)
-    assert made.after.kl_mean <= made.before.kl_mean
-    assert all(check.passed for check in family.export(smallest, tmp_path / "folder").checks)
+def test_a_size_can_be_refined(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codebooks are found anew for what really arrives; there are no scales to tune."""
+    family = Family.open(shutil.copytree(made.family.path, tmp_path / "x.family"))
+    found: list[Tensor] = []
+
+    def watched(self: TableFormat, weight: Tensor, importance: Tensor) -> Tensor:
+        found.append(importance)
+        return self.pack(*fit_tables(weight, importance, self.num_bits))
+
+    monkeypatch.setattr(TableFormat, "encode", watched)
+    refined = anyfit.refine(family, f"{family.space.bytes_(family.space.smallest())} B", model=made.tiny)
+    assert refined.after.kl_mean <= refined.before.kl_mean
+    assert len(found) == sum(d.unit.weights[0].block is not None for d in family.space.decisions) and not found[0].equal(torch.ones(64))
 
 
-def test_where_tables_are_no_choice_the_recipe_says_so(asked: dict[str, object], tmp_path: Path) -> None:
-    tiny = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1)
+def test_where_tables_are_no_choice_the_recipe_says_so(made: Made, tmp_path: Path) -> None:
     for more in ({"target": "llama.cpp", "formats": None}, {"formats": ("F16", "int4_sym")}, {"formats": ("F16", "int4_sym", "table3")}):
         with pytest.raises(UserError, match=r"any-precision is about table8.*--target transformers"):
-            anyfit.fit(tiny, output=tmp_path / "x.family", **{**asked, **more})  # type: ignore[arg-type]
+            anyfit.fit(made.tiny, output=tmp_path / "x.family", **made.asked | more)
     assert not list(tmp_path.glob("*.family*"))
