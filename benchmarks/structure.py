@@ -247,8 +247,8 @@ def speed(batch: int, sequence: int) -> tuple[Section, Section]:
     )
     header = ("asked for", "predicted ms", "measured ms", "predicted against measured", "measured speed-up", "KL / perplexity")
     other = (
-        "Uniform: the same density everywhere, the same weights to choose from. Searched: the best within the uniform one's predicted time. "
-        "A row holds where it is closer to the original and measured to take no longer, within 2%."
+        "Uniform: the same density everywhere, the same weights to choose from. Searched: the best within the uniform one's predicted "
+        "time. A row holds where it is closer to the original and measured to take no longer, within 2%."
     )
     return (
         Section(f"The speed that was asked for: {where}", header, first, [remark]),

@@ -286,7 +286,7 @@ class Family:
                 write_cut(aside, self.source, self.extract(point.config))
             else:
                 write_dense(aside, self.source, self._decoder(point.config).matrices(self.space, point.config))
-            (aside / "README.md").write_text(model_card(self, point, path.name, target="transformers"), encoding="utf-8")
+            (aside / "README.md").write_text(model_card(self, point, path.name, dense=True), encoding="utf-8")
         return point
 
     def _refuse(self, path: Path, *, force: bool, folder: bool) -> None:
