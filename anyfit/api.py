@@ -184,8 +184,14 @@ def prepare(
         nested_sizes(decided(run.space, method.training))
     elif method.training and not decided(run.space, method.training):
         raise UserError(
-            f"{recipe} has nothing to train: no matrix in the blocks of {checkpoint.name} can have a format of at most {MOST_BITS:g} bits.",
+            f"{recipe} has nothing to train: no matrix in the blocks of {checkpoint.name} can have a format of at most {MOST_BITS:g} bits "
+            "that it trains.",
             remedy="Name such formats, or take --recipe gptq.",
+        )
+    if method.needs and not set(method.needs) & set(run.space.formats()):
+        raise UserError(
+            f"{recipe} is about {', '.join(method.needs)}, and none of these is a choice here.",
+            remedy=f"Take --target {' or '.join(method.formats)} and leave out --formats, or take --recipe gptq.",
         )
     most = num_batches(run.segments.num_tokens("calibration") // length, length)
     if run.group.size > most:

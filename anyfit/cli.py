@@ -471,11 +471,29 @@ def formats(json_: options.Json = False) -> Answer:
     loads = {name: all_targets.get(name).formats for name in all_targets}
     found = [(name, all_formats.get(name)) for name in all_formats]
     document: list[dict[str, Any]] = [
-        {"name": name, "bits": f.bits, "row_multiple": f.block, "targets": [t for t in loads if name in loads[t]]}
+        {
+            "name": name,
+            "bits": f.bits,
+            "bytes_per_row": f.overhead,
+            "bytes_per_matrix": f.shared,
+            "row_multiple": f.block,
+            "targets": [t for t in loads if name in loads[t]],
+        }
         for name, f in sorted(found, key=lambda pair: (pair[1].bits, pair[0]))
     ]
-    rows = [(d["name"], f"{d['bits']:g}", str(d["row_multiple"]), ", ".join(d["targets"])) for d in document]
-    return Answer(document, (tables.listing(rows, "format", "bits per weight", "rows in multiples of", "loaded by"),))
+    rows = [
+        (
+            d["name"],
+            f"{d['bits']:g}",
+            str(d["bytes_per_row"] or ""),
+            str(d["bytes_per_matrix"] or ""),
+            str(d["row_multiple"]),
+            ", ".join(d["targets"]),
+        )
+        for d in document
+    ]
+    header = ("format", "bits per weight", "and bytes a row", "and a matrix", "rows in multiples of", "loaded by")
+    return Answer(document, (tables.listing(rows, *header),))
 
 
 def _headline(family: Family) -> str:

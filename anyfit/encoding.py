@@ -7,7 +7,7 @@ killed goes on at the block that it was in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,7 @@ from anyfit.devices import matrix_speed
 from anyfit.distributed import Group
 from anyfit.family.store import Store, Writing
 from anyfit.formats import formats
+from anyfit.formats.nested import held, lowered
 from anyfit.progress import Progress, Stage
 from anyfit.quantizers.base import Encoded, Quantizer
 from anyfit.quantizers.worker import Workers
@@ -43,18 +44,24 @@ NUMBERS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 23}
 the same time for fewer."""
 
 Matrices = list[Weight]
+ByFormat = dict[str, Encoded]
+"""A matrix, or rows of some, as variants."""
+Work = tuple[str, tuple[str, ...]]
+"""A format that is encoded and stored, and those that its bytes hold."""
 _Pieces = list[tuple[Weight, slice]]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Rows of a group's matrices, their numbers, what was prepared for them, and the format that they are encoded in."""
+    """Rows of a group's matrices, their numbers, what was prepared for them, the format that they are encoded in, and those that its
+    bytes hold."""
 
     group: Matrices
     pieces: _Pieces
     matrix: Tensor
     prepared: Any
     format_: str
+    held: tuple[str, ...]
 
 
 class Encoder(Protocol):
@@ -258,20 +265,21 @@ class _Worker:
             del prepared
 
     def _of_group(self, group: Matrices, prepared: Any) -> Iterator[_Task]:
-        names = self.encoding.choices[group[0].name]
-        whole = [name for name in names if formats.get(name).whole]
-        yield from self._pieces(group, [name for name in names if name not in whole], prepared)
+        of_rows, of_matrices = list[Work](), list[Work]()
+        for work in works(self.encoding.choices[group[0].name]):
+            (of_matrices if formats.get(work[0]).whole else of_rows).append(work)
+        yield from self._pieces(group, of_rows, prepared)
         for weight in group:
-            matrix = self.encoding.rows(weight, slice(None)) if whole else torch.empty(0)
-            yield from (_Task(group, [(weight, slice(0, weight.shape[0]))], matrix, prepared, name) for name in whole)
+            matrix = self.encoding.rows(weight, slice(None)) if of_matrices else torch.empty(0)
+            yield from (_Task(group, [(weight, slice(0, weight.shape[0]))], matrix, prepared, *work) for work in of_matrices)
 
-    def _pieces(self, group: Matrices, names: list[str], prepared: Any) -> Iterator[_Task]:
-        for pieces in _pieces(group, NUMBERS_AT_ONCE[self.encoding.stream.device.type]) if names else ():
+    def _pieces(self, group: Matrices, works: list[Work], prepared: Any) -> Iterator[_Task]:
+        for pieces in _pieces(group, NUMBERS_AT_ONCE[self.encoding.stream.device.type]) if works else ():
             # Numbers of a column lie side by side, as the quantizer takes them.
             matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces]).T.contiguous().T
-            yield from (_Task(group, pieces, matrix, prepared, name) for name in names)
+            yield from (_Task(group, pieces, matrix, prepared, *work) for work in works)
 
-    def _write(self, results: Iterator[tuple[_Task, Encoded]]) -> None:
+    def _write(self, results: Iterator[tuple[_Task, ByFormat]]) -> None:
         """The variants of one group, whose pieces come in order."""
         with ExitStack() as stack:
             files: dict[str, Writing] = {}
@@ -280,25 +288,47 @@ class _Worker:
                 first_row = 0
                 for weight, rows in task.pieces:
                     part = slice(first_row, first_row + rows.stop - rows.start)
-                    files[weight.name].put(task.format_, rows.start, encoded.rows(part) if len(task.pieces) > 1 else encoded)
+                    for name, of_all in encoded.items():
+                        own = of_all.rows(part) if len(task.pieces) > 1 else of_all
+                        if name in task.held:
+                            files[weight.name].derive(name, task.format_, own)
+                        else:
+                            files[weight.name].put(name, rows.start, own)
                     first_row = part.stop
         for name in files:
             self.stage.advance(detail=name)
 
     def _writing(self, weight: Weight) -> AbstractContextManager[Writing]:
-        chosen = {name: formats.get(name) for name in self.encoding.choices[weight.name]}
-        shapes = {name: (format_.data_rows(weight.shape), format_.row_bytes(weight.shape[1])) for name, format_ in chosen.items()}
+        stored = {name: formats.get(name) for name, _ in works(self.encoding.choices[weight.name])}
+        shapes = {name: (format_.data_rows(weight.shape), format_.row_bytes(weight.shape[1])) for name, format_ in stored.items()}
         return self.encoding.store.writing(weight.name, shapes)
 
-    def _variant(self, task: _Task) -> tuple[_Task, Encoded]:
+    def _variant(self, task: _Task) -> tuple[_Task, ByFormat]:
         try:
-            return task, self.encoding.quantizer.encode(task.matrix, task.prepared, formats.get(task.format_))
+            return task, variants(self.encoding.quantizer, task.matrix, task.prepared, task.format_, task.held)
         except UserError as error:
             rest = ",".join(other for other in self.encoding.choices[task.group[0].name] if other != task.format_)
             listed = ", ".join(weight.name for weight in task.group)
             raise ModelError(
                 f"{listed} can't be stored as {task.format_}: {error.problem}", remedy=f"Leave it out: --formats {rest}."
             ) from error
+
+
+def works(names: Iterable[str]) -> list[Work]:
+    """What is to be encoded and stored, so that a matrix is there in all these formats. Names of other choices stand for themselves."""
+    names = list(names)
+    within = held(names)
+    return [(name, tuple(low for low in names if within.get(low) == name)) for name in names if name not in within]
+
+
+def variants(quantizer: Quantizer, matrix: Tensor, prepared: Any, name: str, within: Iterable[str]) -> ByFormat:
+    """A matrix (rows, columns) in a format, and in those that its bytes hold."""
+    high = quantizer.encode(matrix, prepared, formats.get(name))
+    found = {name: high}
+    for low in within:
+        data = lowered(formats.get(name), formats.get(low), high.data)
+        found[low] = Encoded(data, quantizer.errors(matrix.cpu() - formats.get(low).decode(data), prepared), high.notes)
+    return found
 
 
 def _pieces(group: Matrices, numbers: int) -> Iterator[_Pieces]:

@@ -26,7 +26,7 @@ from anyfit.core.budget import BYTES, describe
 from anyfit.core.errors import UserError
 from anyfit.core.memory import Peak, release
 from anyfit.core.units import Weight
-from anyfit.encoding import NUMBERS_AT_ONCE, Encoding
+from anyfit.encoding import NUMBERS_AT_ONCE, Encoding, variants, works
 from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
@@ -161,7 +161,8 @@ def _in_memory(run: Fit) -> int:
 
 def disk(run: Fit) -> int:
     """The family, and the hidden states of the stage that has the most of them."""
-    family = sum(c.stored_bytes for d in run.space.decisions for c in d.choices) + run.space.fixed_bytes
+    stored = ((d, dict(works(c.name for c in d.choices))) for d in run.space.decisions)
+    family = sum(d.choice(name).stored_bytes for d, names in stored for name in names) + run.space.fixed_bytes
     blocks = run.architecture.num_blocks(run.checkpoint.skeleton())
     tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
     probing = (blocks + 2) * min(tokens["search"], NUM_PROBE_SEGMENTS * run.settings.length)
@@ -248,8 +249,8 @@ class _Rehearsal:
             wanted = [all_formats.get(name) for name in encoding.choices[weight.name]]
             prepared, spent = _timed(lambda: quantizer.prepare(statistics, wanted))
             rows = encoding.rows(weight, slice(min(weight.shape[0], max(1, NUMBERS_AT_ONCE[run.device.type] // columns))))
-            for name in encoding.choices[weight.name]:
-                encode = partial(quantizer.encode, prepared=prepared, format_=all_formats.get(name))
+            for name, within in works(encoding.choices[weight.name]):
+                encode = partial(variants, quantizer, prepared=prepared, name=name, within=within)
                 encode(rows[:1])  # what is compiled, or read from disk, is so only once
                 pieces = [rows] * workers.number
                 _, passed = _timed(lambda: list(workers.map(encode, pieces)))  # noqa: B023 (called at once)
@@ -274,7 +275,7 @@ class _Rehearsal:
                 columns = min((c for c, t, _ in costs if t == table), key=lambda c: abs(c - weight.shape[1]))
                 known = {name: cost for (width, t, name), cost in costs.items() if (width, t) == (columns, table)}
                 rest = max(known.values(), default=0.0)
-                total += sum(known.get(choice.name, rest) for choice in decision.choices) * weight.num_weights
+                total += sum(known.get(name, rest) for name, _ in works(encoding.choices[weight.name])) * weight.num_weights
         return total
 
     def _distinct_inputs(self) -> list[Weight]:

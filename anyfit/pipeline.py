@@ -39,6 +39,7 @@ from anyfit.family.journal import Journal
 from anyfit.family.manifest import NAME, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
 from anyfit.finalists import WORK, Finalists
+from anyfit.formats.nested import held
 from anyfit.importance import importances
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
@@ -386,6 +387,7 @@ class Fit:
         notes = [*self.notes(), *(f"{name}: {gain}" for name, gain in gained.items())]
         if gained and (rest := [name for name in self.space.formats() if name not in gained]):
             notes.append(f"{', '.join(rest)}: not trained: too fine to gain anything, or of another kind")
+        notes += nesting(self.space.formats())
         for decision in self.space.decisions:
             notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
         return Manifest(
@@ -419,6 +421,18 @@ class Fit:
         for name in ("table.json", STATES, CALIBRATION, TRAINING, RESULT, *WORK):
             remove(journal.folder / name)
         journal.finish()
+
+
+def nesting(names: list[str]) -> list[str]:
+    """What is to be known of formats that others hold."""
+    within: dict[str, list[str]] = {}
+    for low, high in held(names).items():
+        within.setdefault(high, []).append(low)
+    return [
+        f"{', '.join(sorted(lows))}: nested, stored once as the upper bits of {high}. Finer tables are made by splitting coarser ones, in "
+        "a family or not; codebooks that need not be nested would be a little closer, see anyfit/formats/fitting_tables.py"
+        for high, lows in within.items()
+    ]
 
 
 def versions() -> dict[str, str]:

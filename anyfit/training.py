@@ -26,7 +26,8 @@ from anyfit.elastic.linear import ElasticNetwork
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.family.store import Store
 from anyfit.formats import formats
-from anyfit.formats.base import GridFormat
+from anyfit.formats.aqlm import AdditiveFormat
+from anyfit.formats.base import Format, GridFormat
 from anyfit.formats.fitting import HALF_MAX
 from anyfit.formats.nested import nested_bits, packed
 from anyfit.progress import Progress
@@ -319,17 +320,15 @@ def decided(space: Space, how: recipes.Training | recipes.Tuning | recipes.Nesti
     """What a recipe's stage trains of a space."""
     if isinstance(how, recipes.Nesting):
         return trained(space, math.inf)
-    return trained(space, grids=isinstance(how, recipes.Training))
+    return trained(space, kinds=(GridFormat, AdditiveFormat) if isinstance(how, recipes.Tuning) else (GridFormat,))
 
 
-def trained(space: Space, most_bits: float = MOST_BITS, *, grids: bool = False) -> tuple[Decision, ...]:
-    """The decisions about one matrix of a block, with the choices that training has something to gain from; of `grids` alone."""
+def trained(space: Space, most_bits: float = MOST_BITS, *, kinds: tuple[type[Format], ...] = (GridFormat,)) -> tuple[Decision, ...]:
+    """The decisions about one matrix of a block, with the choices that training has something to gain from: few bits, of these kinds."""
     found = []
     for decision in space.decisions:
         weights, most = decision.unit.weights, most_bits * decision.unit.num_weights / 8
-        choices = tuple(
-            c for c in decision.choices if c.stored_bytes <= most and (not grids or isinstance(formats.get(c.name), GridFormat))
-        )
+        choices = tuple(c for c in decision.choices if c.stored_bytes <= most and isinstance(formats.get(c.name), kinds))
         if len(weights) == 1 and weights[0].block is not None and choices:
             found.append(replace(decision, choices=choices))
     return tuple(found)

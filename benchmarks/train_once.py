@@ -3,7 +3,8 @@
 All start from the same GPTQ variants in 2, 3 and 4 bits with trainable offsets, on the embedded default. A run for one size
 trains that size alone; between sizes, separate runs are stitched: each matrix from the run of its bits.
 
-Besides: one stored tensor of integers a layer, run at several sizes (Double Rounding), and codes of two bits, tuned (PV-Tuning).
+Besides: one stored tensor of integers a layer, run at several sizes (Double Rounding), codes of two bits, tuned (PV-Tuning), and
+nested codebooks, which need no training (Any-Precision LLM).
 
     python benchmarks/train_once.py [--assets FOLDER] [--only SECTION]
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import nested_tables
 import subspace
 import switching
 import torch
@@ -214,7 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
     parser.add_argument("--assets", type=Path, default=None, help="a folder with cifar10 and cifar10-resnet, for Double Rounding")
-    parser.add_argument("--only", default=None, help="one of sizes, switching, codes")
+    parser.add_argument("--only", default=None, help="one of sizes, switching, codes, any-precision")
     args = parser.parse_args()
     settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps), to_stderr()
     sections = list[Section]()
@@ -224,6 +226,8 @@ def main() -> int:
         sections.append(switching.section(args.assets, progress))
     if args.only in (None, "codes"):
         sections += [codes_section(subject, progress) for subject in subspace.SUBJECTS]
+    if args.only in (None, "any-precision"):
+        sections.append(nested_tables.section(progress))
     remarks = () if args.assets or args.only else ("Without ASSETS=FOLDER: Double Rounding on ResNet-20 is left out.",)
     return finish_page("train-once", "One run for all sizes", "make bench-train-once", sections, remarks)
 

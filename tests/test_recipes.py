@@ -9,9 +9,11 @@ import pytest
 
 import anyfit
 from anyfit import finalists, pipeline
+from anyfit.importance import importances
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.scores import sensitivities
+from anyfit.targets import targets
 from anyfit.testing.models import save_tiny, tiny_text
 
 
@@ -19,7 +21,8 @@ from anyfit.testing.models import save_tiny, tiny_text
 def test_a_recipe_is_made_of_known_parts_and_says_what_it_is(name: str) -> None:
     recipe = recipes.get(name)
     assert recipe.name == name and recipe.title and recipe.paper and len(recipe.about) > 80
-    assert recipe.quantizer in quantizers and recipe.score in sensitivities
+    assert recipe.score in sensitivities
+    assert (recipe.quantizer in quantizers) != (recipe.pruning in importances)
 
 
 @pytest.mark.parametrize("name", recipes)
@@ -32,15 +35,20 @@ def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setitem(recipe.__dict__, "training", few)
     (tmp_path / "notes.txt").write_text("\n\n".join(tiny_text(300, seed=seed) for seed in range(20)))
     model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
+    target, formats = "llama.cpp", ("Q8_0", "Q4_0", "Q2_K")
+    if recipe.pruning or recipe.needs:
+        target, formats = "transformers", None if recipe.pruning else ("F16", *recipe.needs)
     family = anyfit.fit(
         model,
         data=tmp_path / "notes.txt",
         output=tmp_path / "x.family",
         recipe=name,
-        formats=("Q8_0", "Q4_0", "Q2_K"),
+        target=target,
+        formats=formats,
         length=32,
         segments=8,
     )
     assert family.manifest.recipe == name and len(family.frontier) >= 2
-    export = family.export("60%", tmp_path / "x.gguf")
+    middle = family.frontier[len(family.frontier) // 2]
+    export = family.export(f"{middle.bytes_} B", tmp_path / f"x{targets.get(target).suffix}")
     assert all(check.passed for check in export.checks)

@@ -127,7 +127,7 @@ def test_card_says_what_was_measured_and_what_was_not(family: Family) -> None:
     budgets = (f"{size}B" for size in range(family.frontier[0].bytes_ + 1000, family.frontier[-1].bytes_, 7001))
     guessed = next(point for point in map(family.select, budgets) if point.config not in known)
     assert "not measured" in card.model_card(family, guessed, "demo.gguf")
-    assert "pipeline(" in card.model_card(family, measured, "demo", target="transformers")
+    assert "pipeline(" in card.model_card(family, measured, "demo", dense=True)
 
 
 def test_tables_hold_the_frontier_and_every_layer(family: Family) -> None:

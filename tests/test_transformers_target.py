@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import anyfit.transformers_plugin  # noqa: F401  (for what it registers)
 from anyfit import streaming
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint, Source
 from anyfit.core.config import Config
-from anyfit.core.errors import UnknownNameError
+from anyfit.core.errors import UnknownNameError, UserError
 from anyfit.core.files import sha256
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
@@ -28,8 +29,10 @@ from anyfit.elastic.extracted import Extracted
 from anyfit.family.store import Decoder
 from anyfit.formats import formats
 from anyfit.formats.base import CastFormat, Scales
+from anyfit.formats.table import TableFormat
 from anyfit.network import quiet
-from anyfit.targets import compressed_tensors, safetensors_file, transformers_check, transformers_reader
+from anyfit.targets import compressed_tensors, row_tables, safetensors_file, transformers_check, transformers_reader
+from anyfit.targets.base import ALL
 from anyfit.targets.compressed_tensors import LAYOUT
 from anyfit.targets.hub_layout import DTYPES
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shards, write_file
@@ -47,7 +50,7 @@ KINDS = {
     "gemma2": {},
     "falcon": {},
 }
-INTEGERS = [name for name in TARGET.formats if name.startswith("int")]
+TABLES, INTEGERS = row_tables.LAYOUT.formats, LAYOUT.formats
 MIXABLE = [*DTYPES, *INTEGERS]
 """What one folder can have."""
 
@@ -60,12 +63,18 @@ class Network:
     weights: tuple[Weight, ...]
     space: Space
 
-    def variant(self, weight: str, name: str) -> Tensor:
+    def variant(self, weight: str, name: str, which: Tensor | slice = ALL) -> Tensor:
+        return formats.get(name).rows(self.whole(weight, name), which)
+
+    def whole(self, weight: str, name: str) -> Tensor:
         shape = next(w.shape for w in self.weights if w.name == weight)
         rng = torch.Generator().manual_seed(zlib.crc32(f"{weight} {name}".encode()))
         format_ = formats.get(name)
         if isinstance(format_, CastFormat):
             return format_.encode(0.02 * torch.randn(shape, generator=rng))
+        if isinstance(format_, TableFormat):
+            codes = torch.randint(0, 2**format_.num_bits, shape, generator=rng, dtype=torch.uint8)
+            return format_.pack(codes, (0.02 * torch.randn(shape[0], format_.entries, generator=rng)).half())
         groups = (shape[0], shape[1] // format_.group)
         codes = torch.randint(0, len(format_.levels), shape, generator=rng, dtype=torch.uint8)
         scale = (0.1 * torch.randn(groups, generator=rng) / len(format_.levels)).half()
@@ -118,7 +127,9 @@ def read_here(path: Path, source: Source, model: Extracted) -> list[str]:
     """What transformers' own loader finds wrong with a folder, in this process because starting one takes seconds."""
     with quiet():
         report, logits = transformers_reader.read(path, tokens(), transformers_check.PROBE, trust_remote_code=False)
-    return [f"{c.name}: {c.detail}" for c in transformers_check.compare(report, logits, source, model, tokens()) if not c.passed]
+    parameters = {name: model.parameter(name) for name, _ in model.skeleton.named_parameters(remove_duplicate=False)}
+    checks = transformers_check.compare(report, logits, source, parameters, model.logits(tokens())(tokens()))
+    return [f"{check.name}: {check.detail}" for check in checks if not check.passed]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,6 +161,35 @@ def test_transformers_reads_every_kind_to_the_bit(network, kind, tmp_path):
     config = net.config(seed=4)
     net.write(tmp_path / "folder", config)
     assert read_here(tmp_path / "folder", net.source, net.extracted(config, tmp_path)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_tables_in_every_kind_to_the_bit(network, kind, tmp_path):
+    net = network(kind)
+    net = replace(net, space=TARGET.space(net.source, net.weights, ("F16", *TABLES)))
+    for seed in range(2):
+        config, folder = net.config(seed), tmp_path / str(seed)
+        assert len(set(config.formats.values())) > 2
+        assert net.write(folder, config) == weight_bytes(folder) == net.space.bytes_(config)
+        assert read_here(folder, net.source, net.extracted(config, tmp_path)) == []
+
+
+def test_tables_that_rows_are_too_short_for_are_refused(network):
+    net = network("llama")
+    for decision in TARGET.space(net.source, net.weights, ("F16", *TABLES)).decisions:
+        (weight,) = decision.unit.weights
+        for name in TABLES:
+            bytes_ = sum(slot.data_bytes for slot in row_tables.LAYOUT.place(net.source.skeleton(), weight).slots(name))
+            assert (name in decision.refused) == (bytes_ >= 2 * weight.num_weights)
+        assert all("no fewer bytes" in why and "F16 takes its place" in why for why in decision.refused.values())
+        assert "table2" not in decision.refused and "table8" in decision.refused
+
+
+@pytest.mark.parametrize("names", [("int4_sym", "F16", "table3"), ("table3", "table4", "aqlm_1x8g4"), ("aqlm_1x8g8", "aqlm_1x8g4")])
+def test_formats_of_two_layouts_are_refused(network, names):
+    net = network("llama")
+    with pytest.raises(UserError, match=rf"{names[0]} and {names[-1]}: one package.*--formats {names[0]}.*,F16"):
+        TARGET.space(net.source, net.weights, names)
 
 
 @needs_runtime

@@ -32,7 +32,7 @@ from anyfit.structure.cutting import cut, rows_of
 from anyfit.structure.levels import Structure, kept_of
 from anyfit.structure.space import kept_of_blocks, kept_structures, structures
 from anyfit.targets import targets
-from anyfit.targets.base import Check, Cut, Target, Variants
+from anyfit.targets.base import ALL, Check, Cut, Target, Variants
 from anyfit.targets.transformers import write_cut, write_dense
 
 
@@ -246,9 +246,9 @@ class Family:
                 readers[structure.reader.name] = choice
                 rows |= rows_of(whole, architecture, structure.reader, kept[structure.reader.name])
 
-        def variant(weight: str, format_: str) -> torch.Tensor:
-            data = self._store.variant(weight, readers.get(weight, format_))
-            return data[rows[weight]] if weight in rows else data
+        def variant(weight: str, format_: str, which: torch.Tensor | slice = ALL) -> torch.Tensor:
+            left = self._store.variant(weight, readers.get(weight, format_), rows.get(weight, ALL))
+            return left[which]
 
         return Cut(model, formats, variant)
 
@@ -315,7 +315,7 @@ class Family:
                 write_cut(aside, self.source, self.extract(point.config))
             else:
                 write_dense(aside, self.source, self._decoder(point.config).matrices(self.space, point.config))
-            (aside / "README.md").write_text(model_card(self, point, path.name, target="transformers"), encoding="utf-8")
+            (aside / "README.md").write_text(model_card(self, point, path.name, dense=True), encoding="utf-8")
         return point
 
     def _refuse(self, path: Path, *, force: bool, folder: bool) -> None:

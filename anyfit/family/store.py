@@ -26,11 +26,10 @@ from anyfit.core.files import sha256, written_aside
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.formats import formats
-from anyfit.formats.base import GridFormat
 from anyfit.formats.nested import lowered
 from anyfit.quantizers.base import Encoded
 from anyfit.structure.levels import READERS, filled, kept_of
-from anyfit.targets.base import Target, Variants
+from anyfit.targets.base import ALL, Target, Variants
 from anyfit.tuning.coded import Stored
 
 VARIANTS, SOURCE, PASSTHROUGH, TEXT = "variants", "source", "passthrough.safetensors", "text.safetensors"
@@ -62,22 +61,22 @@ class Store:
 
     def rewrite(self, weight: str, changed: Mapping[str, Tensor]) -> None:
         """Replace the bytes of some variants of one matrix, {format: uint8 (data_rows, row_bytes)}; errors and notes stay."""
-        about = self._metadata(weight)
-        data = {name: changed[name] if name in changed else self.variant(weight, name) for name in about}
-        with self.writing(weight, {name: (part.shape[0], part.shape[1]) for name, part in data.items()}) as writing:
-            for name, part in data.items():
-                writing.put(name, 0, _encoded(part, about[name]))
+        derived = {name: row["of"] for name, row in self._metadata(weight).items() if "of" in row and name not in changed}
+        self._replace(weight, changed, derived)
 
     def nest(self, weight: str, high: str, data: Tensor, lows: Iterable[str]) -> None:
         """Keep one format's bytes, of which those of `lows` are made whenever they are asked for; what else there is stays."""
-        about, nested = self._metadata(weight), {high, *lows}
-        rest = {name: self.variant(weight, name) for name in about if name not in nested}
-        stored = {high: data, **rest}
+        derived = {name: row["of"] for name, row in self._metadata(weight).items() if "of" in row}
+        self._replace(weight, {high: data}, derived | dict.fromkeys(lows, high))
+
+    def _replace(self, weight: str, changed: Mapping[str, Tensor], derived: Mapping[str, str]) -> None:
+        about = self._metadata(weight)
+        stored = {name: changed[name] if name in changed else self.variant(weight, name) for name in about if name not in derived}
         with self.writing(weight, {name: (part.shape[0], part.shape[1]) for name, part in stored.items()}) as writing:
             for name, part in stored.items():
                 writing.put(name, 0, _encoded(part, about[name]))
-            for name in lows:
-                writing.derive(name, high, _encoded(data[:0], about[name]))
+            for name, high in derived.items():
+                writing.derive(name, high, _encoded(stored[high][:0], about[name]))
 
     def order(self, weight: str) -> Tensor:
         """Of the structures that a matrix reads, those that are kept longest first, (structures,) int64."""
@@ -91,17 +90,15 @@ class Store:
         """What was out of the ordinary when this matrix was encoded, each remark once."""
         return list(dict.fromkeys(note for row in self._metadata(weight).values() for note in row["notes"]))
 
-    def variant(self, weight: str, format_: str) -> Tensor:
-        """The bytes of one variant, uint8 (data_rows, row_bytes): memory-mapped, or made of the one that it is nested in. Of a
-        matrix that reads structures, the kept columns."""
+    def variant(self, weight: str, format_: str, which: Tensor | slice = ALL) -> Tensor:
+        """The bytes of one variant, uint8 (data_rows, row_bytes), of all its rows or some: memory-mapped, or made of the one that it is
+        nested in. Of a matrix that reads structures, the kept columns."""
         with self._open(self._variants(weight)) as file:
             if format_ in file.keys():  # noqa: SIM118  (safe_open isn't iterable)
-                return file.get_tensor(format_)
+                return _rows(format_, file.get_tensor(format_), which)
             high = json.loads(file.metadata()["variants"])[format_]["of"]
-            data = file.get_tensor(high)
-        finer, coarser = formats.get(high), formats.get(format_)
-        assert isinstance(finer, GridFormat) and isinstance(coarser, GridFormat)
-        return lowered(finer, coarser, data)
+            data = _rows(high, file.get_tensor(high), which)
+        return lowered(formats.get(high), formats.get(format_), data)
 
     def refined(self, config: Config) -> Variants:
         """Like `variant`, with the config's own matrices where it has them."""
@@ -109,11 +106,11 @@ class Store:
         with self._open(path) as file:
             own = frozenset(file.keys())
 
-        def variant(weight: str, format_: str) -> Tensor:
+        def variant(weight: str, format_: str, which: Tensor | slice = ALL) -> Tensor:
             if weight not in own:
-                return self.variant(weight, format_)
+                return self.variant(weight, format_, which)
             with self._open(path) as file:
-                return file.get_tensor(weight)
+                return _rows(format_, file.get_tensor(weight), which)
 
         return variant
 
@@ -178,8 +175,10 @@ class Writing:
         self._notes[name] |= dict.fromkeys(encoded.notes)
 
     def derive(self, name: str, high: str, encoded: Encoded) -> None:
-        """A variant that isn't written, as it is made of another; `encoded` has no rows, but the error and the notes."""
-        self._derived[name], self._errors[name], self._notes[name] = high, encoded.error, dict.fromkeys(encoded.notes)
+        """Some rows of a variant that isn't written, as it is made of another: their error and notes."""
+        self._derived[name] = high
+        self._errors[name] = self._errors.get(name, 0.0) + encoded.error
+        self._notes.setdefault(name, {}).update(dict.fromkeys(encoded.notes))
 
     def close(self) -> None:
         about: dict[str, Any] = {name: {"error": self._errors[name], "notes": list(self._notes[name])} for name in self._errors}
@@ -192,6 +191,11 @@ class Writing:
         assert len(text) == _HEADER_BYTES - 8, "more notes than there is room for"
         self._file.seek(0)
         self._file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _rows(choice: str, data: Tensor, which: Tensor | slice) -> Tensor:
+    """Some of the rows of a variant, or of what lies beside it."""
+    return formats.get(choice).rows(data, which) if choice in formats else data[which]
 
 
 def _encoded(data: Tensor, about: Mapping[str, Any]) -> Encoded:
@@ -243,7 +247,7 @@ class Decoder:
 
     def rows(self, weight: Weight, format_: str, which: Tensor | slice) -> Tensor:
         assert self.target.row_order(self.source, weight) is None and not weight.transposed, weight
-        return formats.get(format_).decode_rows(self.variants(weight.name, format_), which)
+        return formats.get(format_).decode(self.variants(weight.name, format_, which))
 
 
 @dataclass(frozen=True)

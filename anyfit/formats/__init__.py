@@ -22,6 +22,8 @@ INTEGER_GROUPS = {32: "", 64: "_g64", 128: "_g128"}
 """What a group's size adds to the name of an integer format."""
 AQLM_SCHEMES = {f"aqlm_{codebooks}x8g{group}": (codebooks, group) for codebooks, group in ((2, 8), (1, 4), (1, 8))}
 """{name: codebooks of a matrix, columns of a group}, see `formats.aqlm`."""
+TABLE_BITS = range(2, 9)
+"""See `formats.table`."""
 
 formats: Registry[Format] = Registry(
     "format",
@@ -36,6 +38,7 @@ formats: Registry[Format] = Registry(
             for kind, all_bits in INTEGER_KINDS.items()
             for bits in all_bits
         },
+        **{f"table{bits}": f"anyfit.formats.table:table{bits}" for bits in TABLE_BITS},
         **{name: f"anyfit.formats.aqlm:{name}" for name in AQLM_SCHEMES},
     },
 )

@@ -50,53 +50,29 @@ def summed(codebooks: Tensor, codes: Tensor) -> Tensor:
 class AdditiveFormat(Format):
     """`num_codebooks` for groups of `group` columns, see above."""
 
-    whole = True
+    overhead = _HALF_BYTES
 
     def __init__(self, num_codebooks: int, group: int) -> None:
         self.name = f"aqlm_{num_codebooks}x8g{group}"
         self.num_codebooks, self.group, self.block = num_codebooks, group, group
-
-    def refuses(self, shape: tuple[int, int]) -> str | None:
-        if self.bytes_(shape) >= _HALF_BYTES * shape[0] * shape[1]:
-            return f"its codebooks would take {self.name} more bytes than 16 bits a weight"
-        return super().refuses(shape)
+        self.shared = num_codebooks * ENTRIES * group * _HALF_BYTES
 
     @property
     def bits(self) -> float:
         return 8 * self.num_codebooks / self.group
 
-    @property
-    def codebook_bytes(self) -> int:
-        """Of all the codebooks of a matrix."""
-        return self.num_codebooks * ENTRIES * self.group * _HALF_BYTES
-
-    def row_bytes(self, columns: int) -> int:
-        return _HALF_BYTES + columns // self.group * self.num_codebooks
-
-    def bytes_(self, shape: tuple[int, int]) -> int:
-        return self.codebook_bytes + super().bytes_(shape)
-
-    def data_rows(self, shape: tuple[int, int]) -> int:
-        return self._shared_rows(self.row_bytes(shape[1])) + shape[0]
-
-    def _shared_rows(self, row_bytes: int) -> int:
-        return -(-self.codebook_bytes // row_bytes)
-
     def pack(self, parts: Additive) -> Tensor:
         """To the array of bytes, uint8 (data_rows, row_bytes)."""
         rows = torch.cat([half_bytes(parts.scales), parts.codes.flatten(1)], 1)
         shared = rows.new_zeros(self._shared_rows(rows.shape[1]), rows.shape[1])
-        shared.view(-1)[: self.codebook_bytes] = half_bytes(parts.codebooks).flatten()
+        shared.view(-1)[: self.shared] = half_bytes(parts.codebooks).flatten()
         return torch.cat([shared, rows])
 
     def read(self, data: Tensor) -> Additive:
         """The inverse of `pack`."""
-        return self._read(data, slice(None))
-
-    def _read(self, data: Tensor, which: Tensor | slice) -> Additive:
         num_shared = self._shared_rows(data.shape[1])
-        halves = data[:num_shared].reshape(-1)[: self.codebook_bytes].view(-1, _HALF_BYTES)
-        rows = data[num_shared:][which]
+        halves = data[:num_shared].reshape(-1)[: self.shared].view(-1, _HALF_BYTES)
+        rows = data[num_shared:]
         return Additive(
             codebooks=read_halves(halves).view(self.num_codebooks, ENTRIES, self.group),
             scales=read_halves(rows[:, :_HALF_BYTES]),
@@ -105,9 +81,6 @@ class AdditiveFormat(Format):
 
     def decode(self, data: Tensor) -> Tensor:
         return self.read(data).values
-
-    def decode_rows(self, data: Tensor, which: Tensor | slice) -> Tensor:
-        return self._read(data, which).values
 
 
 globals().update({name: AdditiveFormat(*scheme) for name, scheme in AQLM_SCHEMES.items()})

@@ -47,43 +47,55 @@ class Format(ABC):
     name: str
     block: int
     """A row's length must be a multiple of this many columns."""
-    whole: bool = False
-    """Whether the rows of a matrix share something that is stored with it, codebooks for instance: it is then encoded all at once, and rows
-    of its bytes mean nothing alone."""
+    overhead: int = 0
+    """Stored bytes of a row besides its `bits`, whatever its length: a scale or tables of its own."""
+    shared: int = 0
+    """Stored bytes of a matrix besides its rows: what these have in common, codebooks for instance."""
 
     @property
     @abstractmethod
     def bits(self) -> float:
-        """Stored bits per weight, scales and all counted, but for what is stored once a row or once a matrix."""
+        """Stored bits per weight, scales and all counted, but for `overhead` and `shared`."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether a matrix is encoded all at once, as its rows have something in common, and rows of its bytes mean nothing alone."""
+        return self.shared > 0
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
         """Why this format can't hold a matrix of `shape`; None where it can."""
         if shape[1] % self.block:
             return f"row length {shape[1]} is not a multiple of {self.block}"
+        if (self.overhead or self.shared) and 8 * self.bytes_(shape) >= 16 * shape[0] * shape[1]:
+            return f"with what it stores besides codes, {self.name} would take no fewer bytes than 16 bits a weight"
         return None
 
     def row_bytes(self, columns: int) -> int:
         """Stored bytes of one row."""
-        bits = columns * self.bits
+        bits = columns * self.bits + 8 * self.overhead
         assert bits == int(bits) and bits % 8 == 0, (self.name, columns)
         return int(bits) // 8
 
     def bytes_(self, shape: tuple[int, int]) -> int:
         """Stored bytes of a matrix, exact."""
-        return shape[0] * self.row_bytes(shape[1])
+        return self.shared + shape[0] * self.row_bytes(shape[1])
 
     def data_rows(self, shape: tuple[int, int]) -> int:
         """Rows of the array that a matrix's bytes are kept in, uint8 (data_rows, row_bytes): its own are the last, behind those that hold
         what they share. The latter are filled up, which `bytes_` doesn't count."""
-        return shape[0]
+        return self._shared_rows(self.row_bytes(shape[1])) + shape[0]
+
+    def rows(self, data: Tensor, which: Tensor | slice) -> Tensor:
+        """The bytes of some of the rows, with what they share: those of a matrix of these rows, (data_rows, row_bytes)."""
+        first = self._shared_rows(data.shape[1])
+        return torch.cat([data[:first], data[first:][which]]) if first else data[which]
+
+    def _shared_rows(self, row_bytes: int) -> int:
+        return -(-self.shared // row_bytes)
 
     @abstractmethod
     def decode(self, data: Tensor) -> Tensor:
         """uint8 (data_rows, row_bytes) to float32 (rows, columns), bit-equal to what the runtime computes."""
-
-    def decode_rows(self, data: Tensor, which: Tensor | slice) -> Tensor:
-        """Some of the rows, float32."""
-        return self.decode(data[which])
 
 
 class CastFormat(Format):

@@ -77,7 +77,7 @@ class Columns:
 def fit_rows(fit: Callable[[Columns], tuple[NDArray[Any], ...]], weight: Tensor, importance: Tensor, group: int) -> tuple[Tensor, ...]:
     """Apply `fit` to a few rows of a span at a time and join its answers, (groups or 1, rows), as (rows, groups or 1)."""
     assert weight.shape[1] % group == 0, f"{weight.shape[1]} columns are no whole groups of {group}"
-    weight, weights = weight.detach(), _error_weights(importance)
+    weight, weights = weight.detach(), error_weights(importance)
     most = max(1, CHUNK // weight.shape[1])
     answers: dict[int, list[Tensor]] = {}
 
@@ -95,7 +95,7 @@ def numbers(some: tuple[float, ...]) -> Floats:
     return np.array(some, np.float32)
 
 
-def _error_weights(importance: Tensor) -> Tensor:
+def error_weights(importance: Tensor) -> Tensor:
     """Mean 1, so that nothing overflows, and never zero, so that columns whose input is dead keep sane codes."""
     importance = importance.contiguous()  # a strided mean sums in another order
     mean = importance.mean()

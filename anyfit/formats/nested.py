@@ -1,15 +1,22 @@
-"""Formats whose integers can be made of those of a finer one: one stored matrix then holds all of them.
+"""Formats that can be made of a finer one: one stored matrix then holds all of them.
 
-Of such a family all are whole numbers times a half for each group of equally many columns. With D bits fewer, integers are the
-finer ones over 2^D, halves rounded up and clipped, and the half is 2^D times as large, which is exact.
+Codebooks of rows are nested as they are made: the finer one's bytes hold the very bytes of the coarser one, so nothing is lost.
+
+Integers can be trained for it, and are others than they would be by themselves. Of such a family all are whole numbers times a half for
+each group of equally many columns. With D bits fewer, integers are the finer ones over 2^D, halves rounded up and clipped, and the half
+is 2^D times as large, which is exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from anyfit.formats import formats
 from anyfit.formats.base import Format, GridFormat, Scales
+from anyfit.formats.table import TableFormat
 
 
 def bounds(bits: int) -> tuple[int, int]:
@@ -47,8 +54,20 @@ def integers_of(format_: GridFormat, data: Tensor) -> tuple[Tensor, Tensor]:
     return (codes.short() + int(format_.levels[0])).to(torch.int8), _halves(format_, scales)
 
 
-def lowered(high: GridFormat, low: GridFormat, data: Tensor) -> Tensor:
+def held(names: Iterable[str]) -> dict[str, str]:
+    """{format: the finest of `names`}, of those whose very bytes that one holds: they need not be made or stored besides. Names of other
+    choices than formats are passed over."""
+    tables = [format_ for name in names if name in formats and isinstance(format_ := formats.get(name), TableFormat)]
+    finest = max(tables, key=lambda format_: format_.num_bits, default=None)
+    return {format_.name: finest.name for format_ in tables if finest and format_ is not finest}
+
+
+def lowered(high: Format, low: Format, data: Tensor) -> Tensor:
     """The bytes of the coarser format out of those of the finer one, (rows, bytes) each."""
+    if isinstance(high, TableFormat):
+        assert isinstance(low, TableFormat), (high.name, low.name)
+        return high.lowered(low, data)
+    assert isinstance(high, GridFormat) and isinstance(low, GridFormat), (high.name, low.name)
     many, few = nested_bits(high), nested_bits(low)
     assert many is not None and few is not None and many >= few and high.group == low.group, (high.name, low.name)
     integers, scale = integers_of(high, data)

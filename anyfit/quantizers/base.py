@@ -50,6 +50,10 @@ class Quantizer(ABC):
     def encode(self, weight: Tensor, prepared: Any, format_: Format) -> Encoded:
         """(rows, columns) float32 to the format's bytes. The weight isn't changed. Deterministic."""
 
+    @abstractmethod
+    def errors(self, difference: Tensor, prepared: Any) -> Tensor:
+        """`Encoded.errors` of a variant that is off by (rows, columns), wherever it comes from."""
+
 
 def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """The diagonal of D H Dᵀ, (rows,) float64: expected squared errors when the weights are off by D (rows, columns)."""

@@ -19,7 +19,8 @@ Differences from the paper, and why:
 * Formats that code several columns as one entry of a codebook round these together, and their errors are
   passed on together, through the factor's diagonal blocks (as QuIP#'s block LDLQ, arXiv 2402.04396, does with
   its own codebook). The entry is chosen in the metric that the block's errors then cost.
-* Formats with codebooks of a matrix's own have no grid to solve in before it is known: these are fitted as AQLM does (`aqlm`).
+* Codebooks of rows or of a matrix (`anyfit.formats.table`, `anyfit.formats.aqlm`) are no grids that are known before they are fitted. Those
+  of rows choose their codes by themselves, and nothing is made good; those of a matrix are fitted as AQLM does (`aqlm`).
 * Damping starts at 5 % of the mean diagonal (1 % in the paper; more is safer in coarse grids, whose range
   compensation must not leave) and doubles until the factorisation succeeds; more than the start is noted.
 """
@@ -39,7 +40,7 @@ from torch.nn import functional
 from anyfit.calibration.statistics import DAMPING, InputStatistics
 from anyfit.devices import CPU
 from anyfit.formats.aqlm import AdditiveFormat
-from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join
+from anyfit.formats.base import SPAN, Format, GridFormat, Scales, join
 from anyfit.formats.choose import Levels
 from anyfit.formats.threads import each
 from anyfit.quantizers import aqlm
@@ -154,14 +155,14 @@ class GPTQ(Quantizer):
             codes, scales, errors = solve(format_, padded, prepared)
             return Encoded(format_.pack(codes.cpu(), scales), errors.cpu(), prepared.notes).rows(slice(len(weight)))
         weight = weight.cpu()
-        if isinstance(format_, GridFormat):  # a table that is only looked up: no column can make good another's error
-            data = encode_nearest(format_, weight, prepared.importance)
-        elif isinstance(format_, AdditiveFormat):
+        if isinstance(format_, AdditiveFormat):
             data = aqlm.encode(format_, weight.masked_fill(prepared.dead, 0), prepared.statistics.hessian)
-        else:
-            assert isinstance(format_, CastFormat)
-            data = format_.encode(weight)
-        return Encoded(data, output_errors(weight - format_.decode(data), prepared.statistics.hessian), prepared.notes)
+        else:  # a table that is only looked up, where no column can make good another's error, or a format without a grid
+            data = encode_nearest(format_, weight, prepared.statistics.diagonal.cpu())
+        return Encoded(data, self.errors(weight - format_.decode(data), prepared), prepared.notes)
+
+    def errors(self, difference: Tensor, prepared: Factorised) -> Tensor:
+        return output_errors(difference, prepared.statistics.hessian)
 
 
 def factorise(statistics: InputStatistics, vector: int) -> tuple[Factor, tuple[str, ...]]:

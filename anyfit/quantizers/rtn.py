@@ -1,7 +1,7 @@
 """Rounding to the nearest, with scales that minimise the error weighted by the inputs' mean squares.
 
 This is what llama.cpp does with an importance matrix: only the diagonal of the second moments is used, and
-each weight is rounded by itself. Codebooks of a matrix's own are fitted, with the same weights (`aqlm`).
+each weight is rounded by itself. Codebooks, of rows or of a matrix, are found with the same weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, join, quantize
+from anyfit.formats.table import TableFormat
 from anyfit.quantizers import aqlm
 from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 
@@ -26,18 +27,25 @@ class RoundToNearest(Quantizer):
 
     def encode(self, weight: Tensor, prepared: InputStatistics, format_: Format) -> Encoded:
         weight = weight.cpu()
-        if isinstance(format_, AdditiveFormat):
-            data = aqlm.encode(format_, weight, prepared.diagonal.diag())
-        elif isinstance(format_, CastFormat):
-            data = format_.encode(weight)
-        else:
-            assert isinstance(format_, GridFormat)
-            data = encode_nearest(format_, weight, prepared.diagonal.cpu())
-        return Encoded(data, output_errors(weight - format_.decode(data), prepared.hessian))
+        data = encode_nearest(format_, weight, prepared.diagonal.cpu())
+        return Encoded(data, self.errors(weight - format_.decode(data), prepared))
+
+    def errors(self, difference: Tensor, prepared: InputStatistics) -> Tensor:
+        return output_errors(difference, prepared.hessian)
 
 
-def encode_nearest(format_: GridFormat, weight: Tensor, importance: Tensor) -> Tensor:
-    """The file's bytes of `weight` (rows, columns), each value rounded to its nearest code."""
+def encode_nearest(format_: Format, weight: Tensor, importance: Tensor) -> Tensor:
+    """The file's bytes of `weight` (rows, columns), each value rounded to its nearest code, or codes found with their codebooks.
+
+    `importance` (columns,): what each column's squared error counts.
+    """
+    if isinstance(format_, CastFormat):
+        return format_.encode(weight)
+    if isinstance(format_, TableFormat):
+        return format_.encode(weight, importance)
+    if isinstance(format_, AdditiveFormat):
+        return aqlm.encode(format_, weight, importance.diag())
+    assert isinstance(format_, GridFormat)
     codes, scales = [], []
     for start in range(0, weight.shape[1], SPAN):
         part = weight[:, start : start + SPAN]

@@ -6,6 +6,7 @@ from anyfit.recipes.base import Recipe
 recipes: Registry[Recipe] = Registry(
     "recipe",
     {
+        "any-precision": "anyfit.recipes.any_precision:RECIPE",
         "double-rounding": "anyfit.recipes.double_rounding:RECIPE",
         "gptq": "anyfit.recipes.gptq:RECIPE",
         "llm-qfa": "anyfit.recipes.llm_qfa:RECIPE",

@@ -61,3 +61,5 @@ class Recipe:
     training: Training | Tuning | Nesting | None = None
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By target, what it is meant for: offered unless others are named."""
+    needs: tuple[str, ...] = ()
+    """Formats, without any of which it has nothing to do."""

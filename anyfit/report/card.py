@@ -12,6 +12,7 @@ from jinja2 import TemplateNotFound
 from anyfit.report import summary
 from anyfit.report.page import environment
 from anyfit.targets import targets
+from anyfit.targets.base import Needs
 
 if TYPE_CHECKING:
     from anyfit.core.config import Config
@@ -22,14 +23,13 @@ _LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "transformers": "trans
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def model_card(family: Family, point: Point, file_name: str, *, target: str | None = None) -> str:
+def model_card(family: Family, point: Point, file_name: str, *, dense: bool = False) -> str:
     """The README.md, with the Hugging Face hub's front matter, of the model written to `file_name`.
 
     Figures are of the report split where this very config was measured; a config that was only predicted
-    says so. `target` is whose way of running it is shown, for a model written as plain numbers; by default the family's own.
+    says so. `dense`: it is an ordinary folder for transformers, whatever the family's target.
     """
-    dense = target is not None
-    target = target or family.target
+    target = "transformers" if dense else family.target
     made = environment().overlay(autoescape=False)
     made.filters["code"] = _code
     context: dict[str, Any] = {
@@ -41,8 +41,7 @@ def model_card(family: Family, point: Point, file_name: str, *, target: str | No
         "shares": summary.shares(family.space, point.config),
         "roles": _roles(family, point.config),
         "front_matter": _front_matter(family, target),
-        "dense": dense,
-        "needs": "" if dense else targets.get(target).needs(point.config),
+        "needs": Needs() if dense else targets.get(target).needs(point.config),
         "provenance": summary.flat(family.provenance),
     }
     try:

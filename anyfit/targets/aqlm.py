@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anyfit.core.units import Weight
-from anyfit.formats import formats
+from anyfit.formats import AQLM_SCHEMES, formats
 from anyfit.formats.aqlm import ENTRIES, AdditiveFormat
+from anyfit.targets.base import Needs
 from anyfit.targets.hub_layout import DTYPES, Layout, Place, below, modules_of
 from anyfit.targets.safetensors_file import Slot
 
@@ -64,12 +65,15 @@ class AdditivePlace(Place):
 
 
 class Aqlm(Layout):
-    """Linear modules in codebooks."""
+    """Linear modules in codebooks of one number and size."""
 
-    needs = (
-        "Loading it takes `pip install aqlm`; the codebooks stay as they are in memory. On a CPU say `NUMBA_NUM_THREADS=1` in the "
-        "environment: in several threads the package's kernel gives wrong results without a word."
+    needs = Needs(
+        "anyfit is not needed. Loading it takes `pip install aqlm`; the codebooks stay as they are in memory. On a CPU say "
+        "`NUMBA_NUM_THREADS=1` in the environment: in several threads the package's kernel gives wrong results without a word."
     )
+
+    def __init__(self, name: str) -> None:
+        self.formats = (name,)
 
     def place(self, model: PreTrainedModel, weight: Weight) -> AdditivePlace:
         modules = modules_of(model, weight)
@@ -82,10 +86,10 @@ class Aqlm(Layout):
         return AdditivePlace(weight, "")
 
     def quantization_config(self, model: PreTrainedModel, chosen: Iterable[tuple[Place, str]]) -> dict[str, Any] | None:
-        held = {place.modules[0]: name for place, name in chosen if name not in DTYPES}
+        held = {place.modules[0] for place, name in chosen if name not in DTYPES}
         if not held:
             return None
-        (scheme,) = {_additive(name) for name in held.values()}
+        scheme = _additive(self.formats[0])
         plain = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in held]
         return {
             "quant_method": "aqlm",
@@ -113,4 +117,4 @@ def _additive(name: str) -> AdditiveFormat:
     return format_
 
 
-LAYOUT = Aqlm()
+LAYOUTS = tuple(map(Aqlm, AQLM_SCHEMES))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,8 +21,14 @@ from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
 from anyfit.structure.space import Storage
 
-Variants = Callable[[str, str], Tensor]
-"""(weight name, format name) to the variant's bytes: uint8 (data_rows, row_bytes), rows in the target's order."""
+ALL = slice(None)
+
+
+class Variants(Protocol):
+    """Where variants are found."""
+
+    def __call__(self, weight: str, format_: str, which: Tensor | slice = ALL, /) -> Tensor:
+        """The variant's bytes: uint8 (data_rows, row_bytes), of all its rows or some, in the target's order."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,14 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What whoever loads a written model must have and know, in Markdown, and a module that they import first; empty where nothing."""
+
+    text: str = ""
+    plugin: str = ""
 
 
 class Target(ABC):
@@ -72,9 +87,9 @@ class Target(ABC):
         ones take their place and `Decision.refused` says why.
         """
 
-    def needs(self, config: Config) -> str:
-        """What whoever loads a written model must have and know, in Markdown; empty where it is what its card says anyway."""
-        return ""
+    def needs(self, config: Config) -> Needs:
+        """What it takes to load a written model, besides what its card says anyway."""
+        return Needs()
 
     def row_order(self, source: Source, weight: Weight) -> Tensor | None:
         """Rows of the runtime's matrix as indices into the checkpoint's (outputs,); None where equal."""

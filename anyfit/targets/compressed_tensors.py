@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anyfit.core.units import Weight
-from anyfit.formats import formats
+from anyfit.formats import INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS, formats
 from anyfit.formats.fields import pack_dense, unpack_dense
 from anyfit.formats.integer import IntegerFormat
+from anyfit.targets.base import Needs
 from anyfit.targets.hub_layout import DTYPES, Layout, Place, below, modules_of
 from anyfit.targets.safetensors_file import Slot
 
@@ -119,9 +120,16 @@ class IntegerPlace(Place):
 class CompressedTensors(Layout):
     """Integers."""
 
-    needs = (
-        f"Loading it takes `pip install 'compressed-tensors>={VERSION}'`; integers become floating-point numbers before the first forward "
-        "pass, so it is small on disk, not in memory."
+    formats = tuple(
+        f"int{bits}_{kind}{group}"
+        for bits in sorted(INTEGER_BITS, reverse=True)
+        for kind in ("offset", "asym", "sym")
+        if bits in INTEGER_KINDS[kind]
+        for group in INTEGER_GROUPS.values()
+    )
+    needs = Needs(
+        f"anyfit is not needed. Loading it takes `pip install 'compressed-tensors>={VERSION}'`; integers become floating-point numbers "
+        "before the first forward pass, so it is small on disk, not in memory."
     )
 
     def place(self, model: PreTrainedModel, weight: Weight) -> IntegerPlace:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from anyfit.core.units import Weight
 from anyfit.formats import formats
 from anyfit.formats.base import CastFormat
+from anyfit.targets.base import Needs
 from anyfit.targets.safetensors_file import Slot
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,9 +78,11 @@ class Place(ABC):
 
 
 class Layout(ABC):
-    """What a package reads. Stateless. `needs`: what whoever loads such a folder must know, in Markdown."""
+    """What a package reads. Stateless. `formats`: those that one folder can have beside each other and plain tensors, dearest first.
+    `needs`: what whoever loads such a folder must have and know."""
 
-    needs: str
+    formats: tuple[str, ...]
+    needs: Needs
 
     @abstractmethod
     def place(self, model: PreTrainedModel, weight: Weight) -> Place:

@@ -1,8 +1,9 @@
-"""transformers: an ordinary folder that `AutoModelForCausalLM.from_pretrained` loads, with no anyfit installed.
+"""transformers: an ordinary folder that `AutoModelForCausalLM.from_pretrained` loads, with no anyfit installed but for codebooks of rows.
 
-Integers are kept in the layout of the compressed-tensors package, codebooks in that of aqlm, which whoever loads the
-folder needs then; a folder of floating-point tensors needs transformers only. transformers unpacks integers before the
-first forward pass, so such a folder is small on disk and to send, not in memory; codebooks stay as they are.
+Integers are kept in the layout of the compressed-tensors package, codebooks of a matrix in that of aqlm, which whoever loads
+the folder needs then; codebooks of rows in a layout of ours, for which `anyfit.transformers_plugin` is imported; a folder of
+floating-point tensors needs transformers only. Integers become floating-point numbers before the first forward pass, and
+tables when they are loaded, so such a folder is small on disk and to send, not in memory; codebooks of a matrix stay as they are.
 """
 
 from __future__ import annotations
@@ -27,41 +28,32 @@ from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
-from anyfit.formats import AQLM_SCHEMES, INTEGER_BITS, INTEGER_GROUPS, INTEGER_KINDS
+from anyfit.formats import INTEGER_BITS
 from anyfit.structure.cutting import MODULE, plain_changes, uneven_changes
 from anyfit.structure.space import Storage
-from anyfit.targets import aqlm, compressed_tensors, transformers_check
-from anyfit.targets.base import Check, Cut, Target, Variants
+from anyfit.targets import aqlm, compressed_tensors, row_tables, transformers_check
+from anyfit.targets.base import Check, Cut, Needs, Target, Variants
 from anyfit.targets.hub_layout import DTYPES, Layout, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shards, write_file, write_index
 from anyfit.targets.torch_stopwatch import TorchStopwatch
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_DEAREST_FIRST = sorted(INTEGER_BITS, reverse=True)
+LAYOUTS: tuple[Layout, ...] = (compressed_tensors.LAYOUT, row_tables.LAYOUT, *aqlm.LAYOUTS)
+"""A folder has one of these, or plain tensors alone."""
 
 
 class Transformers(Target):
     name = "transformers"
     suffix = ""
-    formats = (
-        *("F32", "F16", "BF16"),
-        *(
-            f"int{bits}_{kind}{group}"
-            for bits in _DEAREST_FIRST
-            for kind in ("offset", "asym", "sym")
-            if bits in INTEGER_KINDS[kind]
-            for group in INTEGER_GROUPS.values()
-        ),
-        *AQLM_SCHEMES,
-    )
-    default_formats = ("F16", "BF16", *(f"int{bits}_sym" for bits in _DEAREST_FIRST))
+    formats = (*DTYPES, *(name for layout in LAYOUTS for name in layout.formats))
+    default_formats = ("F16", "BF16", *(f"int{bits}_sym" for bits in sorted(INTEGER_BITS, reverse=True)))
 
     def supports(self, source: Source) -> str | None:
         """The network came from such a folder, so there is none that can't go back into one."""
         return None
 
-    def needs(self, config: Config) -> str:
-        return layout_of(config.formats.values()).needs if set(config.formats.values()) - DTYPES.keys() else ""
+    def needs(self, config: Config) -> Needs:
+        return layout_of(config.formats.values()).needs if set(config.formats.values()) - DTYPES.keys() else Needs()
 
     def space(self, source: Source, weights: Iterable[Weight], formats: Iterable[str]) -> Space:
         """See `Target.space`. Of the 16-bit types only the original's own is a choice where both are wanted.
@@ -147,13 +139,14 @@ class Transformers(Target):
 def layout_of(names: Iterable[str]) -> Layout:
     """That of a folder in these formats. Raises `UserError` where there is none."""
     coded = [name for name in dict.fromkeys(names) if name not in DTYPES]
-    codebooks = [name for name in coded if name in AQLM_SCHEMES]
-    if codebooks and len(coded) > 1:
+    layout = next((layout for layout in LAYOUTS if coded[:1] and coded[0] in layout.formats), LAYOUTS[0])
+    together = [name for name in coded if name in layout.formats]
+    if other := next((name for name in coded if name not in together), None):
         raise UserError(
-            f"No folder that transformers loads can have {' and '.join(coded)}: codebooks of one size go with plain tensors alone.",
-            remedy=f"Name one of them, with F16 or BF16 beside it: --formats {codebooks[0]},F16.",
+            f"No folder that transformers loads can have {coded[0]} and {other}: one package reads all that isn't plain tensors.",
+            remedy=f"Name some that go together, with F16 or BF16 beside them: --formats {','.join(together)},F16.",
         )
-    return aqlm.LAYOUT if codebooks else compressed_tensors.LAYOUT
+    return layout
 
 
 def write_dense(path: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> int:

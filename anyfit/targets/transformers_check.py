@@ -90,11 +90,13 @@ def _values(path: Path, source: Source, chosen: list[tuple[Place, str]], model: 
 def _loads(
     layout: Layout, path: Path, source: Source, chosen: list[tuple[Place, str]], model: Extracted, tokens: Tensor
 ) -> tuple[Check, ...]:
-    if any(name not in DTYPES for _, name in chosen) and (missing := layout.lacks_runtime()):
+    coded = any(name not in DTYPES for _, name in chosen)
+    if coded and (missing := layout.lacks_runtime()):
         return (Check("transformers", True, f"skipped: {missing}"),)
     if problem := model.too_large():
         return (Check("transformers", True, f"skipped: {problem}"),)
-    found = read(path, tokens, layout.environment(), trust=source.trust_remote_code)
+    plugin = layout.needs.plugin if coded else ""
+    found = read(path, tokens, layout.environment(), trust=source.trust_remote_code, plugin=plugin)
     if isinstance(found, Check):
         return (found,)
     names = [name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)]
@@ -111,21 +113,24 @@ def cut_checks(path: Path, source: Source, model: PreTrainedModel, tokens: Tenso
     return compare(*found, source, dict(model.named_parameters(remove_duplicate=False)), logits)
 
 
-def read(path: Path, tokens: Tensor, environment: Mapping[str, str], *, trust: bool) -> tuple[Mapping[str, Any], Tensor] | Check:
+def read(
+    path: Path, tokens: Tensor, environment: Mapping[str, str], *, trust: bool, plugin: str = ""
+) -> tuple[Mapping[str, Any], Tensor] | Check:
     """What `transformers_reader.read` finds in another process with these settings besides, and its logits of the tokens; a failed check
-    where it doesn't load."""
+    where it doesn't load. `plugin`: a module that is imported first."""
     with tempfile.TemporaryDirectory() as folder:
         save_file({"tokens": tokens.contiguous()}, Path(folder, "tokens.safetensors"))
         arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", PROBE, str(torch.get_num_threads())]
+        arguments += ["trust" if trust else "no", *([plugin] if plugin else [])]
         # -P keeps anyfit's own folder, where the program lies, from being searched for modules
-        command = [sys.executable, "-P", transformers_reader.__file__, *arguments, *(["trust"] if trust else [])]
+        command = [sys.executable, "-P", transformers_reader.__file__, *arguments]
         ran = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
         if ran.returncode:
             last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
             return Check("transformers", False, f"from_pretrained failed: {last}")
         report = json.loads(Path(folder, "out.json").read_text(encoding="utf-8"))
         logits = load_file(Path(folder, "out.safetensors"))["logits"]
-    assert not report["anyfit"], "the reader must not need anyfit"
+    assert plugin or not report["anyfit"], "the reader must not need anyfit"
     return report, logits
 
 

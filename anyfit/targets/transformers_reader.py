@@ -1,13 +1,15 @@
 """A program of its own, run without anyfit: load a folder as anyone would, and say what came of it.
 
-Usage: python transformers_reader.py FOLDER TOKENS OUTPUT TEXT THREADS [trust]. TOKENS is a safetensors file with
-`tokens`. Writes OUTPUT.safetensors (`logits`) and OUTPUT.json: a hash of each parameter, the tokens of TEXT, the names
-that the loader missed or had left over, and whether anyfit was imported.
+Usage: python transformers_reader.py FOLDER TOKENS OUTPUT TEXT THREADS TRUST [PLUGIN]. TOKENS is a safetensors file with
+`tokens`, TRUST "trust" or anything else, PLUGIN a module to import first. Writes OUTPUT.safetensors (`logits`) and
+OUTPUT.json: a hash of each parameter, the tokens of TEXT, the names that the loader missed or had left over, and whether
+anyfit was imported.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -56,7 +58,9 @@ def read(folder: str | Path, tokens: Tensor, text: str, *, trust_remote_code: bo
     return report, logits
 
 
-def main(folder: str, tokens: str, output: str, text: str, threads: str, trust: str = "") -> None:
+def main(folder: str, tokens: str, output: str, text: str, threads: str, trust: str, *plugins: str) -> None:
+    for plugin in plugins:
+        importlib.import_module(plugin)
     torch.set_num_threads(int(threads))
     report, logits = read(folder, load_file(tokens)["tokens"], text, trust_remote_code=trust == "trust")
     save_file({"logits": logits.contiguous()}, f"{output}.safetensors")

@@ -15,7 +15,8 @@ from torch import Tensor
 from anyfit.core.errors import UserError
 from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join, quantize
-from anyfit.quantizers import aqlm
+from anyfit.formats.table import TableFormat
+from anyfit.quantizers.rtn import encode_nearest
 
 MANY_ROWS = 101
 """No round number, so that vectorised loops have a remainder."""
@@ -34,10 +35,8 @@ def check_bytes_are_counted_exactly(format_: Format) -> None:
         assert data.dtype == torch.uint8, f"{format_.name} stores {data.dtype}"
         rows, row_bytes, bytes_ = format_.data_rows((3, columns)), format_.row_bytes(columns), format_.bytes_((3, columns))
         assert tuple(data.shape) == (rows, row_bytes), f"{tuple(data.shape)}, foretold {rows} of {row_bytes} a row"
-        if format_.whole:
-            assert 0 <= data.numel() - bytes_ < row_bytes, f"bytes of {columns} columns, filled up to a row"
-        else:
-            assert data.numel() == bytes_ == 3 * columns * format_.bits / 8, f"bytes of {columns} columns"
+        assert bytes_ == format_.shared + 3 * (columns * format_.bits / 8 + format_.overhead), f"bytes of {columns} columns"
+        assert 0 <= data.numel() - bytes_ < (row_bytes if format_.whole else 1), f"bytes of {columns} columns, filled up to a row"
 
 
 def check_what_was_chosen_is_what_is_read(format_: Format) -> None:
@@ -52,6 +51,11 @@ def check_what_was_chosen_is_what_is_read(format_: Format) -> None:
             data = _encode(format_, weight, _importance(columns))
             assert torch.equal(format_.pack(format_.read(data)), data), f"{format_.name} reads other parts than it packed"
             _check_bits(format_.decode(data), format_.read(data).values, format_.name)
+            continue
+        if isinstance(format_, TableFormat):
+            codes, tables = format_.read(format_.encode(weight, _importance(columns)))
+            chosen = torch.take_along_dim(tables[:, -(2**format_.num_bits) :].float(), codes.long(), 1)
+            _check_bits(format_.decode(format_.pack(codes, tables)), chosen, format_.name)
             continue
         assert isinstance(format_, GridFormat)
         scales = _fit(format_, weight, _importance(columns))
@@ -98,7 +102,7 @@ def check_odd_rows(format_: Format) -> None:
             worst = (decoded[row] / weight[row] - 1).abs().max().item()
             assert worst < 0.25, f"{format_.name}: a constant row is off by {worst:.0%}"
     if isinstance(format_, CastFormat) or (isinstance(format_, GridFormat) and format_.vector == 1):
-        # An entry of a codebook has no zeros to put beside an outlier.
+        # An entry of a codebook has no zeros to put beside an outlier, and few clusters of a row none to spare for it.
         error = (_decoded(format_, weight, torch.ones(columns))[3, 7] / 500 - 1).abs().item()
         assert error < 0.25, f"{format_.name}: an outlier is off by {error:.0%}"
 
@@ -121,10 +125,13 @@ def check_too_large_is_refused(format_: Format) -> None:
 
 def check_illegal_row_lengths_are_refused(format_: Format) -> None:
     """`refuses` names the length that doesn't fit, and accepts the block."""
-    assert format_.refuses((1 << 14, format_.block)) is None
+    long = 256 * format_.block
+    assert format_.refuses((1 << 14, long)) is None
     if format_.block > 1:
-        reason = format_.refuses((1 << 14, format_.block + 1))
-        assert reason and str(format_.block + 1) in reason, f"{format_.name}: {reason!r}"
+        reason = format_.refuses((1 << 14, long + 1))
+        assert reason and str(long + 1) in reason, f"{format_.name}: {reason!r}"
+    if format_.overhead or format_.shared:
+        assert format_.refuses((1, format_.block)), f"{format_.name} would take more bytes than plain numbers"
 
 
 def check_nothing_else_changes(format_: Format) -> None:
@@ -150,7 +157,7 @@ def check_rows_are_alone(format_: Format) -> None:
     weight, importance = _weight(MANY_ROWS, columns), _importance(columns)
     data = _encode(format_, weight, importance)
     for which in (slice(7, 9), torch.tensor([3, 3, MANY_ROWS - 1])):
-        assert torch.equal(format_.decode_rows(data, which), format_.decode(data)[which]), f"{format_.name}: some rows alone"
+        assert torch.equal(format_.decode(format_.rows(data, which)), format_.decode(data)[which]), f"{format_.name}: some rows alone"
     if format_.whole:
         return
     for first, last in ((0, 1), (7, 9), (MANY_ROWS - 30, MANY_ROWS)):
@@ -222,11 +229,8 @@ def _any_codes(format_: GridFormat, like: Tensor) -> Tensor:
 
 
 def _encode(format_: Format, weight: Tensor, importance: Tensor) -> Tensor:
-    if isinstance(format_, CastFormat):
-        return format_.encode(weight)
-    if isinstance(format_, AdditiveFormat):
-        return aqlm.encode(format_, weight, importance.diag())
-    assert isinstance(format_, GridFormat), f"{format_.name} is neither a cast nor a grid, and has no codebooks"
+    if not isinstance(format_, GridFormat):
+        return encode_nearest(format_, weight, importance)
     scales = _fit(format_, weight, importance)
     return format_.pack(quantize(format_, weight, *_spread(format_, scales))[0], scales)
 

@@ -31,7 +31,7 @@ from anyfit.elastic.extracted import Extracted
 from anyfit.family.store import Decoder
 from anyfit.formats import formats
 from anyfit.quantizers.rtn import QUANTIZER
-from anyfit.targets.base import Check, Target
+from anyfit.targets.base import ALL, Check, Target
 
 NUM_CONFIGS = 4
 
@@ -65,8 +65,8 @@ class Trial:
         rng = random.Random(seed)
         return Config({d.key: rng.choice(d.choices).name for d in self.space.decisions})
 
-    def variant(self, name: str, format_: str) -> Tensor:
-        """uint8 (data_rows, row_bytes), rows in the target's order."""
+    def variant(self, name: str, format_: str, which: Tensor | slice = ALL) -> Tensor:
+        """uint8 (data_rows, row_bytes), all rows or some, in the target's order."""
         if (name, format_) not in self._variants:
             weight = self._weight(name)
             matrix = self.original.get_parameter(name).detach()
@@ -75,7 +75,7 @@ class Trial:
             matrix = matrix.contiguous() if order is None else matrix[order]
             prepared = QUANTIZER.prepare(InputStatistics.unknown(weight.shape[1]))
             self._variants[name, format_] = QUANTIZER.encode(matrix, prepared, formats.get(format_)).data
-        return self._variants[name, format_]
+        return formats.get(format_).rows(self._variants[name, format_], which)
 
     def extract(self, config: Config) -> PreTrainedModel:
         """The torch model that the written one must agree with."""

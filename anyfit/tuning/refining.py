@@ -95,7 +95,7 @@ class Refinery:
 
     def _tune(self, stored: PreTrainedModel, entries: Mapping[str, Stored], now: float, progress: Progress) -> Tuned:
         grids = {name: entry.grid(self._original) for name, entry in entries.items() if isinstance(entry.format_, GridFormat)}
-        if not grids:  # codebooks of a matrix's own are solved again only
+        if not grids:  # codebooks are solved again only
             return Tuned({}, now, now)
         return signround.tune(stored, grids, self._text, self._held_out, settings=self._settings.tuning, progress=progress)
 
