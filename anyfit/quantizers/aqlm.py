@@ -25,8 +25,8 @@ from anyfit.formats.aqlm import ENTRIES, Additive, AdditiveFormat, summed
 from anyfit.formats.base import SPAN
 from anyfit.formats.fitting import HALF_MAX, refuse_beyond
 
-DAMPING = 0.01
-"""Of H's mean diagonal."""
+DAMPING = 0.05
+"""Of H's mean diagonal, as in GPTQ."""
 MOST_ROUNDS, ENOUGH = 12, 0.01
 """Scales, codebooks and codes are fitted by turns until a round takes less than this share off the error."""
 WIDTH = 8
@@ -37,7 +37,7 @@ _SAMPLE, _KMEANS_STEPS = 1 << 16, 12
 _LEAST_SQUARES_STEPS = 12
 _EXACT = 1e-10
 """Of the squared gradient at first: what is left of it then is rounding."""
-_NUMBERS_AT_ONCE = 1 << 22
+_NUMBERS_AT_ONCE = 1 << 20
 """Distances to entries that are held together."""
 
 
