@@ -44,7 +44,7 @@ _NUMBERS_AT_ONCE = 1 << 20
 def encode(format_: AdditiveFormat, weight: Tensor, hessian: Tensor) -> Tensor:
     """The bytes of `weight` (rows, columns) for inputs with the second moments `hessian` (columns, columns), where that is."""
     refuse_beyond(format_.name, HALF_MAX, weight)
-    fit = Fit(format_, weight.to(hessian.device), damped(hessian))
+    fit = Fit(format_, weight.to(hessian.device).contiguous(), damped(hessian))
     for _ in range(MOST_ROUNDS):
         before = fit.error()
         fit.fit_codebooks()
@@ -56,9 +56,9 @@ def encode(format_: AdditiveFormat, weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """A copy with something added to the diagonal."""
-    found = hessian.clone()
-    found.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    """A copy with something added to the diagonal; where all inputs were zero, every column matters alike."""
+    found, mean = hessian.clone(), hessian.diagonal().mean()
+    found.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1))
     return found
 
 
