@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import anyfit
-from anyfit import estimates
+from anyfit import estimates, finalists
 from anyfit.api import prepare
 from anyfit.architectures import architecture_of
 from anyfit.calibration.statistics import InputStatistics
@@ -28,13 +29,16 @@ from anyfit.formats.aqlm import Additive, AdditiveFormat
 from anyfit.formats.base import SPAN
 from anyfit.progress import Silent
 from anyfit.quantizers import aqlm, quantizers
+from anyfit.recipes import recipes
+from anyfit.recipes.base import Tuning
 from anyfit.targets.aqlm import LAYOUTS
 from anyfit.targets.transformers import TARGET
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.testing.targets import CHECKS, Trial
 from anyfit.tuning import pv
-from anyfit.tuning.coded import Matrix, Summed
+from anyfit.tuning.coded import Matrix, Stored, Summed
+from anyfit.tuning.refining import Refinery
 
 SMALL = {
     "hidden_size": 128,
@@ -282,9 +286,34 @@ def test_a_family_in_codebooks_and_plain_tensors(asked: dict[str, Any], tmp_path
     assert anyfit.fit(output=tmp_path / "killed.family", formats=("aqlm_1x8g4", "F16"), **asked).digest == family.digest
 
 
+def test_a_family_is_tuned(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipes.get("pv-tuning").__dict__, "training", Tuning(pv.Settings(num_steps=2)))
+    monkeypatch.setattr(finalists, "NUM_FINALISTS", 2)
+    family = anyfit.fit(output=tmp_path / "tuned.family", formats=("aqlm_1x8g8", "F16"), recipe="pv-tuning", **asked)
+    assert any(note.startswith("aqlm_1x8g8: trained, KL") for note in family.manifest.notes)
+
+
 def test_memory_is_planned_for_whole_matrices(asked: dict[str, Any]) -> None:
     codebooks, integers = (estimates._whole_matrices(prepare(formats=names, **asked)) for names in (("aqlm_1x8g4", "F16"), ("int4_sym",)))
     assert integers == 0 and codebooks >= aqlm.BYTES_A_NUMBER * 128 * 128
+
+
+def test_refining_solves_codebooks_again_for_what_arrives() -> None:
+    model = tiny_model("llama", **{**SMALL, "num_hidden_layers": 2}).requires_grad_(False)
+    tokens = torch.randint(256, (16, 24), generator=torch.Generator().manual_seed(1))
+    architecture, format_, stored = architecture_of(model), additive("aqlm_1x8g8"), copy.deepcopy(model)
+    matrices = []
+    for weight in architecture.weights(model):
+        if weight.block is not None:
+            data = aqlm.encode(format_, model.get_parameter(weight.name).float(), torch.eye(weight.shape[1]))
+            matrices.append(Stored(weight, format_, data, None))
+            stored.get_parameter(weight.name).copy_(matrices[-1].values())
+    text = Reference.of(model, tokens)
+    refinery = Refinery(model, architecture, quantizers.get("gptq"), calibration=tokens, held_out=text)
+    found = refinery.refine(stored, matrices, Silent())
+    assert found.after < found.before and found.data.keys() == {entry.weight.name for entry in matrices}
+    name, data = next(iter(found.data.items()))
+    assert torch.equal(stored.get_parameter(name), format_.decode(data))
 
 
 FEW = pv.Settings(num_steps=12, code_rate=0.1, half_rate=1e-2)

@@ -25,8 +25,8 @@ from anyfit.formats.aqlm import ENTRIES, Additive, AdditiveFormat, summed
 from anyfit.formats.base import SPAN
 from anyfit.formats.fitting import HALF_MAX, refuse_beyond
 
-DAMPING = 0.01
-"""Of H's mean diagonal."""
+DAMPING = 0.05
+"""Of H's mean diagonal, as in GPTQ."""
 MOST_ROUNDS, ENOUGH = 12, 0.01
 """Scales, codebooks and codes are fitted by turns until a round takes less than this share off the error."""
 WIDTH = 8
@@ -37,14 +37,14 @@ _SAMPLE, _KMEANS_STEPS = 1 << 16, 12
 _LEAST_SQUARES_STEPS = 12
 _EXACT = 1e-10
 """Of the squared gradient at first: what is left of it then is rounding."""
-_NUMBERS_AT_ONCE = 1 << 22
+_NUMBERS_AT_ONCE = 1 << 20
 """Distances to entries that are held together."""
 
 
 def encode(format_: AdditiveFormat, weight: Tensor, hessian: Tensor) -> Tensor:
     """The bytes of `weight` (rows, columns) for inputs with the second moments `hessian` (columns, columns), where that is."""
     refuse_beyond(format_.name, HALF_MAX, weight)
-    fit = Fit(format_, weight.to(hessian.device), damped(hessian))
+    fit = Fit(format_, weight.to(hessian.device).contiguous(), damped(hessian))
     for _ in range(MOST_ROUNDS):
         before = fit.error()
         fit.fit_codebooks()
@@ -56,9 +56,9 @@ def encode(format_: AdditiveFormat, weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """A copy with something added to the diagonal."""
-    found = hessian.clone()
-    found.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    """A copy with something added to the diagonal; where all inputs were zero, every column matters alike."""
+    found, mean = hessian.clone(), hessian.diagonal().mean()
+    found.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1))
     return found
 
 

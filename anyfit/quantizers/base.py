@@ -1,4 +1,4 @@
-"""The contract of a quantizer: it chooses the codes of one matrix on a format's grid."""
+"""The contract of a quantizer: it chooses the codes of one matrix in a format."""
 
 from __future__ import annotations
 

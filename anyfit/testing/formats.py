@@ -131,7 +131,9 @@ def check_illegal_row_lengths_are_refused(format_: Format) -> None:
         reason = format_.refuses((1 << 14, long + 1))
         assert reason and str(long + 1) in reason, f"{format_.name}: {reason!r}"
     if format_.overhead or format_.shared:
-        assert format_.refuses((1, format_.block)), f"{format_.name} would take more bytes than plain numbers"
+        for columns in (format_.block, 16 * format_.block, long):
+            pays = format_.bytes_((3, columns)) < 2 * 3 * columns
+            assert (format_.refuses((3, columns)) is None) == pays, f"{format_.name}: {columns} columns against 16 bits a weight"
 
 
 def check_nothing_else_changes(format_: Format) -> None:
