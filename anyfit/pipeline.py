@@ -346,8 +346,8 @@ def nesting(names: list[str]) -> list[str]:
     for low, high in held(names).items():
         within.setdefault(high, [high]).append(low)
     return [
-        f"{', '.join(sorted(own))}: nested, of each matrix the finest is stored alone, whose upper bits are the others. Finer tables are made by "
-        "splitting coarser ones, in a family or not; codebooks of one size alone would be closer, see docs/benchmarks.md"
+        f"{', '.join(sorted(own))}: nested, of each matrix the finest is stored alone, whose upper bits are the others. Finer tables are "
+        "made by splitting coarser ones, in a family or not; codebooks of one size alone would be closer, see docs/benchmarks.md"
         for own in within.values()
     ]
 
