@@ -80,7 +80,8 @@ def section(progress: Progress) -> Section:
         "bits of the blocks' weights, tables and scales counted. Rows are 256 or 512 columns long here, so tables weigh 8 to 16 times what "
         "they do in rows of 4096. Nested: all sizes out of one stored matrix. By itself: the best codebook of that size alone. Rounding "
         f"and GPTQ: interpolated between integers ({INTEGERS[0]} to {INTEGERS[-1]}) at as many stored bits, or with the fewest they "
-        f"have. Rows of up to {FEW} bits hold where nesting loses at most {NEAR:g} times what a codebook of its own does. Seconds are of a processor."
+        f"have. Rows of up to {FEW} bits hold where nesting loses at most {NEAR:g} times what a codebook of its own does. Seconds are of a "
+        "processor."
     )
     header = ("size", "stored bits", "last table alone", "KL nested", "by itself", "ratio", "rounding at these bits", "GPTQ at these bits")
     return Section("Nested codebooks (Any-Precision LLM)", header, rows, (remark,))
