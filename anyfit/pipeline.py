@@ -427,11 +427,11 @@ def nesting(names: list[str]) -> list[str]:
     """What is to be known of formats that others hold."""
     within: dict[str, list[str]] = {}
     for low, high in held(names).items():
-        within.setdefault(high, []).append(low)
+        within.setdefault(high, [high]).append(low)
     return [
-        f"{', '.join(sorted(lows))}: nested, stored once as the upper bits of {high}. Finer tables are made by splitting coarser ones, in "
-        "a family or not; codebooks that need not be nested would be a little closer, see anyfit/formats/fitting_tables.py"
-        for high, lows in within.items()
+        f"{', '.join(sorted(own))}: nested, of each matrix the finest is stored alone, whose upper bits are the others. Finer tables are "
+        "made by splitting coarser ones, in a family or not; codebooks of one size alone would be closer, see docs/benchmarks.md"
+        for own in within.values()
     ]
 
 
