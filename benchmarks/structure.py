@@ -267,7 +267,7 @@ def speed(batch: int, sequence: int) -> tuple[Section, Section]:
 
 def joint() -> Section:
     """Structure and formats together against either alone, within two budgets."""
-    with families(*SETTINGS[0], JOINT_FORMATS) as (family, table, folder):
+    with families(*SETTINGS[0], JOINT_FORMATS) as (family, table, _):
         space, rows = family.space, []
         whole = space.costs(space.largest())
         kinds = {
@@ -294,7 +294,7 @@ def joint() -> Section:
             rows.append(Row(cells, kls["together"] <= min(alone, default=float("inf"))))
     remark = (
         f"The embedded default in {table.device.runtime}, {THREADS} thread; formats {', '.join(JOINT_FORMATS)}. Both budgets hold: as many "
-        "times as fast as the whole network in float32, and a share of its bytes. KL to the original on the report split, of what is extracted."
+        "times as fast as the whole network in float32, and a share of its bytes. KL to the original on the report split."
     )
     return Section("Structure and formats together", ("budgets", *kinds, "together"), rows, [remark])
 
