@@ -76,10 +76,10 @@ def measure(
         model = probe(config, part, kept, trust_remote_code=trust_remote_code)
         return stopwatch.ready(model, format_, setting, threads, folder)
 
-    with _pinned(threads), (progress or Silent()).stage("measure", len(formats) * (len(ladder) + 1)) as stage:
+    with pinned(threads), (progress or Silent()).stage("measure", len(formats) * (len(ladder) + 1)) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
-                clock = _Clock(ready(shape, KINDS, name, _new(folder, "whole")))
+                clock = Clock(ready(shape, KINDS, name, _new(folder, "whole")), threads)
                 empty = clock.share(ready(shape, (), name, _new(folder, "empty")))
                 stage.advance(detail=name)
                 shares = {}
@@ -105,11 +105,16 @@ def sizes(shape: Shape, kind: str) -> list[int]:
     return ladder
 
 
-class _Clock:
-    """Times networks beside the whole one."""
+class Clock:
+    """Times networks beside the whole one.
 
-    def __init__(self, whole: Run) -> None:
+    One thread's time is what it computed, so that turns of other processes on the same core don't count; that of several is
+    what passed.
+    """
+
+    def __init__(self, whole: Run, threads: int) -> None:
         self._run, self._times = whole, list[float]()
+        self._now = time.thread_time if threads == 1 else time.perf_counter
 
     @property
     def whole(self) -> float:
@@ -119,28 +124,27 @@ class _Clock:
     def share(self, run: Run) -> float:
         """What another takes, as a share of the whole network's time. Each is run twice at its turn, the second time counts."""
         ratios, began = list[float](), time.perf_counter()
-        _took(run)
+        self._took(run)
         gc.disable()
         try:
             while len(ratios) < ROUNDS or time.perf_counter() - began < SECONDS:
-                reference = _took(self._run)
+                reference = self._took(self._run)
                 self._times.append(reference)
-                ratios.append(_took(run) / reference)
+                ratios.append(self._took(run) / reference)
         finally:
             gc.enable()
         return statistics.median(ratios)
 
-
-def _took(run: Run) -> float:
-    """Milliseconds of a run that another has just gone before."""
-    run()
-    began = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - began)
+    def _took(self, run: Run) -> float:
+        """Milliseconds of a run that another has just gone before."""
+        run()
+        began = self._now()
+        run()
+        return 1e3 * (self._now() - began)
 
 
 @contextmanager
-def _pinned(threads: int) -> Iterator[None]:
+def pinned(threads: int) -> Iterator[None]:
     """Run on so many of the cores only, with that many threads of torch."""
     before, allowed = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
