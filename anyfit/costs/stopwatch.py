@@ -24,8 +24,8 @@ from anyfit.progress import Progress, Silent
 Run = Callable[[], object]
 """One run of a network that is ready."""
 
-SECONDS, ROUNDS = 1.5, 15
-"""How long a network is timed, and in how many rounds at least."""
+SECONDS, ROUNDS = 1.0, 31
+"""How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 STEP, SHRINK = 32, 0.9
 """Widths of a ladder: multiples of the first, each about the second times the one before."""
 
@@ -123,11 +123,11 @@ class Clock:
 
     def share(self, run: Run) -> float:
         """What another takes, as a share of the whole network's time. Each is run twice at its turn, the second time counts."""
-        ratios, began = list[float](), time.perf_counter()
+        ratios, began = list[float](), self._now()
         self._took(run)
         gc.disable()
         try:
-            while len(ratios) < ROUNDS or time.perf_counter() - began < SECONDS:
+            while len(ratios) < ROUNDS or self._now() - began < SECONDS:
                 reference = self._took(self._run)
                 self._times.append(reference)
                 ratios.append(self._took(run) / reference)
