@@ -78,6 +78,7 @@ def _limit(part: str, whole: str, original_bytes: int | None) -> tuple[str, floa
     if (unit in _BYTE_UNITS and cost != BITS) or (not unit and cost == BYTES):
         return BYTES, number * _BYTE_UNITS.get(unit, 1)
     if unit.startswith(("MS", "S/")):
-        raise BudgetError(f"The budget {part!r} is a latency, and families of this version are chosen by size.", remedy=f"Known units: {KNOWN_UNITS}.")
+        problem = f"The budget {part!r} is a latency, and families of this version are chosen by size."
+        raise BudgetError(problem, remedy=f"Known units: {KNOWN_UNITS}.")
     given = f"the unit {match['unit']!r}" if unit else "no unit"
     raise BudgetError(f"The budget {part!r} has {given}.", remedy=f"Known units: {KNOWN_UNITS}.")
