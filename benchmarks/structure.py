@@ -308,7 +308,7 @@ def _write(family: Family, config: Config, path: Path) -> None:
     """As `Family.export` does, of a config that no budget need lead to."""
     from anyfit.targets import targets
 
-    targets.get(family.target).write_cut(path, family.source, family.extract(config))
+    targets.get(family.target).write_cut(path, family.source, family.cut(config))
 
 
 def _qualities(family: Family, points: list) -> dict[Config, Quality]:
