@@ -37,7 +37,8 @@ from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.tasks.language import Reference, kept_bytes, measure
-from anyfit.training import MOST_BITS, trained
+from anyfit.trainers import samplers
+from anyfit.training import nested, trained
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
@@ -296,12 +297,15 @@ def _more_effort(run: Fit, sizes: Mapping[str, int]) -> int:
 
 
 def _training(run: Fit) -> int:
-    """Tokens of training, as forward passes: the original's, and three of the network that is trained."""
-    if run.recipe.training is None:
+    """Tokens of training, as forward passes: the original's, and three of the network for each config of a step."""
+    how = run.recipe.training
+    if how is None:
         return 0
-    settings = run.recipe.training.settings_for(run.effort)
-    if isinstance(run.recipe.training, (Tuning, Nesting)):
-        most = math.inf if isinstance(run.recipe.training, Nesting) else MOST_BITS
-        formats = {choice.name for decision in trained(run.space, most) for choice in decision.choices}
-        return 5 * len(formats) * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
-    return 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
+    settings = how.settings_for(run.effort)
+    step = settings.batch_size * min(WINDOW, run.settings.length)
+    if isinstance(how, Tuning):
+        formats = {choice.name for decision in trained(run.space) for choice in decision.choices}
+        return 5 * len(formats) * settings.num_steps * step
+    decisions = nested(trained(run.space, math.inf)) if isinstance(how, Nesting) else trained(run.space)
+    sampler = samplers.get(how.sampler)(decisions, settings.num_steps, {decision.unit.name: 1.0 for decision in decisions})
+    return (1 + 3 * len(sampler.draws(0, 0))) * settings.num_steps * step

@@ -7,7 +7,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.recipes.base import Nesting as NestingRecipe
-from anyfit.recipes.base import Training as TrainingRecipe
+from anyfit.recipes.base import Tuning as TuningRecipe
 from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
@@ -49,7 +49,7 @@ from anyfit.targets import targets
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
 from anyfit.training import FOLDER as TRAINING
-from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, gains, trained
+from anyfit.training import MOST_BITS, RESULT, Changes, Nesting, Training, Tuning, gains, trained
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
@@ -185,17 +185,19 @@ class Fit:
         return Encoding(stream, self.space, self.target, self.source, quantizer, store, tokens, self.progress, self.group)
 
     def train(self, store: Store) -> None:
-        """Variants made better by gradients, where the recipe does that. One process does it."""
-        if self.recipe.training is not None and self.group.first:
-            if gains(store) is None:
-                self._changes(store).run()
+        """Variants made better by gradients, where the recipe does that."""
+        if self.recipe.training is None:
+            return
+        if self.group.told(gains(store)) is None:
+            self._changes(store).run()
+        if self.group.first:
             remove(store.folder / TRAINING)
         self.group.wait()
 
     def _changes(self, store: Store) -> Changes:
         how = self.recipe.training
         assert how is not None
-        decisions = trained(self.space, math.inf) if isinstance(how, NestingRecipe) else trained(self.space)
+        decisions = trained(self.space, math.inf if isinstance(how, NestingRecipe) else MOST_BITS)
         shared: dict[str, Any] = {
             "store": store,
             "space": self.space,
@@ -206,18 +208,20 @@ class Fit:
             "text": self.segments.calibration,
             "held_out": self.segments.search,
             "progress": self.progress,
+            "group": self.group,
+            "settings": how.settings_for(self.effort),
         }
-        if isinstance(how, TrainingRecipe):
-            tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
+        if isinstance(how, TuningRecipe):
+            return Tuning(**shared)
+        tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
 
-            def sensitivity() -> dict[str, float]:
-                return fisher.information(replace(self.elastic(store), group=ALONE), decisions, tokens, self.progress)
+        def sensitivity() -> dict[str, float]:
+            return fisher.information(self.elastic(store), decisions, tokens, self.progress)
 
-            settings = how.settings_for(self.effort)
-            return Training(**shared, sampler=samplers.get(how.sampler), settings=settings, sensitivity=sensitivity)
+        shared |= {"sampler": samplers.get(how.sampler), "sensitivity": sensitivity}
         if isinstance(how, NestingRecipe):
-            return Nesting(**shared, settings=how.settings_for(self.effort))
-        return Tuning(**shared, settings=how.settings_for(self.effort))
+            return Nesting(**shared, scale_rate=how.scale_rate, shares=how.shares)
+        return Training(**shared)
 
     def score(self, store: Store) -> Table:
         """The additive table: measured sensitivities times each choice's own output error."""
