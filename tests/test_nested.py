@@ -25,7 +25,9 @@ from anyfit.quantizers import double_rounding
 from anyfit.recipes import recipes
 from anyfit.testing.models import save_tiny, tiny_text
 from anyfit.trainers import loop
-from anyfit.trainers.bit_switching import BitSwitching, EverySize, ladder
+from anyfit.trainers.bit_switching import BitSwitching, ladder
+from anyfit.trainers.losses import MicroBatch, Objective
+from anyfit.trainers.sampling import EverySize
 
 SIZES = (8, 6, 4, 2)
 
@@ -90,16 +92,23 @@ def pictures() -> tuple[Pictures, Tensor, Tensor]:
     return model, some, (some.mean((1, 2, 3)) > 0).long() + 2 * (some.std((1, 2, 3)) > 1).long()
 
 
+class Labels(Objective):
+    def __init__(self, model: nn.Module, some: Tensor, labels: Tensor) -> None:
+        self.model, self.some, self.labels, self.num_samples = model, some, labels, len(some)
+
+    def logits(self, batch: MicroBatch) -> Tensor:
+        return self.model(self.some[batch.samples])
+
+    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
+        return nn.functional.cross_entropy(logits, self.labels[batch.samples])
+
+
 def trained(network: NestedNetwork, some: Tensor, labels: Tensor, steps: int, **more: object) -> NestedNetwork:
     network.model.train()
-    settings = loop.Settings(num_steps=steps, batch_size=16, rate=1e-2, together=False)
-
-    def objective(step: int) -> Tensor:
-        chosen = loop.chosen(len(some), settings, step)
-        return nn.functional.cross_entropy(network.model(some[chosen]), labels[chosen])
-
+    settings = loop.Settings(num_steps=steps, batch_size=16, micro_batch=16, rate=1e-2, together=False)
     rest = {"checkpoint": {}, "keep": lambda _: None, "progress": Silent()} | more
-    loop.train(BitSwitching(network, objective), EverySize(network.sizes), settings, **rest)  # type: ignore[arg-type]
+    subject = BitSwitching(network, Labels(network.model, some, labels))
+    loop.train(subject, EverySize(network.decisions, 1), settings, **rest)  # type: ignore[arg-type]
     network.model.eval()
     return network
 
@@ -126,7 +135,7 @@ def test_each_size_learns_and_has_norms_of_its_own(pictures: tuple[Pictures, Ten
             return [float(nn.functional.cross_entropy(network.set(bits)(some), labels)) for bits in SIZES]
 
     before = losses()
-    trained(network, some, labels, 60)
+    trained(network, some, labels, 90)
     assert all(after < 0.8 * first for after, first in zip(losses(), before, strict=True))
     norm = network.model.get_submodule("norm")
     means = [norm.of_size[str(bits)].running_mean for bits in SIZES]  # type: ignore[index]
@@ -156,10 +165,11 @@ def test_scales_move_slower_at_few_bits() -> None:
 
 def test_scales_slow_down_where_gradients_are_large(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
     network = NestedNetwork(pictures[0], ("first", "second"), SIZES)
-    subject = BitSwitching(network, lambda _: torch.zeros(()))
-    for scale, gradient in zip(network.scales().values(), (0.5, 7.0), strict=True):
-        scale.grad = torch.tensor([gradient])
-    config = EverySize(SIZES).draws(0, 0)[1]
+    subject = BitSwitching(network, Labels(*pictures))
+    for factor, gradient in zip(network.factors().values(), (0.5, 7.0), strict=True):
+        factor.grad = torch.tensor([gradient])
+    config = EverySize(network.decisions, 1).draws(0, 0)[1]
+    assert subject.bits(config) == 6
     assert subject.rates(config, 2.0) == {"weights": 2.0, "scales": pytest.approx(2.0 * 0.1 * (1 - 0.75))}
 
 
