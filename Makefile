@@ -18,7 +18,7 @@ PEER_hqq := hqq==0.2.8.post1
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-device bench-effort bench-family bench-formats bench-frontier bench-kill bench-scale bench-scores bench-train-once bench-zoo peers clean
+.PHONY: demo test check llamacpp picture bench-ablation bench-allocation bench-device bench-effort bench-family bench-formats bench-frontier bench-kill bench-latency bench-scale bench-scores bench-structure bench-train-once bench-zoo peers clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed  ## One run over the embedded model; then two sizes and a transformers folder out of it.
@@ -72,11 +72,17 @@ bench-frontier: $(VENV)/.llamacpp $(if $(PEERS),,peers)  ## Every size against t
 bench-kill: $(VENV)/.installed  ## A hundred kills and some full disks: the same bytes in the end.
 	$(BIN)/python benchmarks/kill.py
 
+bench-latency: $(VENV)/.dev  ## Latencies of smaller networks, predicted from a table and found. Needs onnxruntime.
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
+
 bench-scale: $(VENV)/.installed $(if $(PEERS),,peers)  ## Memory, time and disk of large networks; five formats against the peers' one.
 	$(BIN)/python benchmarks/scale.py --environments $(or $(PEERS),$(PEER_VENVS))
 
 bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
 	$(BIN)/python benchmarks/scores.py
+
+bench-structure: $(VENV)/.dev  ## Heads and channels taken out: exactness, quality, and whether a speed-up that was asked for is kept.
+	$(BIN)/python benchmarks/structure.py
 
 bench-train-once: $(VENV)/.installed  ## One run that trains every size, against a run for each. ASSETS=FOLDER adds Double Rounding.
 	$(BIN)/python benchmarks/train_once.py $(if $(ASSETS),--assets "$(ASSETS)")

@@ -147,7 +147,7 @@ def prepare(
     runtime, diligence = targets.get(target), Effort.parse(effort)
     method = recipes.get(recipe)
     wanted = method.formats.get(target, runtime.menu(diligence)) if formats is None else tuple(dict.fromkeys(formats))
-    if not wanted:
+    if not wanted and method.pruning is None:
         raise UserError("No format was named.", remedy=f"{target} loads: {', '.join(runtime.formats)}.")
     for name in wanted:
         all_formats.get(name)

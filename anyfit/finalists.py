@@ -95,7 +95,7 @@ class Finalists:
                     self._evolved(size)
             self.elastic.group.wait()
             candidates |= dict.fromkeys(self._evolved(size) for size in self._smallest())
-        candidates |= {self.space.uniform(name): name for name in self.space.formats()}
+        candidates |= {self.space.uniform(name): name for name in self.space.uniforms()}
         with self.progress.stage("measure finalists", len(candidates)) as stage:
             for index, (config, uniform) in enumerate(candidates.items()):
                 if self.elastic.group.owns(index):
@@ -133,7 +133,7 @@ class Finalists:
 
     def _optima(self) -> Iterator[Config]:
         sizes, smallest, largest = self._sizes
-        uniform = {self._size(self.space.uniform(name)) for name in self.space.formats()}
+        uniform = {self._size(self.space.uniform(name)) for name in self.space.uniforms()}
         for size in sorted({*sizes, *(size for size in uniform if smallest <= size <= largest)}):
             yield self._solver.solve(self._budget(size))
 

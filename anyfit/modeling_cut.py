@@ -122,6 +122,20 @@ def is_removed(block: nn.Module, path: str) -> bool:
     return isinstance(module, (Constant, nn.Identity))
 
 
+def attention_rows(whole: Sizes, layout: Layout, groups: Tensor) -> dict[str, Tensor]:
+    """By role, the rows of an attention's matrices that belong to these KV groups; those of q are the output projection's columns."""
+    wide, narrow = whole.heads * whole.head_dim, whole.head_dim
+    q, k = spread(groups, wide), spread(groups, narrow)
+    first_k, first_v = whole.groups * wide, whole.groups * (wide + narrow)
+    fused = spread(groups, wide + 2 * narrow) if layout.by_group else torch.cat([q, first_k + k, first_v + k])
+    return {"q": q, "k": k, "v": k, "qkv": fused}
+
+
+def feed_forward_rows(whole: int, channels: Tensor) -> dict[str, Tensor]:
+    """By role, the rows of a feed-forward's matrices that belong to these of the `whole` number of channels."""
+    return {"gate": channels, "up": channels, "gate_up": torch.cat([channels, whole + channels])}
+
+
 def cut_attention(block: nn.Module, paths: Mapping[str, str], layout: Layout, groups: Tensor) -> None:
     """Keep these KV groups, int64 and rising, in place."""
     whole = sizes(block, paths, layout)
@@ -132,15 +146,11 @@ def cut_attention(block: nn.Module, paths: Mapping[str, str], layout: Layout, gr
         removed = NoAttention(paths["o"].rpartition(".")[2], bias(block, paths["o"]), attention.layer_idx)
         replace(block, layout.attention, removed)
         return
-    wide, narrow = whole.heads * whole.head_dim, whole.head_dim
-    q, k = spread(groups, wide), spread(groups, narrow)
-    first_k, first_v = whole.groups * wide, whole.groups * (wide + narrow)
-    fused = spread(groups, wide + 2 * narrow) if layout.by_group else torch.cat([q, first_k + k, first_v + k])
-    for role, rows in {"q": q, "k": k, "v": k, "qkv": fused}.items():
-        if role in paths:
-            select(block.get_submodule(paths[role]), rows, 0)
-    select(block.get_submodule(paths["o"]), q, 1)
-    counted = {"groups": len(groups), "heads": len(groups) * whole.heads, "width": len(q)}
+    rows = attention_rows(whole, layout, groups)
+    for role in rows.keys() & paths.keys():
+        select(block.get_submodule(paths[role]), rows[role], 0)
+    select(block.get_submodule(paths["o"]), rows["q"], 1)
+    counted = {"groups": len(groups), "heads": len(groups) * whole.heads, "width": len(rows["q"])}
     for attribute, count in layout.counts.items():
         assert hasattr(attention, attribute), attribute
         setattr(attention, attribute, counted[count])
@@ -152,10 +162,9 @@ def cut_feed_forward(block: nn.Module, paths: Mapping[str, str], layout: Layout,
     if len(channels) == whole:
         return
     if len(channels):
-        both = torch.cat([channels, whole + channels])
-        for role, rows in {"gate": channels, "up": channels, "gate_up": both}.items():
-            if role in paths:
-                select(block.get_submodule(paths[role]), rows, 0)
+        rows = feed_forward_rows(whole, channels)
+        for role in rows.keys() & paths.keys():
+            select(block.get_submodule(paths[role]), rows[role], 0)
         select(block.get_submodule(paths["down"]), channels, 1)
         return
     left = bias(block, paths["down"])

@@ -50,8 +50,9 @@ from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
 from anyfit.structure.levels import Structure
-from anyfit.structure.space import Measured, structures
+from anyfit.structure.space import Measured, Pruning, structures
 from anyfit.structuring import Structuring
+from anyfit.structuring import table as structured_table
 from anyfit.targets import targets
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
@@ -141,21 +142,43 @@ class Fit:
     @cached_property
     def source(self) -> Source:
         """What is left of the original when what is decided is taken away."""
-        decided = [weight for weight in self.weights if not self.structures or weight.name in self.structures]
-        return self.checkpoint.source(decided)
+        return self.checkpoint.source([weight for weight in self.weights if not self._keeps(weight)])
+
+    def _keeps(self, weight: Weight) -> bool:
+        """Whether a matrix stays as it is: outside the blocks of a network of which nothing is to be quantised."""
+        return bool(self.structures) and weight.block is None and not self.settings.formats
 
     @cached_property
     def space(self) -> Space:
-        if self.structures:
-            return self.target.cut_space(self.source, self.architecture, self.structures, self.settings.length, self._measured())
-        return self.target.space(self.source, self.weights, self.settings.formats)
+        if not self.structures:
+            return self.target.space(self.source, self.weights, self.settings.formats)
+        storage = self.target.storage(self.source, self.settings.formats)
+        formats = list(dict.fromkeys([storage.dense, *self.settings.formats]))
+        found = Pruning(
+            self.source,
+            self.architecture,
+            self.structures,
+            self.weights,
+            formats,
+            bool(self.settings.formats),
+            self.settings.length,
+            self._measured(storage.dense),
+        )
+        return found.space(storage)
 
-    def _measured(self) -> Measured | None:
+    def _measured(self, dense: str) -> Measured | None:
+        """What wasn't timed in a format of its own is counted as dense."""
         if self.latency is None:
             return None
-        table, format_ = self.latency, self.target.cut_format(self.source)
-        kinds = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
-        return Measured(lambda structure, kept: table.ms(kinds[structure.axis], kept, format_), table.rest(format_))
+        table, kinds = self.latency, {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
+
+        def timed(format_: str) -> str:
+            return format_ if format_ in table.whole else dense
+
+        return Measured(
+            lambda structure, kept, format_: table.ms(kinds[structure.axis], kept, timed(format_)),
+            lambda format_: table.rest(timed(format_)),
+        )
 
     def stream(self, store: Store) -> Stream:
         """The network as it runs block by block, its states in the store's folder."""
@@ -220,7 +243,17 @@ class Fit:
         if self.recipe.pruning is not None:
             importance = importances.get(self.recipe.pruning)
             return Structuring(
-                stream, self.space, store, tokens, self.progress, self.group, self.structures, importance, self.checkpoint.dtype
+                stream,
+                self.space,
+                store,
+                tokens,
+                self.progress,
+                self.group,
+                self.target,
+                self.source,
+                self.quantizer,
+                self.structures,
+                importance,
             )
         return Encoding(stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer)
 
@@ -273,10 +306,13 @@ class Fit:
         path = store.folder / "table.json"
         if self.group.told(path.exists()):
             return Table.load(path)
-        errors = self.errors(store)
-        tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
-        sensitivity = sensitivities.get(self.recipe.score).measure(self.elastic(store), tokens, errors, self.progress)
-        table = Table(sensitivity, errors)
+        tokens, sensitivity = self.segments.search[:NUM_PROBE_SEGMENTS], sensitivities.get(self.recipe.score)
+        if self.structures:
+            dense = self.target.storage(self.source, self.settings.formats).dense
+            table = structured_table(self.elastic(store), store, self.structures, dense, sensitivity, tokens, self.progress)
+        else:
+            errors = self.errors(store)
+            table = Table(sensitivity.measure(self.elastic(store), tokens, errors, self.progress), errors)
         if self.group.first:
             table.save(path)
         return table
@@ -394,11 +430,11 @@ def nesting(names: list[str]) -> list[str]:
     """What is to be known of formats that others hold."""
     within: dict[str, list[str]] = {}
     for low, high in held(names).items():
-        within.setdefault(high, []).append(low)
+        within.setdefault(high, [high]).append(low)
     return [
-        f"{', '.join(sorted(lows))}: nested, stored once as the upper bits of {high}. Finer tables are made by splitting coarser ones, in "
-        "a family or not; codebooks that need not be nested would be a little closer, see anyfit/formats/fitting_tables.py"
-        for high, lows in within.items()
+        f"{', '.join(sorted(own))}: nested, of each matrix the finest is stored alone, whose upper bits are the others. Finer tables are "
+        "made by splitting coarser ones, in a family or not; codebooks of one size alone would be closer, see docs/benchmarks.md"
+        for own in within.values()
     ]
 
 

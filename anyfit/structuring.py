@@ -1,73 +1,166 @@
-"""What a network is pruned with: the matrix that reads each attention's heads and each feed-forward's channels, at every size.
+"""What a pruned network is made of: every attention and feed-forward at every size, in every format.
 
-The original's inputs say which structures matter least, and how the rest makes good for them (`anyfit.importance`). Each size is kept by
-itself, as repairing changes all of the matrix; the order in which structures go is the same for all, so that each size is a prefix of the
-larger ones.
+What is taken out of an attention or a feed-forward shows in the matrix that reads it: its inputs say which structures matter least, and
+how the rest makes good for them (`anyfit.importance`). So that matrix is made for each size by itself, as repairing changes all of it,
+and then quantised for the inputs that are left. The order in which structures go is the same for all sizes, so that each is a part of
+the larger ones; the other matrices only lose rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from anyfit.calibration.collect import Moments
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.core.config import format_of
 from anyfit.core.memory import release
-from anyfit.core.units import Weight
-from anyfit.encoding import CalibrationPass, Encoder, Matrices
-from anyfit.importance.base import Importance
+from anyfit.core.space import Decision, Space
+from anyfit.core.units import Unit, Weight
+from anyfit.elastic.stream import ElasticStream
+from anyfit.encoding import Encoder, Encoding, Matrices
+from anyfit.family.store import ORDER, Store
+from anyfit.formats import formats
+from anyfit.importance.base import Importance, squared_error
 from anyfit.modeling_cut import spread
-from anyfit.progress import Stage
-from anyfit.structure.levels import Structure, kept_of
+from anyfit.progress import Progress, Stage
+from anyfit.quantizers.base import Encoded
+from anyfit.scores.base import Sensitivity
+from anyfit.scores.table import Table
+from anyfit.structure.levels import Structure, filled, first, kept_of
+
+NONE = torch.zeros(1, dtype=torch.float64)
+"""No error."""
 
 
 @dataclass(frozen=True)
-class Structuring(CalibrationPass):
-    """`structures` by the name of the matrix that reads them; `dtype`: that of the numbers that are kept."""
+class Structuring(Encoding):
+    """`structures` by the name of the matrix that reads them."""
 
     structures: Mapping[str, Structure]
     importance: Importance
-    dtype: torch.dtype
 
-    name = "calibrate and prune"
+    name = "calibrate, prune and encode"
 
     @contextmanager
     def encoder(self, stage: Stage) -> Iterator[Encoder]:
-        yield _Pruner(self, stage)
+        with super().encoder(stage) as rest:
+            yield _Pruner(self, rest, stage)
 
-    def matrix(self, weight: Weight) -> Tensor:
-        """(outputs, inputs) float32."""
-        stored = self.stream.stored.read(weight.name).float()
-        return stored.T.contiguous() if weight.transposed else stored
+    @cached_property
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """{weight: what its variants are called}: of a matrix that reads structures each size in each format, of others the formats."""
+        found = {w.name: [c.name for c in d.choices] for d in self.space.decisions for w in d.unit.weights}
+        return {
+            name: tuple(names) if name in self.structures else tuple(dict.fromkeys(map(format_of, names))) for name, names in found.items()
+        }
 
 
 @dataclass(frozen=True)
 class _Pruner:
+    """`rest` encodes the matrices that read no structures."""
+
     structuring: Structuring
+    rest: Encoder
     stage: Stage
 
     def encode(self, groups: list[Matrices], moments: dict[str, Moments]) -> None:
         """Each process prunes some of the matrices."""
-        owners = self.structuring.owners({weight.name: weight.num_weights for (weight,) in groups})
-        for (weight,) in groups:
+        run = self.structuring
+        readers = [group[0] for group in groups if group[0].name in run.structures]
+        names = {weight.name for weight in readers}
+        self.rest.encode([group for group in groups if group[0].name not in names], moments)
+        owners = run.owners({weight.name: weight.num_weights for weight in readers})
+        for weight in readers:
             assert weight.input is not None
             seen = moments.pop(weight.input)
-            seen.add_up(self.structuring.group, owners[weight.name])
-            if owners[weight.name] == self.structuring.group.rank:
-                self._prune(weight, seen.statistics(weight.input).hessian)
+            seen.add_up(run.group, owners[weight.name])
+            if owners[weight.name] == run.group.rank:
+                self._prune(weight, seen.statistics(weight.input))
             self.stage.advance(detail=weight.name)
             release()
 
-    def _prune(self, weight: Weight, hessian: Tensor) -> None:
-        run, structure = self.structuring, self.structuring.structures[weight.name]
-        wanted = {name: kept_of(name) for name in run.choices[weight.name]}
-        ladder = run.importance.ladder(run.matrix(weight), hessian, structure.size, list(wanted.values()))
-        tensors, errors = {}, {}
-        for name, kept in wanted.items():
-            columns = spread(ladder.order[:kept], structure.size)
-            tensors[name] = ladder.weights[kept][:, columns].to(run.dtype)
-            errors[name] = ladder.errors[kept]
-        run.store.write_levels(weight.name, tensors, errors, ladder.order)
+    def _prune(self, weight: Weight, statistics: InputStatistics) -> None:
+        run, structure, hessian = self.structuring, self.structuring.structures[weight.name], statistics.hessian.cpu()
+        matrix = run.rows(weight, slice(None))
+        wanted: dict[int, list[str]] = {}
+        for name in run.choices[weight.name]:
+            kept = kept_of(name)
+            assert kept is not None, name
+            wanted.setdefault(kept, []).append(name)
+        ladder = run.importance.ladder(matrix, hessian, structure.size, wanted)
+        found: dict[str, Encoded] = {}
+        for kept, names in wanted.items():
+            columns = spread(first(ladder.order, kept), structure.size)
+            level, left = ladder.weights.pop(kept)[:, columns].contiguous(), hessian[columns][:, columns].contiguous()
+            grids = [formats.get(format_of(name)) for name in names]
+            prepared = run.quantizer.prepare(InputStatistics(left, statistics.count), grids) if kept else None
+            for name, grid in zip(names, grids, strict=True):
+                made = run.quantizer.encode(level, prepared, grid) if kept else Encoded(torch.empty(len(level), 0, dtype=torch.uint8), NONE)
+                lost = matrix - filled(grid.decode(made.data) if kept else level, ladder.order, matrix.shape[1])
+                error = torch.tensor([squared_error(lost, hessian)], dtype=torch.float64)
+                found[name] = Encoded(made.data, error, made.notes)
+        found[ORDER] = Encoded(ladder.order.contiguous().view(torch.uint8)[None], NONE)
+        with run.store.writing(weight.name, {name: (len(e.data), e.data.shape[1]) for name, e in found.items()}) as writing:
+            for name, encoded in found.items():
+                writing.put(name, 0, encoded)
+
+
+def table(
+    elastic: ElasticStream,
+    store: Store,
+    structures: Mapping[str, Structure],
+    dense: str,
+    sensitivity: Sensitivity,
+    tokens: Tensor,
+    progress: Progress,
+) -> Table:
+    """Expected divergence of every choice: what was taken out and what was rounded are measured by themselves, as a unit of error weighs
+    differently in them, and add up."""
+    space, found = elastic.space, {}
+    errors = {w.name: store.errors(w.name) for d in space.decisions for w in d.unit.weights}
+    cut, rounded = list[Decision](), list[Decision]()
+    cut_errors, rounded_errors = dict[str, dict[str, float]](), dict[str, dict[str, float]]()
+    for decision in space.decisions:
+        name, structure = decision.unit.name, structures.get(decision.unit.name)
+        if structure is None:
+            rounded.append(decision)
+            rounded_errors[name] = {c.name: sum(errors[w.name][c.name] for w in decision.unit.weights) for c in decision.choices}
+            continue
+        levels = [c for c in decision.choices if format_of(c.name) == dense]
+        cut.append(replace(decision, unit=Unit(name, (structure.reader,)), choices=tuple(levels)))
+        cut_errors[name] = {c.name: errors[name][c.name] for c in levels}
+        grids = [c for c in decision.choices if kept_of(c.name) == structure.num]
+        rounded.append(replace(decision, choices=tuple(grids)))
+        rounded_errors[name] = {c.name: _rounding(errors, structure, c.name, dense) for c in grids}
+    for label, decisions, own in (("cut", cut, cut_errors), ("rounded", rounded, rounded_errors)):
+        if any(error > 0 for row in own.values() for error in row.values()):
+            part = replace(elastic, space=Space(tuple(decisions), 0, 0, space.num_parameters, space.others))
+            found[label] = sensitivity.measure(part, tokens, own, progress)
+    none = dict.fromkeys(errors, 0.0)
+    by_cut, by_rounding = found.get("cut", none), found.get("rounded", none)
+    scores: dict[str, dict[str, float]] = {}
+    for decision in space.decisions:
+        name, structure = decision.unit.name, structures.get(decision.unit.name)
+        if structure is None:
+            scores[name] = {c: by_rounding[name] * error for c, error in rounded_errors[name].items()}
+            continue
+        scores[name] = {
+            c.name: by_cut[name] * errors[name][structure.choice(kept_of(c.name) or 0, dense)]
+            + by_rounding[name] * _rounding(errors, structure, c.name, dense)
+            for c in decision.choices
+        }
+    return Table(dict.fromkeys(scores, 1.0), scores)
+
+
+def _rounding(errors: Mapping[str, Mapping[str, float]], structure: Structure, choice: str, dense: str) -> float:
+    """Squared output error that the format of a choice adds to that of its size; matrices that lose rows lose their share of it."""
+    kept = kept_of(choice) or 0
+    own = errors[structure.reader.name]
+    added = max(0.0, own[choice] - own[structure.choice(kept, dense)])
+    return added + sum(errors[weight.name][format_of(choice)] for weight in structure.rest) * kept / structure.num

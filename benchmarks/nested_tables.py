@@ -54,39 +54,36 @@ class Made:
     losses: dict[str, float]
     bits: dict[str, float]
     seconds: float
+    num_weights: int
     stored: int
-    """Bytes of the blocks' variants, without the floating-point ones."""
+    """Weights of the blocks, and bytes of their variants without the floating-point ones."""
 
 
 def section(progress: Progress) -> Section:
-    ours = _encoded("any-precision", SIZES, progress)
-    theirs = _encoded("gptq", INTEGERS, progress)
+    ours, gptq, rounded = (_encoded(*what, progress) for what in (("any-precision", SIZES), ("gptq", INTEGERS), ("rtn", INTEGERS)))
     alone = {name: _encoded("any-precision", (name,), progress, Alone()) for name in SIZES}
     rows = []
     for name in SIZES:
-        nested, own = ours.losses[name], alone[name].losses[name]
-        last, at = _last_table_only(ours, name), ours.bits[name]
-        rival, single = _at(theirs, at), _at(theirs, last)
-        cells = (name, f"{at:.2f}", f"{nested:.5f}", f"{own:.5f}", f"{nested / own:.3f}", f"{rival:.5f}", f"{last:.2f}", f"{single:.5f}")
+        nested, own, bits = ours.losses[name], alone[name].losses[name], ours.bits[name]
+        losses = (f"{nested:.5f}", f"{own:.5f}", f"{nested / own:.3f}", f"{_at(rounded, bits):.5f}", f"{_at(gptq, bits):.5f}")
+        cells = (name, f"{bits:.2f}", f"{_last_table_only(ours, name):.2f}", *losses)
         rows.append(Row(cells, nested <= NEAR * own if _bits(name) <= FEW else None))
-    separate = sum(run.stored for run in alone.values())
-    one = (f"one store, {ours.stored:,} bytes", "", "", f"{separate:,} in stores of their own", f"{ours.stored / separate:.2f}", "", "", "")
-    rows.append(Row(one, ours.stored < separate))
-    spent = (f"encoding, {ours.seconds:.1f} s", "", "", "", "", f"{theirs.seconds:.1f} s for {len(INTEGERS)} formats", "", "")
-    rows += [Row(spent), Row((f"k-means of {COLUMNS} columns, 2 to 8 bits: {_pace():.2f} s a million weights", *7 * ("",)))]
+    separate = int(sum(_last_table_only(ours, name) for name in SIZES) * ours.num_weights / 8)
+    one = f"one store, {ours.stored:,} bytes; a store for each size, with its last table alone, {separate:,}"
+    rows.append(Row((one, *5 * ("",), f"{ours.stored / separate:.0%}", ""), ours.stored < separate))
+    spent = f"encoding {len(SIZES)} sizes, {ours.seconds:.1f} s; GPTQ's {len(INTEGERS)}, {gptq.seconds:.1f} s"
+    rows.append(Row((f"{spent}; k-means of rows of {COLUMNS}, all sizes, {_pace():.2f} s a million weights", *7 * ("",))))
     for row in rows:
         print("  ".join(cell for cell in row.cells if cell), flush=True)
-    for name in INTEGERS:
-        print(f"{name}  {theirs.bits[name]:.2f} bits  KL {theirs.losses[name]:.5f}", flush=True)
     remark = (
         "Mean KL to the original on the report split, one size in all blocks of the embedded default, all else in 16 bits; bits are stored "
         "bits of the blocks' weights, tables and scales counted. Rows are 256 or 512 columns long here, so tables weigh 8 to 16 times what "
-        "they do in rows of 4096. Nested: all sizes out of one stored matrix. By itself: the best codebook of that size alone. GPTQ: "
-        f"interpolated between its integers ({INTEGERS[0]} to {INTEGERS[-1]}) at as many stored bits; the last two columns are for a file "
-        f"that holds the last table alone. A row of up to {FEW} bits holds where nesting loses at most {NEAR:g} times what a codebook of "
-        "its own does. Seconds are of a processor."
+        "they do in rows of 4096. Nested: all sizes out of one stored matrix. By itself: the best codebook of that size alone. Rounding "
+        f"and GPTQ: interpolated between integers ({INTEGERS[0]} to {INTEGERS[-1]}) at as many stored bits, or with the fewest they "
+        f"have. Rows of up to {FEW} bits hold where nesting loses at most {NEAR:g} times what a codebook of its own does. Seconds are of a "
+        "processor."
     )
-    header = ("size", "stored bits", "KL nested", "by itself", "ratio", "GPTQ at these bits", "bits, last table alone", "GPTQ at those")
+    header = ("size", "stored bits", "last table alone", "KL nested", "by itself", "ratio", "rounding at these bits", "GPTQ at these bits")
     return Section("Nested codebooks (Any-Precision LLM)", header, rows, (remark,))
 
 
@@ -107,7 +104,7 @@ def _encoded(recipe: str, names: tuple[str, ...], progress: Progress, quantizer:
         bits = {name: 8 * sum(formats.get(name).bytes_(w.shape) for d in inside for w in d.unit.weights) / weights for name in names}
         files = (store.folder / VARIANTS / f"{w.name}.safetensors" for d in inside for w in d.unit.weights)
         stored = sum(file.stat().st_size - 2**14 for file in files) - 2 * weights
-        return Made(losses, bits, seconds, stored)
+        return Made(losses, bits, seconds, weights, stored)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,9 @@ from anyfit import Family, fit
 from anyfit.api import prepare
 from anyfit.calibration.collect import collect
 from anyfit.calibration.statistics import DAMPING
-from anyfit.core.config import WIDTH, Config
+from anyfit.core.config import FORMAT, WIDTH, Config, format_of
+from anyfit.core.errors import BudgetError
+from anyfit.core.space import Decision
 from anyfit.costs.latency import LatencyTable
 from anyfit.costs.stopwatch import pinned
 from anyfit.importance import importances, sparsity
@@ -34,6 +36,7 @@ from anyfit.measuring import measure as measure_latency
 from anyfit.modeling_cut import spread
 from anyfit.pipeline import Fit
 from anyfit.progress import Silent, to_stderr
+from anyfit.searchers.exact import Solver
 from anyfit.targets import onnxruntime_session
 from anyfit.targets.onnx_graph import LOGITS, TOKENS
 from anyfit.tasks.language import Quality, Reference, measure
@@ -46,6 +49,9 @@ TARGETS = (1.25, 1.5, 2.0, 3.0)
 SETTINGS = ((1, 128), (32, 128))
 """(texts, tokens) that are run together."""
 THREADS, ROUNDS = 1, 31
+JOINT_FORMATS = ("F32", "int8_sym", "int4_sym")
+JOINT_BUDGETS = ((1.1, 0.5), (1.2, 0.35), (1.3, 0.3), (1.5, 0.25), (1.8, 0.2))
+"""(times as fast, share of the bytes) of the network in float32."""
 DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 PATTERNS = ((2, 4), (4, 8), (1, 2))
 """(kept, of)."""
@@ -165,16 +171,14 @@ def quarter(bench: Bench) -> Section:
 
 
 @contextmanager
-def families(batch: int, sequence: int) -> Iterator[tuple[Family, LatencyTable, Path]]:
+def families(batch: int, sequence: int, formats: tuple[str, ...] | None = None) -> Iterator[tuple[Family, LatencyTable, Path]]:
     """The embedded default pruned for a latency as measured now."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        table = measure_latency(target="onnxruntime", batch=batch, sequence=sequence, threads=THREADS, progress=to_stderr())
+        wishes = {"target": "onnxruntime", "formats": formats, "progress": to_stderr()}
+        table = measure_latency(batch=batch, sequence=sequence, threads=THREADS, **wishes)
         table.write(folder / "latency.json")
-        made = fit(
-            output=folder / "default.family", recipe="ziplm", target="onnxruntime", latency=folder / "latency.json", progress=to_stderr()
-        )
-        yield made, table, folder
+        yield fit(output=folder / "default.family", recipe="ziplm", latency=folder / "latency.json", **wishes), table, folder
 
 
 def side_by_side(folders: list[Path], batch: int, sequence: int) -> list[float]:
@@ -261,6 +265,45 @@ def speed(batch: int, sequence: int) -> tuple[Section, Section]:
     )
 
 
+def joint() -> Section:
+    """Structure and formats together against either alone, within two budgets."""
+    with families(*SETTINGS[0], JOINT_FORMATS) as (family, table, _):
+        space, rows = family.space, []
+        whole = space.costs(space.largest())
+        kinds = {
+            "structure alone": lambda d, c: format_of(c.name) == "F32",
+            "formats alone": lambda d, c: d.axis == FORMAT or c.name.startswith(f"{_widest(d)} "),
+        }
+        solvers = {
+            kind: Solver(
+                replace(space, decisions=tuple(replace(d, choices=tuple(c for c in d.choices if fits(d, c))) for d in space.decisions)),
+                family.manifest.table,
+            )
+            for kind, fits in kinds.items()
+        }
+        reference = Reference.of(family.extract(space.largest()), family.text()["report"])
+        for faster, share in JOINT_BUDGETS:
+            budget = family.budget([f"ms <= {whole['ms'] / faster:.6f}", f"{share * whole['bytes']:.0f} B"])
+            found = {"together": family.select(budget).config}
+            for kind, solver in solvers.items():
+                with suppress(BudgetError):
+                    found[kind] = solver.solve(budget)
+            kls = {kind: measure(family.extract(config), reference).kl_mean for kind, config in found.items()}
+            alone = [kls[kind] for kind in kinds if kind in kls]
+            cells = (f"{faster:g}x, {share:.0%}", *(f"{kls[kind]:.4f}" if kind in kls else "not possible" for kind in (*kinds, "together")))
+            rows.append(Row(cells, kls["together"] <= min(alone, default=float("inf"))))
+    remark = (
+        f"The embedded default in {table.device.runtime}, {THREADS} thread; formats {', '.join(JOINT_FORMATS)}. Both budgets hold: as many "
+        "times as fast as the whole network in float32, and a share of its bytes. KL to the original on the report split."
+    )
+    return Section("Structure and formats together", ("budgets", *kinds, "together"), rows, [remark])
+
+
+def _widest(decision: Decision) -> str:
+    """The size of a module that keeps all."""
+    return max((c.name.partition(" ")[0] for c in decision.choices), key=lambda name: int(name.lstrip("abcdefghijklmnopqrstuvwxyz")))
+
+
 def _write(family: Family, config: Config, path: Path) -> None:
     """As `Family.export` does, of a config that no budget need lead to."""
     from anyfit.targets import targets
@@ -331,7 +374,7 @@ def _knee(values: list[float]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    names = ("exactness", "quarter", "speed", "essential")
+    names = ("exactness", "quarter", "speed", "joint", "essential")
     parser.add_argument("--only", choices=names, default=None)
     only = parser.parse_args().only
     sections: list[Section] = []
@@ -344,6 +387,8 @@ def main() -> int:
     if "speed" in wanted:
         for batch, sequence in SETTINGS:
             sections += speed(batch, sequence)
+    if "joint" in wanted:
+        sections.append(joint())
     if bench is not None and "essential" in wanted:
         sections.append(essential(bench))
     return finish_page("structure", "Fewer parts", "make bench-structure", sections)

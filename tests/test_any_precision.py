@@ -197,7 +197,7 @@ def test_one_stored_matrix_holds_every_size(made: Made, tmp_path: Path, monkeypa
         assert store.errors(weight.name)["table2"] > store.errors(weight.name)["table3"] > store.errors(weight.name)["table4"] > 0
         some = torch.tensor([5, 1])
         assert torch.equal(store.variant(weight.name, "table2", some), store.variant(weight.name, "table2")[some])
-    assert any(note.startswith("table2, table3: nested, stored once as the upper bits of table4") for note in family.notes)
+    assert any(note.startswith("table2, table3, table4: nested, of each matrix the finest") for note in family.notes)
     alone = anyfit.fit(made.tiny, output=tmp_path / "alone.family", **made.asked | {"formats": ("F16", "table3")})
     assert torch.equal(Store(alone.path).variant(weight.name, "table3"), store.variant(weight.name, "table3"))
     assert Store(alone.path).errors(weight.name)["table3"] == store.errors(weight.name)["table3"]

@@ -8,15 +8,17 @@ from itertools import count
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from anyfit import measuring
+from anyfit import cli, measuring
 from anyfit.core.errors import UserError
 from anyfit.costs import stopwatch
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape
 from anyfit.costs.probes import VOCABULARY, probe, shape_of
 from anyfit.costs.stopwatch import Stopwatch, sizes
+from anyfit.structure import levels
 from anyfit.targets.torch_stopwatch import TorchStopwatch, _fill
-from anyfit.testing.models import tiny_model
+from anyfit.testing.models import save_tiny, tiny_model
 
 SHAPE = Shape(hidden=256, head_dim=64, queries=2, groups=2, width=512, blocks=2)
 SETTING = Setting(batch=1, sequence=16)
@@ -72,8 +74,8 @@ class FakeStopwatch(Stopwatch):
         blocks = model.model.layers
         took = 2.0 + (5.0 if model.config.vocab_size != VOCABULARY else 0.0)
         for block in blocks:
-            took += getattr(block.self_attn, "q_proj", torch.nn.Linear(0, 0)).out_features / 64
-            took += getattr(block.mlp, "up_proj", torch.nn.Linear(0, 0)).out_features / 128
+            took += block.self_attn.q_proj.out_features / 64 if hasattr(block.self_attn, "q_proj") else 0
+            took += block.mlp.up_proj.out_features / 128 if hasattr(block.mlp, "up_proj") else 0
         took *= 0.5 if format_ == "F16" else 1.0
 
         def run():
@@ -84,7 +86,7 @@ class FakeStopwatch(Stopwatch):
 
 def test_modules_are_timed_beside_the_whole_network(monkeypatch):
     fake = FakeStopwatch()
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: fake.now)
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: fake.now)
     monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
     config = tiny_model("llama").config
     found = stopwatch.measure(fake, config, "fake", SETTING, formats=("F32", "F16"), threads=1)
@@ -164,8 +166,23 @@ def test_a_smaller_networks_latency_is_predicted(tmp_path):
     predicted = found.predict("F32", [(kind, small.full(kind)) for kind in KINDS] * small.blocks)
     watch = TorchStopwatch()
     whole = watch.ready(probe(config, found.shape), "F32", found.setting, 1, tmp_path)
-    share = stopwatch._Clock(whole).share(watch.ready(probe(config, small), "F32", found.setting, 1, tmp_path))
+    share = stopwatch.Clock(whole, 1).share(watch.ready(probe(config, small), "F32", found.setting, 1, tmp_path))
     assert predicted == pytest.approx(share * found.whole["F32"], rel=0.25)
+
+
+def test_the_command_writes_the_table_and_prints_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
+    monkeypatch.setattr(stopwatch, "ROUNDS", 1)
+    monkeypatch.setattr(levels, "STEP", 256)
+    path = tmp_path / "table.json"
+    arguments = ["measure", str(save_tiny(tmp_path / "model")), "--target", "transformers", "--sequence", "16", "--threads", "1"]
+    result = CliRunner().invoke(cli.app, [*arguments, "-o", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == measuring.latencies(path).to_json() == json.loads(path.read_text())
+    again = CliRunner().invoke(cli.app, [*arguments, "-o", str(path)])
+    assert again.exit_code == 2 and "exists" in again.stderr
+    shown = CliRunner().invoke(cli.app, [*arguments, "-o", str(path), "--force"])
+    assert "besides its modules" in shown.stdout and "feed_forward" in shown.stdout
 
 
 def measuring_of(config) -> LatencyTable:

@@ -88,12 +88,11 @@ def test_the_graph_says_nothing_of_where_it_was_made(trial, tmp_path):
 
 def test_a_network_is_exported_once_and_stays_as_it_is(trial, same_random_state):
     source = trial("llama, tied").source
-    onnx_graph._of.cache_clear()
-    before = source.config.to_dict()
-    graph = onnx_graph.of(source)
-    assert source.config.to_dict() == before
+    before, graph = source.config.to_dict(), onnx_graph.of(source)
     again = Checkpoint.open(source.folder).source(trial("llama, tied").weights)
     assert onnx_graph.of(again) is graph
+    assert onnx_graph.export(source.frame()).content == graph.content
+    assert source.config.to_dict() == before
     assert graph.open == {name for name, _ in source.skeleton().named_parameters()}
 
 

@@ -15,7 +15,7 @@ from anyfit import structuring
 from anyfit.api import prepare
 from anyfit.architectures import architecture_of
 from anyfit.core.budget import BYTES, LATENCY, MACS
-from anyfit.core.config import HEADS, WIDTH, Config
+from anyfit.core.config import HEADS, WIDTH, Config, format_of
 from anyfit.core.errors import BudgetError, ModelError, UserError
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting, Shape
 from anyfit.costs.probes import shape_of
@@ -59,7 +59,7 @@ def test_every_attention_and_feed_forward_is_decided(family: Family) -> None:
     axes = [decision.axis for decision in family.space.decisions]
     assert axes == [HEADS, WIDTH] * 2
     names = [[choice.name for choice in decision.choices] for decision in family.space.decisions[:2]]
-    assert names == [["heads2", "heads1", "heads0"], [f"width{kept}" for kept in (*widths(512), 0)]]
+    assert names == [["heads2 F32", "heads1 F32", "heads0 F32"], [f"width{kept} F32" for kept in (*widths(512), 0)]]
 
 
 def test_widths_fall_geometrically_in_whole_steps() -> None:
@@ -164,10 +164,10 @@ def test_budgets_in_milliseconds(model: Path, text: Path, tmp_path: Path) -> Non
     for budget, bound in (("2x", whole / 2), ("1.5x", whole / 1.5), ("2ms", 2.0)):
         point = family.select(budget)
         kinds = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
-        modules = [(kinds[axis], kept_of(name)) for (_, axis), name in point.config.items()]
+        modules = [(kinds[axis], kept_of(name) or 0) for (_, axis), name in point.config.items()]
         assert table.predict("F32", modules) == pytest.approx(family.size(point)) and family.size(point) <= bound
-    assert "width384" not in [choice.name for choice in family.space.decisions[1].choices]
-    assert any("no less time" in reason for _, name, reason in family.coverage if name == "width384")
+    assert "width384 F32" not in [choice.name for choice in family.space.decisions[1].choices]
+    assert any("no less time" in reason for _, name, reason in family.coverage if name == "width384 F32")
     both = family.select(["2x", "70%"])
     assert family.size(both) <= whole / 2 and both.bytes_ <= 0.7 * family.original.bytes_
     frontier = [family.size(point) for point in family.frontier]
@@ -219,6 +219,84 @@ def test_a_budget_of_structure_on_a_family_of_formats(model: Path, text: Path, t
 
     with pytest.raises(BudgetError, match="macs"):
         require(run.space, Budget.parse("1 MMACs"))
+
+
+@pytest.fixture(scope="module")
+def joint(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    pytest.importorskip("onnxruntime")
+    output = tmp_path_factory.mktemp("families") / "joint.family"
+    return fitted(model, text, output, target="onnxruntime", formats=["F32", "int8_sym", "int4_sym"])
+
+
+@pytest.mark.parametrize("budget", ["90%", "40%", "macs <= 60%", "25%"])
+def test_structure_and_formats_together(joint: Family, tmp_path: Path, budget: str) -> None:
+    made = joint.export(budget, tmp_path / "small")
+    assert all(check.passed for check in made.checks), made.checks
+    assert made.bytes_ <= made.point.bytes_ and joint.budget(budget).allows(joint.space.costs(made.point.config))
+
+
+def test_each_kind_of_choice_is_used(joint: Family) -> None:
+    """Somewhere on the way down parts are left out, matrices are quantised, and both at once."""
+    least, most = (joint.space.bytes_(config) for config in (joint.space.smallest(), joint.space.largest()))
+    chosen = {name for share in (0.8, 0.5, 0.3, 0.1) for name in joint.select(f"{least + share * (most - least):.0f}B").config.values()}
+    both = joint.select(["macs <= 60%", f"{least + 0.2 * (most - least):.0f}B"]).config.values()
+    assert {format_of(name) for name in chosen} == {"F32", "int8_sym", "int4_sym"}
+    assert any(format_of(name) != "F32" and (kept_of(name) or 0) < 512 and name.startswith("width") for name in both)
+
+
+def test_what_is_left_is_rounded_for_what_is_left(joint: Family) -> None:
+    """A smaller size in a format has no less error than the same size dense, and the original's size no more than any smaller."""
+    for decision in joint.space.decisions:
+        if decision.axis in (HEADS, WIDTH):
+            errors = joint._store.errors(decision.unit.name)
+            for choice in decision.choices:
+                kept, dense = kept_of(choice.name), f"{choice.name.partition(' ')[0]} F32"
+                assert errors[choice.name] >= 0.999 * errors[dense]
+                full = max((c for c in decision.choices if format_of(c.name) == format_of(choice.name)), key=lambda c: kept_of(c.name) or 0)
+                assert kept == kept_of(full.name) or errors[choice.name] > errors[full.name]
+
+
+def test_only_settings_that_people_use_compete(joint: Family) -> None:
+    names = {point.uniform for point in joint.points if point.uniform}
+    assert {"int8_sym", "int4_sym"} & names or {"width512 int8_sym", "width512 int4_sym"} & names
+    assert not any(name.startswith("width384 int") for name in names)
+
+
+def test_limits_that_oppose_each_other() -> None:
+    """The lightest choice for one limit is the heaviest for the other: against every config there is."""
+    from itertools import product
+
+    from anyfit.core.budget import Budget
+    from anyfit.core.space import Choice, Decision, Space
+    from anyfit.core.units import Unit, Weight
+    from anyfit.scores.table import Table
+    from anyfit.searchers.exact import solve
+
+    generator, decisions, errors = torch.Generator().manual_seed(0), [], {}
+    for index in range(4):
+        name = f"unit{index}"
+        figures = [[int(x) for x in torch.randint(1, 90, (3,), generator=generator)] for _ in range(4)]
+        choices = tuple(
+            Choice(f"c{i}", size, size, {LATENCY: (100 - size) * 0.01 + 1e-3 * extra}) for i, (size, extra, _) in enumerate(figures)
+        )
+        decisions.append(Decision(Unit(name, (Weight(name, (1, 1), "q", name, 0),)), choices))
+        errors[name] = {f"c{i}": float(score) for i, (_, _, score) in enumerate(figures)}
+    space = Space(tuple(decisions), 0, 0, 4, {LATENCY: 0.0})
+    table = Table(dict.fromkeys(errors, 1.0), errors)
+    configs = [Config({d.key: c.name for d, c in zip(decisions, row, strict=True)}) for row in product(*(d.choices for d in decisions))]
+    solved = 0
+    for size, latency in product((120, 160, 200, 240), (1.2, 1.8, 2.4, 3.0)):
+        budget = Budget((("bytes", float(size)), (LATENCY, latency)), "both")
+        within = [config for config in configs if budget.allows(space.costs(config))]
+        if not within:
+            with pytest.raises(BudgetError, match="can't be met"):
+                solve(space, table, budget)
+            continue
+        found = solve(space, table, budget)
+        assert budget.allows(space.costs(found))
+        assert table.predict(space, found) == pytest.approx(min(table.predict(space, config) for config in within))
+        solved += 1
+    assert solved >= 4
 
 
 def test_configs_travel_as_json(family: Family) -> None:

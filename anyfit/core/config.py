@@ -13,6 +13,11 @@ HEADS, WIDTH = "heads", "width"
 """Those on which attention keeps some of its groups of heads, and a feed-forward some of its channels."""
 
 
+def format_of(choice: str) -> str:
+    """The format in the name of a choice: all of it, or what stands behind the size of an attention or a feed-forward."""
+    return choice.rpartition(" ")[2]
+
+
 class Config(Mapping[tuple[str, str], str]):
     """An immutable, hashable map from (unit, axis) to the chosen option's name.
 
@@ -56,8 +61,8 @@ class Config(Mapping[tuple[str, str], str]):
 
     @property
     def formats(self) -> dict[str, str]:
-        """The format of every unit that has one."""
-        return {unit: name for (unit, axis), name in self._choices.items() if axis == FORMAT}
+        """The format of every unit."""
+        return {unit: format_of(name) for (unit, _), name in self._choices.items()}
 
     @property
     def digest(self) -> str:

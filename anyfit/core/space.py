@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from anyfit.core.budget import BITS, BYTES, LATENCY
-from anyfit.core.config import FORMAT, Config
+from anyfit.core.config import FORMAT, Config, format_of
 from anyfit.core.units import Unit
 
 
@@ -20,6 +20,8 @@ class Choice:
     stored_bytes: int
     """The tensor's own bytes, without padding: what bits per weight are counted from."""
     others: Mapping[str, float] = field(default_factory=dict)
+    uniform: bool = True
+    """Whether this everywhere is a setting that people use, and so one that a search has to beat."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,13 @@ class Space:
         return dict(sorted(bits.items(), key=lambda item: (item[1], item[0])))
 
     def uniform(self, name: str) -> Config:
-        """One format everywhere; a unit that can't take it gets its smallest that isn't smaller, or its largest."""
+        """One choice everywhere; a unit that can't take it gets its smallest that isn't smaller, or its largest: of those in the same
+        format, where there are any."""
         bits = self.format_bits()
         chosen = {}
         for decision in self.decisions:
-            own = {c.name: 8 * c.stored_bytes / decision.unit.num_weights for c in decision.choices}
+            alike = [c for c in decision.choices if format_of(c.name) == format_of(name)] or decision.choices
+            own = {c.name: 8 * c.stored_bytes / decision.unit.num_weights for c in alike}
             if name in own:
                 chosen[decision.key] = name
                 continue
@@ -105,8 +109,18 @@ class Space:
             chosen[decision.key] = min(enough, key=lambda c: (own[c], c)) if enough else max(own, key=lambda c: (own[c], c))
         return Config(chosen)
 
+    def uniforms(self) -> list[str]:
+        """The choices that are settings by themselves, smallest first."""
+        known = {c.name for d in self.decisions for c in d.choices if c.uniform}
+        return [name for name in self.formats() if name in known]
+
+    def least(self, cost: str) -> float:
+        """The least that a config can have of a cost besides bits."""
+        fixed = self.fixed_bytes if cost == BYTES else self.others[cost]
+        return fixed + sum(min(c.bytes_ if cost == BYTES else c.others[cost] for c in d.choices) for d in self.decisions)
+
     def smallest(self) -> Config:
-        """Of the least costs, all of them: a unit's choice of fewer bytes has no larger other costs."""
+        """Of the fewest bytes."""
         return Config({d.key: min(d.choices, key=lambda c: (c.bytes_, c.name)).name for d in self.decisions})
 
     def largest(self) -> Config:

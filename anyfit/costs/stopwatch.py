@@ -25,8 +25,8 @@ from anyfit.structure.levels import widths
 Run = Callable[[], object]
 """One run of a network that is ready."""
 
-SECONDS, ROUNDS = 1.5, 15
-"""How long a network is timed, and in how many rounds at least."""
+SECONDS, ROUNDS = 1.0, 31
+"""How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 
 
 class Stopwatch(ABC):
@@ -78,7 +78,7 @@ def measure(
     with pinned(threads), (progress or Silent()).stage("measure", len(formats) * (len(ladder) + 1)) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
-                clock = Clock(ready(shape, KINDS, name, _new(folder, "whole")))
+                clock = Clock(ready(shape, KINDS, name, _new(folder, "whole")), threads)
                 empty = clock.share(ready(shape, (), name, _new(folder, "empty")))
                 stage.advance(detail=name)
                 shares = {}
@@ -100,10 +100,15 @@ def sizes(shape: Shape, kind: str) -> list[int]:
 
 
 class Clock:
-    """Times networks beside the whole one."""
+    """Times networks beside the whole one.
 
-    def __init__(self, whole: Run) -> None:
+    One thread's time is what it computed, so that turns of other processes on the same core don't count; that of several is
+    what passed.
+    """
+
+    def __init__(self, whole: Run, threads: int) -> None:
         self._run, self._times = whole, list[float]()
+        self._now = time.thread_time if threads == 1 else time.perf_counter
 
     @property
     def whole(self) -> float:
@@ -112,25 +117,24 @@ class Clock:
 
     def share(self, run: Run) -> float:
         """What another takes, as a share of the whole network's time. Each is run twice at its turn, the second time counts."""
-        ratios, began = list[float](), time.perf_counter()
-        _took(run)
+        ratios, began = list[float](), self._now()
+        self._took(run)
         gc.disable()
         try:
-            while len(ratios) < ROUNDS or time.perf_counter() - began < SECONDS:
-                reference = _took(self._run)
+            while len(ratios) < ROUNDS or self._now() - began < SECONDS:
+                reference = self._took(self._run)
                 self._times.append(reference)
-                ratios.append(_took(run) / reference)
+                ratios.append(self._took(run) / reference)
         finally:
             gc.enable()
         return statistics.median(ratios)
 
-
-def _took(run: Run) -> float:
-    """Milliseconds of a run that another has just gone before."""
-    run()
-    began = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - began)
+    def _took(self, run: Run) -> float:
+        """Milliseconds of a run that another has just gone before."""
+        run()
+        began = self._now()
+        run()
+        return 1e3 * (self._now() - began)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,21 @@ from transformers import PreTrainedModel
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source, read_config
 from anyfit.core.budget import BYTES, Budget
-from anyfit.core.config import FORMAT, Config
+from anyfit.core.config import FORMAT, Config, format_of
 from anyfit.core.errors import FamilyError, OutputError
 from anyfit.core.files import output_error, refuse_existing, written_aside
 from anyfit.core.space import Space
 from anyfit.elastic.extracted import Extracted
 from anyfit.family.manifest import NAME, Manifest, Original, Point
-from anyfit.family.store import ORDER, PASSTHROUGH, SOURCE, TEXT, Decoder, Store
+from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store
 from anyfit.progress import Progress, Silent
 from anyfit.report.card import model_card
 from anyfit.searchers.exact import Solver
-from anyfit.structure.cutting import cut
-from anyfit.structure.space import kept_structures, structures
+from anyfit.structure.cutting import cut, rows_of
+from anyfit.structure.levels import Structure, kept_of
+from anyfit.structure.space import kept_of_blocks, kept_structures, structures
 from anyfit.targets import targets
-from anyfit.targets.base import Check, Target, Variants
+from anyfit.targets.base import ALL, Check, Cut, Target, Variants
 from anyfit.targets.transformers import write_cut, write_dense
 
 
@@ -218,10 +219,38 @@ class Family:
         model = self.source.build(self._decoder(config).matrices(self.space, config))
         if self.pruned:
             architecture = architecture_of(model)
-            found = structures(model, architecture, (weight for decision in self.space.decisions for weight in decision.unit.weights))
-            order = partial(self._store.variant, format_=ORDER)
-            cut(model, architecture, kept_structures(found, config, order, architecture.num_blocks(model)))
+            cut(model, architecture, kept_of_blocks(self._structures, self._kept(config), architecture.num_blocks(model)))
         return model
+
+    @cached_property
+    def _structures(self) -> dict[str, Structure]:
+        model = self.source.skeleton()
+        return structures(model, architecture_of(model), {w.name: w for d in self.space.decisions for w in d.unit.weights}.values())
+
+    def _kept(self, config: Config) -> dict[str, torch.Tensor]:
+        """The structures that a config keeps, by the name of the matrix that reads them."""
+        return kept_structures(self._structures, config, self._store.order)
+
+    def _cut(self, config: Config) -> Cut:
+        """What is written of a config from which parts are left out."""
+        model, dense = self.extract(config), targets.get(self.target).storage(self.source, ()).dense
+        architecture, whole = architecture_of(model), self.source.skeleton()
+        kept, rows = self._kept(config), dict[str, torch.Tensor]()
+        formats, readers = dict[str, str](), dict[str, str]()
+        for decision in self.space.decisions:
+            choice = config[decision.key]
+            if format_of(choice) == dense or kept_of(choice) == 0:
+                continue
+            formats |= {weight.name: format_of(choice) for weight in decision.unit.weights}
+            if structure := self._structures.get(decision.unit.name):
+                readers[structure.reader.name] = choice
+                rows |= rows_of(whole, architecture, structure.reader, kept[structure.reader.name])
+
+        def variant(weight: str, format_: str, which: torch.Tensor | slice = ALL) -> torch.Tensor:
+            left = self._store.variant(weight, readers.get(weight, format_), rows.get(weight, ALL))
+            return left[which]
+
+        return Cut(model, formats, variant)
 
     @property
     def pruned(self) -> bool:
@@ -259,16 +288,16 @@ class Family:
         point = self.select(budget)
         with written_aside(path, force=force) as aside:
             with progress.stage("write", 1) as stage:
-                model = self.extract(point.config) if self.pruned else None
-                if model is None:
+                made = self._cut(point.config) if self.pruned else None
+                if made is None:
                     size = target.write(aside, self.source, self.space, point.config, self.variants(point.config))
                     assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
                 else:
-                    size = target.write_cut(aside, self.source, model)
+                    size = target.write_cut(aside, self.source, made)
                     assert size <= point.bytes_, f"predicted at most {point.bytes_} bytes, wrote {size}"
                 stage.advance()
             assert budget.allows(self.space.costs(point.config)), (size, budget)
-            checks = self._check(target, aside, point, model, progress) if check else ()
+            checks = self._check(target, aside, point, made, progress) if check else ()
             with written_aside(card or aside / "README.md", force=force) as page:
                 page.write_text(model_card(self, point, path.name), encoding="utf-8")
         return Export(path, size, point.bits, str(budget), point, checks, time.perf_counter() - began)
@@ -292,14 +321,14 @@ class Family:
     def _refuse(self, path: Path, *, force: bool, folder: bool) -> None:
         refuse_existing(path, force=force, ours=_is_model_of_ours if folder else Path.is_file, inputs=[self.path])
 
-    def _check(self, target: Target, path: Path, point: Point, model: PreTrainedModel | None, progress: Progress) -> tuple[Check, ...]:
-        """Of what was written of a config, or of this `model`, from which parts were left out."""
+    def _check(self, target: Target, path: Path, point: Point, cut: Cut | None, progress: Progress) -> tuple[Check, ...]:
+        """Of what was written of a config, or of this network, from which parts were left out."""
         with progress.stage("check", 1) as stage:
             tokens = self.text()["search"][:2]
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    if model is not None:
-                        checks = target.check_cut(path, self.source, model, tokens)
+                    if cut is not None:
+                        checks = target.check_cut(path, self.source, cut, tokens)
                     else:
                         extracted = Extracted(self.source, point.config, self._decoder(point.config), Path(folder))
                         checks = target.check(path, self.source, point.config, extracted, tokens)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyfit.checkpoint import Source
-from anyfit.core.config import Config
+from anyfit.core.config import Config, format_of
 from anyfit.core.errors import FamilyError
 from anyfit.core.files import sha256, written_aside
 from anyfit.core.space import Space
@@ -28,14 +28,14 @@ from anyfit.core.units import Weight
 from anyfit.formats import formats
 from anyfit.formats.nested import lowered
 from anyfit.quantizers.base import Encoded
-from anyfit.structure.levels import filled, is_level
+from anyfit.structure.levels import READERS, filled, kept_of
 from anyfit.targets.base import ALL, Target, Variants
 from anyfit.tuning.coded import Stored
 
 VARIANTS, SOURCE, PASSTHROUGH, TEXT = "variants", "source", "passthrough.safetensors", "text.safetensors"
 REFINED = "refined"
 ORDER = "order"
-"""In a file of levels: the structures, those that are kept longest first."""
+"""In the file of a matrix that reads structures, beside its variants: `Store.order`."""
 _HEADER_BYTES = 1 << 14
 """Of a file of variants, kept for its header."""
 
@@ -78,13 +78,9 @@ class Store:
             for name, high in derived.items():
                 writing.derive(name, high, _encoded(stored[high][:0], about[name]))
 
-    def write_levels(self, weight: str, levels: Mapping[str, Tensor], errors: Mapping[str, float], order: Tensor) -> None:
-        """Write what a matrix is at each of its sizes, {choice: (rows, kept columns)}, and the `order` of its structures, int64."""
-        about = {name: {"error": errors[name], "notes": []} for name in levels}
-        tensors = {name: level.contiguous() for name, level in levels.items()} | {ORDER: order}
-        with written_aside(self._variants(weight)) as aside:
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, aside, {"variants": json.dumps(about, sort_keys=True)})
+    def order(self, weight: str) -> Tensor:
+        """Of the structures that a matrix reads, those that are kept longest first, (structures,) int64."""
+        return self.variant(weight, ORDER)[0].clone().view(torch.int64)
 
     def errors(self, weight: str) -> dict[str, float]:
         """{format: expected squared output error} of one matrix."""
@@ -96,7 +92,7 @@ class Store:
 
     def variant(self, weight: str, format_: str, which: Tensor | slice = ALL) -> Tensor:
         """The bytes of one variant, uint8 (data_rows, row_bytes), of all its rows or some: memory-mapped, or made of the one that it is
-        nested in. Of what is pruned, the numbers of a level, (rows, kept columns)."""
+        nested in. Of a matrix that reads structures, the kept columns."""
         with self._open(self._variants(weight)) as file:
             if format_ in file.keys():  # noqa: SIM118  (safe_open isn't iterable)
                 return _rows(format_, file.get_tensor(format_), which)
@@ -230,11 +226,13 @@ class Decoder:
     source: Source
 
     def __call__(self, weight: Weight, choice: str) -> Tensor:
-        stored = self.variants(weight.name, choice)
-        if is_level(choice):
-            values = filled(stored, self.variants(weight.name, ORDER), weight.shape[1])
+        reads, format_ = kept_of(choice) is not None and weight.role in READERS, formats.get(format_of(choice))
+        stored = self.variants(weight.name, choice if reads else format_.name)
+        if reads:
+            level = format_.decode(stored) if stored.shape[1] else torch.empty(len(stored), 0)
+            values = filled(level, self.variants(weight.name, ORDER)[0].clone().view(torch.int64), weight.shape[1])
         else:
-            values = formats.get(choice).decode(stored)
+            values = format_.decode(stored)
         order = self.target.row_order(self.source, weight)
         if order is not None:
             original = torch.empty_like(values)

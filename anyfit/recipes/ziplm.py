@@ -15,5 +15,7 @@ RECIPE = Recipe(
         "groups of heads where they share keys and values."
     ),
     score="kl",
+    quantizer="gptq",
     pruning="obs",
+    formats={"transformers": (), "onnxruntime": ()},
 )

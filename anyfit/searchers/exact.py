@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
 from anyfit.core.budget import BITS, LATENCY, MACS, Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
@@ -12,6 +16,9 @@ from anyfit.core.space import Space
 from anyfit.scores.table import Table
 from anyfit.searchers.knapsack import Hull, optimum, surrogate
 from anyfit.searchers.problem import Problem
+
+_SLACK = 1e-6
+"""Of a limit, left to the tolerance of the mixed-integer solver."""
 
 
 def solve(space: Space, table: Table, budget: Budget) -> Config:
@@ -56,9 +63,32 @@ class Solver:
                 break
         else:
             both = Hull.of(problem.unit, problem.score, surrogate(sizes, left)[0])
-            found = optimum(problem.unit, problem.score, sizes, left, both)
+            if (sizes[:, both.start].sum(1) <= left).all():
+                found = optimum(problem.unit, problem.score, sizes, left, both)
+            else:
+                found = self._opposed(sizes, left, budget)
         assert (sizes[:, found].sum(1) <= left).all(), "the solver left its limits"
         return problem.config(found)
+
+    def _opposed(self, sizes: np.ndarray, left: np.ndarray, budget: Budget) -> np.ndarray:
+        """The optimum under limits of which what is lightest for one is heavy for another: a mixed-integer programme, (units,)."""
+        problem = self.problem
+        num, units = len(problem.unit), len(problem.space.decisions)
+        one_each = csr_array((np.ones(num), (problem.unit, np.arange(num))), shape=(units, num))
+        scale = np.maximum(np.abs(left), 1)
+        within = LinearConstraint(sizes / scale[:, None], -np.inf, left / scale - _SLACK)
+        solved = milp(
+            problem.score / max(problem.score.max(), 1e-300),
+            constraints=[LinearConstraint(one_each, 1, 1), within],
+            integrality=np.ones(num),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0},
+        )
+        if solved.x is None:
+            raise BudgetError(
+                f"The budget {budget.text!r} can't be met: each of its limits can, but not all at once.", remedy="Give more of one of them."
+            )
+        return np.flatnonzero(solved.x > 0.5)
 
 
 def require(space: Space, budget: Budget) -> None:
@@ -75,11 +105,12 @@ def require(space: Space, budget: Budget) -> None:
                 f"The budget {budget.text!r} bounds {cost}, which are the same for every choice here.",
                 remedy="Fit with a recipe that prunes: anyfit fit --recipe ziplm.",
             )
-    if budget.allows(costs):
+    least = {cost: costs[BITS] if cost == BITS else space.least(cost) for cost, _ in budget.limits}
+    if all(least[cost] <= bound for cost, bound in budget.limits):
         return
-    least = " and ".join(_exactly(cost, costs[cost]) for cost, _ in budget.limits)
+    possible = " and ".join(_exactly(cost, least[cost]) for cost, _ in budget.limits)
     raise BudgetError(
-        f"The budget {budget.text!r} can't be met: the smallest possible is {least}.",
+        f"The budget {budget.text!r} can't be met: the smallest possible is {possible}.",
         remedy=f"Give more, or fit with smaller choices than those of this family (its smallest is {space.formats()[0]}).",
     )
 

@@ -13,9 +13,21 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit import modeling_cut
+from anyfit.architectures import architectures
 from anyfit.architectures.base import Architecture
 from anyfit.core.errors import ModelError
-from anyfit.modeling_cut import HEADS, Layout, Sizes, cut_attention, cut_feed_forward, describe, overrides
+from anyfit.core.units import Weight
+from anyfit.modeling_cut import (
+    HEADS,
+    Layout,
+    Sizes,
+    attention_rows,
+    cut_attention,
+    cut_feed_forward,
+    describe,
+    feed_forward_rows,
+    overrides,
+)
 
 MODULE = "modeling_cut"
 """Name of the file that travels with a network whose blocks have different sizes."""
@@ -60,6 +72,17 @@ def cut(model: PreTrainedModel, architecture: Architecture, kept: Sequence[Kept]
                 remove(block, paths, layout, which)
     _tell(model, architecture, layout)
     return model
+
+
+def rows_of(model: PreTrainedModel, architecture: Architecture, reader: Weight, kept: Tensor) -> dict[str, Tensor]:
+    """The rows that are left of the whole `model`'s other matrices when these structures of what `reader` reads are kept, by parameter
+    name."""
+    layout, index = _layout(architecture), reader.block
+    assert index is not None
+    own, paths = sizes(model, architecture)[index], _paths(architecture, index)
+    rows = attention_rows(own, layout, kept) if reader.role == "o" else feed_forward_rows(own.channels, kept)
+    block = architecture.block.format(i=index)
+    return {f"{block}.{paths[role]}.weight": rows[role] for role in rows.keys() & paths.keys()}
 
 
 def plain_changes(model: PreTrainedModel, architecture: Architecture, config: PretrainedConfig) -> dict[str, Any] | None:
@@ -144,7 +167,7 @@ def _layout(architecture: Architecture) -> Layout:
     if architecture.layout is None:
         raise ModelError(
             f"Networks of the kind {architecture.name!r} can't be cut: anyfit doesn't know where heads and channels are in their matrices.",
-            remedy="Use a kind that it knows (llama, mistral, qwen2, qwen3, gemma, phi3, gpt2, gpt_neox, opt), or add its layout.",
+            remedy=f"Use one of {', '.join(architectures)}, or add a layout to this kind's description.",
         )
     return architecture.layout
 

@@ -12,27 +12,37 @@ from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.units import Weight
 from anyfit.modeling_cut import spread
 
+READERS = {"o": HEADS, "down": WIDTH}
+"""The roles of the matrices that read what structures put out, and on which axis these are taken out."""
 SHRINKING = 0.9
 """From one width to the next smaller, about."""
 STEP = 32
 """Of which widths are multiples: what runtimes' blocks of weights and matrix products like."""
-_NAME = re.compile(f"({HEADS}|{WIDTH})([0-9]+)")
+_NAME = re.compile(f"(?:{HEADS}|{WIDTH})([0-9]+) (.+)")
 
 
 @dataclass(frozen=True)
 class Structure:
     """An attention or a feed-forward as pruning sees it. `reader`: the matrix whose columns are what its `num` structures put out,
-    `size` neighbouring columns each: those of the query heads that share keys and values, or one channel."""
+    `size` neighbouring columns each: those of the query heads that share keys and values, or one channel. `rest`: its other matrices."""
 
     axis: str
     reader: Weight
     num: int
     size: int
+    rest: tuple[Weight, ...]
 
-    def levels(self) -> dict[str, int]:
-        """{choice: structures kept}, the most first, none last."""
-        sizes = range(self.num, 0, -1) if self.axis == HEADS else widths(self.num)
-        return {f"{self.axis}{kept}": kept for kept in (*sizes, 0)}
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return self.reader, *self.rest
+
+    def levels(self) -> list[int]:
+        """The numbers of structures that may be kept, the most first, none last."""
+        return [*(range(self.num, 0, -1) if self.axis == HEADS else widths(self.num)), 0]
+
+    def choice(self, kept: int, format_: str) -> str:
+        """The name of a choice."""
+        return f"{self.axis}{kept} {format_}"
 
 
 def widths(whole: int) -> list[int]:
@@ -45,23 +55,20 @@ def widths(whole: int) -> list[int]:
     return ladder
 
 
-def kept_of(choice: str) -> int:
-    """How many structures a choice keeps."""
+def kept_of(choice: str) -> int | None:
+    """How many structures a choice keeps; None where it is about a format alone."""
     match = _NAME.fullmatch(choice)
-    assert match is not None, choice
-    return int(match[2])
+    return int(match[1]) if match else None
 
 
-def is_level(choice: str) -> bool:
-    """Whether a choice is about structure, not about a format."""
-    return _NAME.fullmatch(choice) is not None
+def first(order: Tensor, kept: int) -> Tensor:
+    """The structures that stay when so many are kept, in the order in which the network has them. `order`: those kept longest first."""
+    return order[:kept].sort().values
 
 
-def filled(stored: Tensor, order: Tensor, columns: int) -> Tensor:
-    """A level's matrix (outputs, kept columns), its columns in the order of the structures, as the whole one (outputs, `columns`), with
-    zeros for what was taken out; float32."""
+def filled(level: Tensor, order: Tensor, columns: int) -> Tensor:
+    """A level's matrix (outputs, kept columns) as the whole one (outputs, `columns`), with zeros for what was taken out; float32."""
     size = columns // len(order)
-    places = spread(order[: stored.shape[1] // size], size)
-    whole = torch.zeros(stored.shape[0], columns)
-    whole[:, places] = stored.float()
+    whole = torch.zeros(level.shape[0], columns)
+    whole[:, spread(first(order, level.shape[1] // size), size)] = level.float()
     return whole

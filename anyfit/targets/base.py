@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,6 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anyfit.architectures.base import Architecture
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
@@ -20,8 +19,7 @@ from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
-from anyfit.structure.levels import Structure
-from anyfit.structure.space import Measured
+from anyfit.structure.space import Storage
 
 ALL = slice(None)
 
@@ -31,6 +29,16 @@ class Variants(Protocol):
 
     def __call__(self, weight: str, format_: str, which: Tensor | slice = ALL, /) -> Tensor:
         """The variant's bytes: uint8 (data_rows, row_bytes), of all its rows or some, in the target's order."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network with parts left out: `model`, in memory and cut. `formats`: of its matrices that aren't dense, by parameter name, and
+    `variants`: their bytes, uint8 (rows that are left, row_bytes)."""
+
+    model: PreTrainedModel
+    formats: Mapping[str, str]
+    variants: Variants
 
 
 @dataclass(frozen=True)
@@ -94,25 +102,17 @@ class Target(ABC):
         Returns the bytes that a budget counts, equal to `space.bytes_(config)`.
         """
 
-    def cut_space(
-        self, source: Source, architecture: Architecture, found: Mapping[str, Structure], length: int, measured: Measured | None
-    ) -> Space:
-        """What may be decided about heads and channels, see `structure.space.pruned_space`; everything keeps the original's type.
+    def storage(self, source: Source, formats: Sequence[str]) -> Storage:
+        """How a network with parts left out is stored. Raises `UserError` where the target doesn't take any, or not in these formats
+        besides the dense one."""
+        raise UserError(f"{self.name} takes no networks with parts left out.", remedy="Take --target transformers, or onnxruntime.")
 
-        Raises `UserError` where the target doesn't take networks with parts left out.
-        """
-        raise UserError(f"{self.name} takes no networks with parts left out.", remedy="Take --target transformers.")
-
-    def cut_format(self, source: Source) -> str:
-        """What the numbers of such a network are stored in."""
+    def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
+        """Write a network with parts left out to `path`, which doesn't exist yet; returns the bytes that a budget counts, at most
+        `Space.bytes_` of its config. `source`: the whole network's."""
         raise NotImplementedError
 
-    def write_cut(self, path: Path, source: Source, model: PreTrainedModel) -> int:
-        """Write a network that `structure.cutting.cut` made smaller to `path`, which doesn't exist yet; returns the bytes that a budget
-        counts, at most `Space.bytes_` of its config. `source`: the whole network's."""
-        raise NotImplementedError
-
-    def check_cut(self, path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
+    def check_cut(self, path: Path, source: Source, cut: Cut, tokens: Tensor) -> tuple[Check, ...]:
         """As `check`, of what `write_cut` wrote."""
         raise NotImplementedError
 

@@ -116,14 +116,16 @@ class Place:
 
     def bytes_(self, name: str) -> int:
         """What the matrix adds to both files in a format."""
-        return sum(slot.bytes_ for slot in self.slots(name)) + self._graph_bytes(self.part(name, {}))
+        return sum(slot.bytes_ for slot in self.slots(name)) + self.graph_bytes(name)
 
-    def _graph_bytes(self, part: Part) -> int:
+    def graph_bytes(self, name: str) -> int:
+        """What it takes of the graph in a format: its tensors, and the nodes that it is used by."""
         from onnx import GraphProto
 
-        mine = {name for use in self.uses for name in (use.node, *use.transposes)}
-        nodes = [made for node in self.graph.nodes if node.name in mine for made in part.instead.get(node.name, (node,))]
-        return GraphProto(initializer=part.tensors, node=[*part.casts, *nodes]).ByteSize()
+        part, nodes = self.part(name, {}), self.graph.by_name
+        mine = dict.fromkeys(own for use in self.uses for own in (use.node, *use.transposes))
+        held = [made for own in mine for made in part.instead.get(own, (nodes[own],))]
+        return GraphProto(initializer=part.tensors, node=[*part.casts, *held]).ByteSize()
 
     def part(self, name: str, starts: Mapping[str, int]) -> Part:
         """What the matrix is in the graph, its numbers at these offsets of their file (at none where only sizes matter)."""
@@ -138,7 +140,7 @@ class Place:
         codes = self.slots(name)[0]
         rows = Slot(f"{own}.rows", codes.dtype, (codes.shape[0], codes.shape[1] * codes.shape[2]))
         aliases = {False: tensors[0], True: external(rows, starts.get(codes.name, 0))}
-        nodes = {node.name: node for node in self.graph.nodes}
+        nodes = self.graph.by_name
         instead: dict[str, tuple[NodeProto, ...]] = {name: () for use in self.uses for name in use.transposes}
         instead |= {use.node: self._reading(nodes[use.node], integer(name), aliases[use.kind == "Gather"].name) for use in self.uses}
         cast = _cast(f"{own}.scales", f"{own}.scales32")
@@ -239,8 +241,8 @@ def serialized(graph: Graph, chosen: Iterable[tuple[Place, str]], fixed: Iterabl
 
 def fixed_bytes(graph: Graph, places: Iterable[Place], fixed: Iterable[Slot]) -> int:
     """Bytes of `model.onnx` that belong to no matrix."""
-    smallest = [(place, "F32") for place in places]
-    return len(serialized(graph, smallest, fixed, {})) - sum(place._graph_bytes(place.part(name, {})) for place, name in smallest)
+    plain = [(place, "F32") for place in places]
+    return len(serialized(graph, plain, fixed, {})) - sum(place.graph_bytes(name) for place, name in plain)
 
 
 def integer(name: str) -> IntegerFormat:

@@ -61,6 +61,17 @@ class Graph:
     opset: int
     open: frozenset[str]
 
+    @property
+    def content(self) -> bytes:
+        """All of it, to be compared."""
+        from onnx import GraphProto
+
+        return GraphProto(node=self.nodes, initializer=self.constants).SerializeToString(deterministic=True)
+
+    @cached_property
+    def by_name(self) -> dict[str, NodeProto]:
+        return {node.name: node for node in self.nodes}
+
     @cached_property
     def _readers(self) -> dict[str, list[NodeProto]]:
         readers: dict[str, list[NodeProto]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anyfit.architectures.base import Architecture
+from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError, UnknownNameError
@@ -24,10 +25,9 @@ from anyfit.core.units import Unit, Weight
 from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted, InMemory
 from anyfit.formats import INTEGER_GROUPS
-from anyfit.structure.levels import Structure
-from anyfit.structure.space import Measured, pruned_space
+from anyfit.structure.space import Storage
 from anyfit.targets import onnx_file, onnx_graph, onnxruntime_check
-from anyfit.targets.base import Check, Target, Variants
+from anyfit.targets.base import Check, Cut, Target, Variants
 from anyfit.targets.onnx_file import Layout, Place
 from anyfit.targets.onnxruntime_stopwatch import OnnxRuntimeStopwatch
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, write_file
@@ -90,30 +90,39 @@ class OnnxRuntime(Target):
     def stopwatch(self) -> Stopwatch:
         return OnnxRuntimeStopwatch(self.formats)
 
-    def cut_space(
-        self, source: Source, architecture: Architecture, found: Mapping[str, Structure], length: int, measured: Measured | None
-    ) -> Space:
-        def bytes_(name: str, shape: torch.Size) -> tuple[int, int]:
-            slot = Slot(name, torch.float32, tuple(shape))
-            return slot.bytes_, slot.data_bytes
+    def storage(self, source: Source, formats: Sequence[str]) -> Storage:
+        """Dense is float32; matrices may be in the integers that the runtime multiplies."""
+        graph, model = onnx_graph.of(source), source.skeleton()
+        weights = {weight.name: weight for weight in architecture_of(model).weights(model)}
+        whole = _cut_layout(graph, model, {}, {})
 
-        whole = _cut_layout(source.frame())
-        fixed = whole.bytes_ - sum(slot.bytes_ for slot in whole.slots)  # the graph of a cut network is no longer than this one's
-        return pruned_space(source, architecture, found, length=length, bytes_=bytes_, fixed_bytes=fixed, measured=measured)
+        def place(name: str, shape: torch.Size) -> Place:
+            return Place(replace(weights[name], shape=(shape[0], shape[1])), graph)
 
-    def cut_format(self, source: Source) -> str:
-        return "F32"
+        def bytes_(name: str, shape: torch.Size, format_: str) -> tuple[int, int]:
+            slots = place(name, shape).slots(format_) if name in weights else (Slot(name, torch.float32, tuple(shape)),)
+            size = place(name, shape).bytes_(format_) if name in weights else slots[0].bytes_
+            return size, sum(slot.data_bytes for slot in slots)
 
-    def write_cut(self, path: Path, source: Source, model: PreTrainedModel) -> int:
-        layout, numbers = _cut_layout(model), dict(model.named_parameters())
+        def refuses(name: str, shape: torch.Size, format_: str) -> str | None:
+            return place(name, shape).refuses(format_) if name in weights else None
+
+        # The graph of a cut network is no longer than this one's.
+        sizes = sum(bytes_(slot.name, torch.Size(slot.shape), "F32")[0] for slot in whole.slots)
+        return Storage("F32", bytes_, refuses, whole.bytes_ - sizes)
+
+    def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
+        layout, numbers = _layout_of_cut(cut), dict(cut.model.named_parameters())
         path.mkdir()
         (path / onnx_file.GRAPH).write_bytes(layout.content)
-        size = write_file(path / onnx_file.NUMBERS, layout.slots, ((slot.name, numbers[slot.name]) for slot in layout.slots))
+        fixed = ((slot.name, numbers[slot.name]) for slot in layout.fixed)
+        made = (pair for place, name in layout.chosen for pair in place.tensors(name, cut.variants(place.weight.name, name)).items())
+        size = write_file(path / onnx_file.NUMBERS, layout.slots, chain(fixed, made))
         copy_companions(source, path)
         return len(layout.content) + size
 
-    def check_cut(self, path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
-        return onnxruntime_check.checks(path, _cut_layout(model), InMemory(model), tokens)
+    def check_cut(self, path: Path, source: Source, cut: Cut, tokens: Tensor) -> tuple[Check, ...]:
+        return onnxruntime_check.checks(path, _layout_of_cut(cut), InMemory(cut.model), tokens)
 
     def _decision(self, place: Place, wanted: Sequence[str]) -> Decision:
         legal, refused = set(), {}
@@ -134,13 +143,19 @@ def _layout(source: Source, weights: Iterable[Weight], config: Config) -> Layout
     return Layout.of(graph, ((Place(weight, graph), config.format(weight.name)) for weight in weights), _fixed(source, graph))
 
 
-def _cut_layout(model: PreTrainedModel) -> Layout:
-    """Every parameter in float32. The model keeps its own."""
-    parameters = dict(model.named_parameters())
-    open_ = {id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), False) for parameter in parameters.values()}
-    graph = onnx_graph.export(copy.deepcopy(model, open_))
-    fixed = (Slot(name, torch.float32, tuple(parameter.shape)) for name, parameter in parameters.items() if name in graph.open)
-    return Layout.of(graph, (), fixed)
+def _layout_of_cut(cut: Cut) -> Layout:
+    """The model keeps its numbers."""
+    model = cut.model
+    open_ = {id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), False) for parameter in model.parameters()}
+    weights = {weight.name: weight for weight in architecture_of(model).weights(model)}
+    return _cut_layout(onnx_graph.export(copy.deepcopy(model, open_)), model, weights, cut.formats)
+
+
+def _cut_layout(graph: onnx_graph.Graph, model: PreTrainedModel, weights: Mapping[str, Weight], formats: Mapping[str, str]) -> Layout:
+    """Those of the `weights` that have one of `formats` in it, everything else in float32."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    fixed = [Slot(name, torch.float32, shape) for name, shape in shapes.items() if name in graph.open and name not in formats]
+    return Layout.of(graph, ((Place(weights[name], graph), format_) for name, format_ in formats.items()), fixed)
 
 
 def _fixed(source: Source, graph: onnx_graph.Graph) -> list[Slot]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from anyfit.architectures import architecture_of
+from anyfit.architectures.base import is_matrix
 from anyfit.core.errors import RuntimeMissingError
+from anyfit.core.units import Weight
 from anyfit.costs.latency import PREFILL, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
 from anyfit.targets import onnx_graph, onnxruntime_session
 from anyfit.targets.onnx_file import GRAPH, NUMBERS, Layout, Place
-from anyfit.targets.onnx_graph import LOGITS, TOKENS
+from anyfit.targets.onnx_graph import LOGITS, TOKENS, Graph
 from anyfit.targets.safetensors_file import Slot, write_file
 
 
@@ -25,6 +28,7 @@ class OnnxRuntimeStopwatch(Stopwatch):
 
     def __init__(self, formats: tuple[str, ...]) -> None:
         self.formats = formats
+        self._graphs: dict[str, dict[int, Graph]] = {}
         try:
             self.runtime = f"onnxruntime {version(onnxruntime_session.PACKAGE)}"
         except PackageNotFoundError as error:
@@ -36,7 +40,7 @@ class OnnxRuntimeStopwatch(Stopwatch):
         )
 
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
-        layout = _layout(model, format_)
+        layout = _layout(model, self._graph(model), format_)
         (folder / GRAPH).write_bytes(layout.content)
         write_file(folder / NUMBERS, layout.slots, _numbers(layout))
         session = onnxruntime_session.opened(folder, threads=threads)
@@ -44,15 +48,34 @@ class OnnxRuntimeStopwatch(Stopwatch):
         feed = {TOKENS: tokens.numpy()}
         return lambda: session.run([LOGITS], feed)
 
+    def _graph(self, model: PreTrainedModel) -> Graph:
+        """Exporting takes seconds. Where graphs of two widths are the same, so are those of all others."""
+        config = model.config.to_dict()
+        width = config.pop("intermediate_size")
+        modules = [(name, type(module).__name__) for name, module in model.named_modules()]
+        shapes = [(name, [None if size == width else size for size in tensor.shape]) for name, tensor in model.named_parameters()]
+        known = self._graphs.setdefault(json.dumps([modules, shapes, config], default=str, sort_keys=True), {})
+        if width not in known:
+            contents = [graph.content for graph in known.values()]
+            known[width] = known[min(known)] if len(known) > 1 and len(set(contents)) == 1 else onnx_graph.export(model)
+        return known[width]
 
-def _layout(model: PreTrainedModel, format_: str) -> Layout:
-    weights = list(architecture_of(model).weights(model))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    graph = onnx_graph.export(model)
-    places = [Place(weight, graph) for weight in weights if weight.name in graph.open]
+
+def _layout(model: PreTrainedModel, graph: Graph, format_: str) -> Layout:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in graph.open}
+    places = [Place(weight, graph) for weight in _matrices(model) if weight.name in shapes]
     decided = {place.weight.name for place in places}
-    fixed = [Slot(name, torch.float32, shape) for name, shape in shapes.items() if name in graph.open - decided]
+    fixed = [Slot(name, torch.float32, shape) for name, shape in shapes.items() if name not in decided]
     return Layout.of(graph, ((place, format_ if place.refuses(format_) is None else place.substitute(format_)) for place in places), fixed)
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[Weight]:
+    """Every matrix; an architecture can't tell them where a network lacks modules."""
+    for path, module in model.named_modules():
+        if is_matrix(module) or isinstance(module, nn.Embedding):
+            transposed = isinstance(module, Conv1D)
+            rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
+            yield Weight(f"{path}.weight", (rows, columns), "", None, transposed=transposed)
 
 
 def _numbers(layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from anyfit.costs.latency import PREFILL, Setting
@@ -31,14 +32,16 @@ class TorchStopwatch(Stopwatch):
 
         def decode() -> None:
             _logits(model, tokens[:, :1], cache)
-            cache.crop(setting.sequence)
+            cache.crop(-1)
 
         return decode
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, tokens: torch.Tensor, cache: DynamicCache | None = None) -> torch.Tensor:
-    return model(tokens, past_key_values=cache, use_cache=cache is not None).logits
+def _logits(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    # transformers 5.24 gave the argument another name
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return model(tokens, use_cache=cache is not None, **{name: cache}).logits
 
 
 def _fill(model: PreTrainedModel) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
-from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import passthrough
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
@@ -31,10 +30,9 @@ from anyfit.costs.stopwatch import Stopwatch
 from anyfit.elastic.extracted import Extracted
 from anyfit.formats import INTEGER_BITS
 from anyfit.structure.cutting import MODULE, plain_changes, uneven_changes
-from anyfit.structure.levels import Structure
-from anyfit.structure.space import Measured, pruned_space
+from anyfit.structure.space import Storage
 from anyfit.targets import aqlm, compressed_tensors, row_tables, transformers_check
-from anyfit.targets.base import Check, Needs, Target, Variants
+from anyfit.targets.base import Check, Cut, Needs, Target, Variants
 from anyfit.targets.hub_layout import DTYPES, Layout, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shards, write_file, write_index
 from anyfit.targets.torch_stopwatch import TorchStopwatch
@@ -95,34 +93,28 @@ class Transformers(Target):
     def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.checks(layout_of(config.formats.values()), path, source, config, model, tokens)
 
-    def cut_space(
-        self, source: Source, architecture: Architecture, found: Mapping[str, Structure], length: int, measured: Measured | None
-    ) -> Space:
-        def bytes_(name: str, shape: torch.Size) -> tuple[int, int]:
-            slot = Slot(name, DTYPES[self.cut_format(source)], tuple(shape))
+    def storage(self, source: Source, formats: Sequence[str]) -> Storage:
+        """In the original's type alone."""
+        dense = _own_format(source) or "F32"
+        if others := [name for name in formats if name != dense]:
+            raise UserError(
+                f"A folder that transformers loads has parts left out or {others[0]}, not both.",
+                remedy="Leave out --formats, or take --target onnxruntime.",
+            )
+
+        def bytes_(name: str, shape: torch.Size, format_: str) -> tuple[int, int]:
+            slot = Slot(name, DTYPES[format_], tuple(shape))
             return slot.bytes_, slot.data_bytes
 
         whole, _ = passthrough(source.skeleton(), ())
-        files = len(shards([bytes_(name, tensor.shape)[0] for name, tensor in whole.items()]))
-        return pruned_space(
-            source,
-            architecture,
-            found,
-            length=length,
-            bytes_=bytes_,
-            fixed_bytes=files * EMPTY_BYTES,
-            measured=measured,
-        )
+        files = len(shards([bytes_(name, tensor.shape, dense)[0] for name, tensor in whole.items()]))
+        return Storage(dense, bytes_, lambda *_: None, files * EMPTY_BYTES)
 
-    def cut_format(self, source: Source) -> str:
-        """The original's type."""
-        return _own_format(source) or "F32"
+    def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
+        return write_cut(path, source, cut.model, DTYPES[_own_format(source) or "F32"])
 
-    def write_cut(self, path: Path, source: Source, model: PreTrainedModel) -> int:
-        return write_cut(path, source, model, DTYPES[self.cut_format(source)])
-
-    def check_cut(self, path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
-        return transformers_check.cut_checks(path, source, model, tokens)
+    def check_cut(self, path: Path, source: Source, cut: Cut, tokens: Tensor) -> tuple[Check, ...]:
+        return transformers_check.cut_checks(path, source, cut.model, tokens)
 
     def stopwatch(self) -> Stopwatch:
         return TorchStopwatch()
