@@ -8,9 +8,13 @@ recipes: Registry[Recipe] = Registry(
     {
         "double-rounding": "anyfit.recipes.double_rounding:RECIPE",
         "gptq": "anyfit.recipes.gptq:RECIPE",
+        "hessian-aware": "anyfit.recipes.hessian_aware:RECIPE",
         "llm-qfa": "anyfit.recipes.llm_qfa:RECIPE",
+        "matquant": "anyfit.recipes.matquant:RECIPE",
         "pv-tuning": "anyfit.recipes.pv_tuning:RECIPE",
         "qat": "anyfit.recipes.qat:RECIPE",
         "rtn": "anyfit.recipes.rtn:RECIPE",
+        "sandwich": "anyfit.recipes.sandwich:RECIPE",
+        "shiftnas": "anyfit.recipes.shiftnas:RECIPE",
     },
 )
