@@ -47,6 +47,8 @@ FOLDER = "training"
 RESULT = "training.json"
 MOST_BITS = 6.0
 """Stored bits per weight: what is finer loses too little to gain anything."""
+NUM_WATCHED = 8
+"""Held-out segments that are measured while training lasts."""
 _CHECKPOINT, _MERGED = f"{FOLDER}/checkpoint.safetensors", f"{FOLDER}/merged.safetensors"
 
 
@@ -158,9 +160,10 @@ class _AllAtOnce(Changes):
         subject: Trainable,
         decisions: Sequence[Decision],
         sensitivity: Callable[[], dict[str, float]],
-        held_out: Callable[[], Sequence[float]],
+        measured: Callable[[Reference], Sequence[float]],
     ) -> None:
-        """`held_out`: the loss of every format."""
+        """`measured`: the loss of every format on held-out text."""
+        watched = Reference.of(self.original, self.held_out[:NUM_WATCHED])
         period = max(1, self.settings.num_steps // self.settings.num_periods)
         train(
             subject,
@@ -169,7 +172,7 @@ class _AllAtOnce(Changes):
             checkpoint=self.store.tensors(_CHECKPOINT) if self.group.told((self.store.folder / _CHECKPOINT).exists()) else {},
             keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),
             progress=self.progress,
-            held_out=lambda: math.fsum(held_out()),
+            held_out=lambda: math.fsum(measured(watched)),
             group=self.group,
         )
 
@@ -185,17 +188,19 @@ class Training(_AllAtOnce):
     def _trained(self, text: Reference, held_out: Reference) -> tuple[dict[str, Gain], dict[str, Tensor]]:
         network = ElasticNetwork(self.largest(), self.decisions, self._choices, self.settings.rank, self.settings.seed)
 
-        def measured() -> list[float]:
+        def measured(held_out: Reference) -> list[float]:
             return self.group.each(self.formats, lambda name: self._measured(network, name, held_out))
 
-        before = measured()
+        before = measured(held_out)
         self._train(Decoupled(network, Divergence(network.model, text)), self.decisions, self.sensitivity, measured)
         merged: dict[str, Tensor] = {}
         for (unit, name), variant in network.variants().items():
             if (scales := variant.merged()) is not None:
                 merged |= {_key(unit, name, part): value for part, value in scales.stored.items()}
                 variant.settle(scales)
-        return {name: Gain(*figures) for name, figures in zip(self.formats, zip(before, measured(), strict=True), strict=True)}, merged
+        return {
+            name: Gain(*figures) for name, figures in zip(self.formats, zip(before, measured(held_out), strict=True), strict=True)
+        }, merged
 
     def _measured(self, network: ElasticNetwork, name: str, held_out: Reference) -> float:
         return kl(network.set(uniform(self.decisions, name)), held_out)
@@ -283,7 +288,7 @@ class Nesting(_AllAtOnce):
             rest=False,
         )
 
-        def measured() -> list[float]:
+        def measured(held_out: Reference) -> list[float]:
             return self.group.each(names, lambda name: kl(cast(PreTrainedModel, network.set(self.sizes[name])), held_out))
 
         self._train(subject, network.decisions, lambda: {paths[unit]: value for unit, value in self.sensitivity().items()}, measured)
@@ -291,7 +296,9 @@ class Nesting(_AllAtOnce):
         stored = network.stored()
         found = {_key(unit, "nested", "integers"): stored[path].integers.cpu() for unit, path in paths.items()}
         found |= {_key(unit, "nested", "scale"): stored[path].scale.squeeze(-1).half().cpu() for unit, path in paths.items()}
-        return {n: Gain(*figures, nested=True) for n, figures in zip(names, zip(before, measured(), strict=True), strict=True)}, found
+        return {
+            n: Gain(*figures, nested=True) for n, figures in zip(names, zip(before, measured(held_out), strict=True), strict=True)
+        }, found
 
     def _by_itself(self, model: PreTrainedModel, name: str, held_out: Reference) -> float:
         entries = [own[name] for own in self._choices.values() if name in own]

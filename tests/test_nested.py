@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 import anyfit
 from anyfit import finalists, pipeline, training
+from anyfit.core.config import Config
 from anyfit.core.errors import UserError
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.family.store import Store
@@ -27,7 +28,7 @@ from anyfit.testing.models import save_tiny, tiny_text
 from anyfit.trainers import loop
 from anyfit.trainers.bit_switching import BitSwitching, ladder
 from anyfit.trainers.losses import MicroBatch, Objective
-from anyfit.trainers.sampling import EverySize
+from anyfit.trainers.sampling import EverySize, HessianAware
 
 SIZES = (8, 6, 4, 2)
 
@@ -147,6 +148,20 @@ def test_a_mix_of_sizes_runs(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
     network = NestedNetwork(model.eval(), ("first", "second"), SIZES)
     mixed = network.set({"first": 8, "second": 2})(some)
     assert not torch.equal(mixed, network.set(8)(some)) and not torch.equal(mixed, network.set(2)(some))
+
+
+def test_samplers_draw_mixes_of_a_nested_network(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
+    network = NestedNetwork(pictures[0].eval(), ("first", "second"), SIZES)
+    subject = BitSwitching(network, Labels(*pictures), shares={5: 0.5})
+    sampler = HessianAware(network.decisions, 1, {"first": 1.0, "second": 3.0})
+    drawn = [config for step in range(20) for config in sampler.draws(step, 0)]
+    assert [subject.bits(config) for config in drawn[:4]][:: len(SIZES) - 1] == [8, 2]
+    mixed = next(config for config in drawn if config.format("first") != config.format("second"))
+    sizes = {path: int(bits) for path, bits in mixed.formats.items()}
+    subject.set(mixed)
+    assert torch.equal(network.model(pictures[1]), network.set(sizes)(pictures[1]))
+    assert subject.bits(mixed) == pytest.approx((27 * sizes["first"] + 72 * sizes["second"]) / 99)
+    assert subject.share(Config.of_formats({"first": "4", "second": "6"})) == 0.5 and subject.share(drawn[0]) == 1
 
 
 def test_a_killed_run_ends_with_the_same_numbers(pictures: tuple[Pictures, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

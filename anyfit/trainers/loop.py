@@ -107,7 +107,7 @@ def train(
     first = _restore(trained, trainable.buffers, optimizer, checkpoint)
     sampler.restore(_named(_SAMPLER, checkpoint))
     best = _Best({**trained, **trainable.buffers}, _named(_BEST, checkpoint))
-    group = ALONE if trainable.buffers else group
+    sharing = ALONE if trainable.buffers else group
     kept, shown = time.monotonic(), _Losses()
     for value in trained.values():
         value.requires_grad_(True)
@@ -118,17 +118,16 @@ def train(
             if held_out and number % EVERY == 0 and best.waited(held_out()) >= settings.patience:
                 break
             rate = settings.rate * (1 - number / settings.num_steps)
-            sampler.observe(number, lambda config: _Step(trainable, trained, settings, 0, group).evaluated(config))
+            sampler.observe(number, lambda config: _Step(trainable, trained, settings, 0, sharing).evaluated(config))
             drawn = sampler.draws(number, settings.seed)
-            step = _Step(trainable, trained, settings, number, group)
+            step = _Step(trainable, trained, settings, number, sharing)
             for configs in [drawn] if settings.together else [[config] for config in drawn]:
                 shown.add(configs, step.gradients(configs), trainable, number)
                 _update(optimizer, trainable.rates(configs[-1], rate))
             stage.advance(detail=str(shown))
             if group.first and time.monotonic() - kept > SECONDS:
-                learnt = {f"{_SAMPLER}{name}": value for name, value in sampler.state().items()}
-                found = {f"{_BEST}{name}": value for name, value in best.state().items()}
-                keep(_state(trained, trainable.buffers, optimizer, number + 1) | learnt | found)
+                others = _prefixed(_SAMPLER, sampler.state()) | _prefixed(_BEST, best.state())
+                keep(_state(trained, trainable.buffers, optimizer, number + 1) | others)
                 kept = time.monotonic()
     if held_out and best.waited(held_out()):
         best.restore()
@@ -256,8 +255,12 @@ def chosen(number: int, settings: Settings, step: int) -> Tensor:
     return order[first : first + each]
 
 
+def _prefixed(prefix: str, state: Tensors) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
 def _named(prefix: str, checkpoint: Tensors) -> dict[str, Tensor]:
-    """What is in a checkpoint under names with this prefix, without it."""
+    """The state that is in a checkpoint under this prefix."""
     return {name.removeprefix(prefix): value for name, value in checkpoint.items() if name.startswith(prefix)}
 
 
