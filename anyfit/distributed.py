@@ -9,18 +9,20 @@ from __future__ import annotations
 import atexit
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from anyfit.core.errors import UserError
 
 T = TypeVar("T")
+U = TypeVar("U")
 _PATIENCE = timedelta(days=7)
 """For one another. A process that fails ends all: torchrun sees to it."""
 
@@ -76,6 +78,36 @@ class Group:
         found = [item]
         dist.broadcast_object_list(found)
         return found[0]
+
+    def each(self, items: Sequence[T], made: Callable[[T], U]) -> list[U]:
+        """What is made of each item, known to all; each is made by one process."""
+        found = self.gathered({index: made(item) for index, item in enumerate(items) if self.owns(index)})
+        return [found[index % self.size][index] for index in range(len(items))]
+
+    def summed(self, parts: Sequence[T], made: Callable[[T], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The sum of the float32 tensors that are made of each part, under the same names of all parts.
+
+        Each part's are made by one process; they are added up in the order of the parts, so that the sum is the same to the bit in all
+        processes and for any number of them. A process holds those of one other at a time.
+        """
+        total: dict[str, Tensor] = {}
+        for start in range(0, len(parts), self.size):
+            own, last = start + self.rank, min(start + self.size, len(parts))
+            mine = dict(made(parts[own])) if own < last else {}
+            for found in [mine] if self.alone else self._in_order(mine, last - start):
+                for name, value in found.items():
+                    total[name] = total[name] + value if name in total else value
+        return total
+
+    def _in_order(self, own: Mapping[str, Tensor], number: int) -> Iterator[dict[str, Tensor]]:
+        """The tensors of the first `number` processes. One that has none learns their names and shapes from the first."""
+        known = self.told([(name, value.shape, value.device.type) for name, value in own.items()])
+        sizes = [shape.numel() for _, shape, _ in known]
+        for rank in range(number):
+            flat = torch.cat([own[name].flatten().cpu() for name, _, _ in known]) if rank == self.rank else torch.empty(sum(sizes))
+            dist.broadcast(flat, rank)
+            parts = zip(known, flat.split(sizes), strict=True)
+            yield {name: part.view(shape).to(where) for (name, shape, where), part in parts}
 
 
 ALONE = Group()

@@ -38,7 +38,8 @@ from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.structuring import Structuring
 from anyfit.tasks.language import Reference, kept_bytes, measure
-from anyfit.training import decided
+from anyfit.trainers import samplers
+from anyfit.training import decided, nested
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
@@ -325,11 +326,15 @@ def _more_effort(run: Fit, sizes: Mapping[str, int]) -> int:
 
 
 def _training(run: Fit) -> int:
-    """Tokens of training, as forward passes: the original's, and three of the network that is trained."""
-    if run.recipe.training is None:
+    """Tokens of training, as forward passes: the original's, and three of the network for each config of a step."""
+    how = run.recipe.training
+    if how is None:
         return 0
-    settings = run.recipe.training.settings_for(run.effort)
-    if isinstance(run.recipe.training, (Tuning, Nesting)):
-        formats = {choice.name for decision in decided(run.space, run.recipe.training) for choice in decision.choices}
-        return 5 * len(formats) * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
-    return 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
+    settings = how.settings_for(run.effort)
+    decisions, step = decided(run.space, how), settings.batch_size * min(WINDOW, run.settings.length)
+    if isinstance(how, Tuning):
+        formats = {choice.name for decision in decisions for choice in decision.choices}
+        return 5 * len(formats) * settings.num_steps * step
+    decisions = nested(decisions) if isinstance(how, Nesting) else decisions
+    sampler = samplers.get(how.sampler)(decisions, settings.num_steps, {decision.unit.name: 1.0 for decision in decisions})
+    return (1 + 3 * len(sampler.draws(0, 0))) * settings.num_steps * step

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +45,7 @@ from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import Quantizer
 from anyfit.recipes import recipes
 from anyfit.recipes.base import Nesting as NestingRecipe
-from anyfit.recipes.base import Training as TrainingRecipe
+from anyfit.recipes.base import Tuning as TuningRecipe
 from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
@@ -58,7 +57,7 @@ from anyfit.targets import targets
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
 from anyfit.training import FOLDER as TRAINING
-from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, decided, gains, trained
+from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, decided, gains
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
@@ -264,10 +263,12 @@ class Fit:
         return quantizers.get(self.recipe.quantizer)
 
     def train(self, store: Store) -> None:
-        """Variants made better by gradients, where the recipe does that. One process does it."""
-        if self.recipe.training is not None and self.group.first:
-            if gains(store) is None:
-                self._changes(store).run()
+        """Variants made better by gradients, where the recipe does that."""
+        if self.recipe.training is None:
+            return
+        if self.group.told(gains(store)) is None:
+            self._changes(store).run()
+        if self.group.first:
             remove(store.folder / TRAINING)
         self.group.wait()
 
@@ -285,18 +286,20 @@ class Fit:
             "text": self.segments.calibration,
             "held_out": self.segments.search,
             "progress": self.progress,
+            "group": self.group,
+            "settings": how.settings_for(self.effort),
         }
-        if isinstance(how, TrainingRecipe):
-            tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
+        if isinstance(how, TuningRecipe):
+            return Tuning(**shared)
+        tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
 
-            def sensitivity() -> dict[str, float]:
-                return fisher.information(replace(self.elastic(store), group=ALONE), decisions, tokens, self.progress)
+        def sensitivity() -> dict[str, float]:
+            return fisher.information(self.elastic(store), decisions, tokens, self.progress)
 
-            settings = how.settings_for(self.effort)
-            return Training(**shared, sampler=samplers.get(how.sampler), settings=settings, sensitivity=sensitivity)
+        shared |= {"sampler": samplers.get(how.sampler), "sensitivity": sensitivity}
         if isinstance(how, NestingRecipe):
-            return Nesting(**shared, settings=how.settings_for(self.effort))
-        return Tuning(**shared, settings=how.settings_for(self.effort))
+            return Nesting(**shared, scale_rate=how.scale_rate, shares=how.shares)
+        return Training(**shared)
 
     def score(self, store: Store) -> Table:
         """The additive table: measured sensitivities times each choice's own output error."""
@@ -320,8 +323,8 @@ class Fit:
         for decision in self.space.decisions:
             rows = [store.errors(weight.name) for weight in decision.unit.weights]
             found[decision.unit.name] = {c.name: sum(row[c.name] for row in rows) for c in decision.choices}
-        if (gained := gains(store)) is not None:
-            for decision in trained(self.space, math.inf):
+        if self.recipe.training is not None and (gained := gains(store)) is not None:
+            for decision in decided(self.space, self.recipe.training):
                 for choice in decision.choices:
                     if choice.name in gained:
                         found[decision.unit.name][choice.name] *= gained[choice.name].factor

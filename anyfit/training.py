@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,19 +22,21 @@ from anyfit.core.config import Config
 from anyfit.core.errors import UserError
 from anyfit.core.files import read_json, write_json
 from anyfit.core.space import Decision, Space
+from anyfit.distributed import Group
 from anyfit.elastic.linear import ElasticNetwork
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.family.store import Store
 from anyfit.formats import formats
 from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import Format, GridFormat
-from anyfit.formats.fitting import HALF_MAX
 from anyfit.formats.nested import nested_bits, packed
 from anyfit.progress import Progress
 from anyfit.recipes import base as recipes
 from anyfit.tasks.language import Reference, kl
-from anyfit.trainers.bit_switching import BitSwitching, EverySize
-from anyfit.trainers.loop import Divergence, Settings, divergence, train
+from anyfit.trainers.bit_switching import BitSwitching
+from anyfit.trainers.decoupled import Decoupled
+from anyfit.trainers.loop import Settings, Trainable, train
+from anyfit.trainers.losses import Divergence
 from anyfit.trainers.sampling import Sampler
 from anyfit.tuning import pv
 from anyfit.tuning.coded import Stored, taken
@@ -45,6 +47,8 @@ FOLDER = "training"
 RESULT = "training.json"
 MOST_BITS = 6.0
 """Stored bits per weight: what is finer loses too little to gain anything."""
+NUM_WATCHED = 8
+"""Held-out segments that are measured while training lasts."""
 _CHECKPOINT, _MERGED = f"{FOLDER}/checkpoint.safetensors", f"{FOLDER}/merged.safetensors"
 
 
@@ -76,7 +80,8 @@ class Gain:
 @dataclass
 class Changes(ABC):
     """Makes the variants in a store better. `decisions`: `trained`. `largest` makes a second network, with each decision's largest
-    choice; `matrices`: a config's, of the whole space. `text` and `held_out`: (segments, length)."""
+    choice; `matrices`: a config's, of the whole space. `text` and `held_out`: (segments, length). All processes of the `group` do the same;
+    the first writes."""
 
     store: Store
     space: Space
@@ -87,19 +92,26 @@ class Changes(ABC):
     text: Tensor
     held_out: Tensor
     progress: Progress
+    group: Group
 
-    def run(self) -> dict[str, Gain]:
-        """{format: what it gained}; what a killed run has on file isn't made again. `FOLDER` is left for whoever called."""
-        found = self._prepared()
-        for unit, entries in self._stored().items():
-            kept = {name: entry for name, entry in entries.items() if name in found and found[name].kept}
-            self._rewrite(unit, next(iter(entries.values())).weight.name, kept)
-        write_json(self.store.folder / RESULT, {name: asdict(gain) for name, gain in found.items()})
-        return found
+    def run(self) -> None:
+        """What a killed run has on file isn't made again. `FOLDER` is left for whoever called."""
+        self._prepare()
+        self.group.wait()
+        if self.group.first:
+            found = self._found()
+            for unit, entries in self._choices.items():
+                kept = {name: entry for name, entry in entries.items() if name in found and found[name].kept}
+                self._rewrite(unit, next(iter(entries.values())).weight.name, kept)
+            write_json(self.store.folder / RESULT, {name: asdict(gain) for name, gain in found.items()})
 
     @abstractmethod
-    def _prepared(self) -> dict[str, Gain]:
-        """What each format gained, once all that is to be stored lies in files: before any variant is changed."""
+    def _prepare(self) -> None:
+        """Puts all that is to be stored into files, before any variant is changed."""
+
+    @abstractmethod
+    def _found(self) -> dict[str, Gain]:
+        """{format: what it gained}, of what was prepared."""
 
     def _rewrite(self, unit: str, weight: str, entries: dict[str, Stored]) -> None:
         """Put what was prepared into the store, for the variants of one matrix that gained. It may be there already."""
@@ -113,54 +125,85 @@ class Changes(ABC):
     def formats(self) -> list[str]:
         return list(dict.fromkeys(choice.name for decision in self.decisions for choice in decision.choices))
 
-    def _stored(self) -> dict[str, dict[str, Stored]]:
+    @cached_property
+    def _choices(self) -> dict[str, dict[str, Stored]]:
         return stored_choices(self.space, self.decisions, self.matrices)
 
 
 @dataclass
-class Training(Changes):
-    """Trains all variants at once: a sampler draws a config at each step."""
+class _AllAtOnce(Changes):
+    """Trains all formats in one loop. `sensitivity` of the decided units, by name: asked for where the sampler wants it."""
 
     sampler: type[Sampler]
     settings: Settings
     sensitivity: Callable[[], dict[str, float]]
-    """Of the decided units, by name: asked for where the sampler wants it."""
 
-    def _prepared(self) -> dict[str, Gain]:
-        if not (self.store.folder / _MERGED).exists():
-            network = ElasticNetwork(self.largest(), self.decisions, self._stored(), self.settings.rank, self.settings.seed)
-            held_out = Reference.of(self.original, self.held_out)
-            before = {name: self._measured(network, name, held_out) for name in self.formats}
-            train(
-                Divergence(network, Reference.of(self.original, windows(self.text)), self.settings),
-                self._sampler(),
-                self.settings,
-                checkpoint=self.store.tensors(_CHECKPOINT) if (self.store.folder / _CHECKPOINT).exists() else {},
-                keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),
-                progress=self.progress,
-            )
-            merged: dict[str, Tensor] = {}
-            for (unit, name), variant in network.variants().items():
-                if (scales := variant.merged()) is not None:
-                    merged |= {_key(unit, name, part): value for part, value in scales.stored.items()}
-                    variant.settle(scales)
-            after = {name: self._measured(network, name, held_out) for name in self.formats}
-            write_json(self.store.folder / FOLDER / RESULT, {name: asdict(Gain(before[name], after[name])) for name in self.formats})
+    def _prepare(self) -> None:
+        if self.group.told((self.store.folder / _MERGED).exists()):
+            return
+        gained, merged = self._trained(Reference.of(self.original, windows(self.text)), Reference.of(self.original, self.held_out))
+        if self.group.first:
+            write_json(self.store.folder / FOLDER / RESULT, {name: asdict(gain) for name, gain in gained.items()})
             self.store.write_tensors(_MERGED, merged)
+
+    def _found(self) -> dict[str, Gain]:
         found = gains(self.store, f"{FOLDER}/{RESULT}")
         assert found is not None
         return found
 
-    def _sampler(self) -> Sampler:
-        period = max(1, self.settings.num_steps // self.settings.num_periods)
-        return self.sampler(self.decisions, period, self.sensitivity() if self.sampler.learns_sensitivity else None)
+    @abstractmethod
+    def _trained(self, text: Reference, held_out: Reference) -> tuple[dict[str, Gain], dict[str, Tensor]]:
+        """What each format gained, and what is to be stored, by `_key`."""
 
-    def _measured(self, network: ElasticNetwork, name: str, held_out: Reference) -> float:
-        return kl(network.set(uniform(self.decisions, name)), held_out)
+    def _train(
+        self,
+        subject: Trainable,
+        decisions: Sequence[Decision],
+        sensitivity: Callable[[], dict[str, float]],
+        measured: Callable[[Reference], Sequence[float]],
+    ) -> None:
+        """`measured`: the loss of every format on held-out text."""
+        watched = Reference.of(self.original, self.held_out[:NUM_WATCHED])
+        period = max(1, self.settings.num_steps // self.settings.num_periods)
+        train(
+            subject,
+            self.sampler(decisions, period, sensitivity() if self.sampler.learns_sensitivity else None),
+            self.settings,
+            checkpoint=self.store.tensors(_CHECKPOINT) if self.group.told((self.store.folder / _CHECKPOINT).exists()) else {},
+            keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),
+            progress=self.progress,
+            held_out=lambda: math.fsum(measured(watched)),
+            group=self.group,
+        )
 
     @cached_property
     def _merged(self) -> dict[str, Tensor]:
         return self.store.tensors(_MERGED)
+
+
+@dataclass
+class Training(_AllAtOnce):
+    """Trains all variants at once: a sampler draws configs at each step."""
+
+    def _trained(self, text: Reference, held_out: Reference) -> tuple[dict[str, Gain], dict[str, Tensor]]:
+        network = ElasticNetwork(self.largest(), self.decisions, self._choices, self.settings.rank, self.settings.seed)
+
+        def measured(held_out: Reference) -> list[float]:
+            return self.group.each(self.formats, lambda name: self._measured(network, name, held_out))
+
+        before = measured(held_out)
+        self._train(Decoupled(network, Divergence(network.model, text)), self.decisions, self.sensitivity, measured)
+        merged: dict[str, Tensor] = {}
+        for (unit, name), variant in network.variants().items():
+            if (scales := variant.merged()) is not None:
+                merged |= {_key(unit, name, part): value for part, value in scales.stored.items()}
+                variant.settle(scales)
+        return {
+            name: Gain(*figures) for name, figures in zip(self.formats, zip(before, measured(held_out), strict=True), strict=True)
+        }, merged
+
+    def _measured(self, network: ElasticNetwork, name: str, held_out: Reference) -> float:
+        return kl(network.set(uniform(self.decisions, name)), held_out)
 
     def _bytes(self, entry: Stored, unit: str) -> Tensor:
         assert isinstance(entry.format_, GridFormat)
@@ -175,19 +218,26 @@ class Tuning(Changes):
 
     settings: pv.Settings
 
-    def _prepared(self) -> dict[str, Gain]:
-        stored, network, found = self._stored(), self.largest(), {}
-        for name in self.formats:
-            if read_json(self._file(name, "json")) is None:
-                matrices = {own[name].weight.name: own[name].matrix(self.original) for own in stored.values() if name in own}
-                tuned = pv.tune(network, matrices, self._text, self._held_out, settings=self.settings, progress=self.progress)
-                data = {unit: tuned.coded[own[name].weight.name].data for unit, own in stored.items() if name in own}
-                self.store.write_tensors(f"{FOLDER}/{name}.safetensors", data)
-                write_json(self._file(name, "json"), asdict(Gain(tuned.before, tuned.after)))
-            figures = read_json(self._file(name, "json"))
-            assert figures is not None
-            found[name] = Gain(**figures)
-        return found
+    def _prepare(self) -> None:
+        self.group.each(self.formats, self._tune)
+
+    def _tune(self, name: str) -> None:
+        if self._file(name, "json").exists():
+            return
+        own = {unit: entries[name] for unit, entries in self._choices.items() if name in entries}
+        matrices = {entry.weight.name: entry.matrix(self.original) for entry in own.values()}
+        tuned = pv.tune(self._network, matrices, self._text, self._held_out, settings=self.settings, progress=self.progress)
+        data = {unit: tuned.coded[entry.weight.name].data for unit, entry in own.items()}
+        self.store.write_tensors(f"{FOLDER}/{name}.safetensors", data)
+        write_json(self._file(name, "json"), asdict(Gain(tuned.before, tuned.after)))
+
+    def _found(self) -> dict[str, Gain]:
+        found = {name: read_json(self._file(name, "json")) for name in self.formats}
+        return {name: Gain(**figures) for name, figures in found.items() if figures is not None}
+
+    @cached_property
+    def _network(self) -> PreTrainedModel:
+        return self.largest()
 
     def _file(self, name: str, suffix: str) -> Path:
         return self.store.folder / FOLDER / f"{name}.{suffix}"
@@ -209,60 +259,51 @@ class Tuning(Changes):
 
 
 @dataclass
-class Nesting(Changes):
+class Nesting(_AllAtOnce):
     """Trains one matrix of integers for all formats that can be nested, and stores that alone.
 
-    `Gain.before` is what each format had by itself.
+    `Gain.before` is what each format had by itself. `scale_rate` and `shares`: see `BitSwitching`.
     """
 
-    settings: Settings
+    scale_rate: float
+    shares: Mapping[int, float]
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         return nested_sizes(self.decisions)
 
-    def _prepared(self) -> dict[str, Gain]:
-        if not (self.store.folder / _MERGED).exists():
-            model, paths = self.largest(), {d.unit.name: d.unit.weights[0].name.removesuffix(".weight") for d in self.decisions}
-            held_out, reference = (Reference.of(self.original, text) for text in (self.held_out, windows(self.text)))
-            before = {name: self._by_itself(model, name, held_out) for name in self.sizes}
-            self._put(model, {path: self.original.get_parameter(f"{path}.weight") for path in paths.values()})
-            transposed = {d.unit.weights[0].name.removesuffix(".weight") for d in self.decisions if d.unit.weights[0].transposed}
-            group = _grid(next(iter(self.sizes))).group
-            network = NestedNetwork(model, list(paths.values()), list(self.sizes.values()), group, transposed)
-            subject = BitSwitching(network, lambda step: divergence(model, reference, self.settings, step), rest=False)
-            checkpoint = self.store.tensors(_CHECKPOINT) if (self.store.folder / _CHECKPOINT).exists() else {}
-            train(
-                subject,
-                EverySize(network.sizes),
-                self.settings,
-                checkpoint=checkpoint,
-                keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),
-                progress=self.progress,
-            )
-            with torch.no_grad():  # as it is stored
-                for scale in network.scales().values():
-                    scale.copy_(scale.clamp(-HALF_MAX, HALF_MAX).half())
-            stored = network.stored()
-            after = {name: kl(cast(PreTrainedModel, network.set(bits)), held_out) for name, bits in self.sizes.items()}
-            write_json(
-                self.store.folder / FOLDER / RESULT, {name: asdict(Gain(before[name], after[name], nested=True)) for name in self.sizes}
-            )
-            found = {_key(unit, "nested", "integers"): stored[path].integers.cpu() for unit, path in paths.items()}
-            found |= {_key(unit, "nested", "scale"): stored[path].scale.squeeze(-1).half().cpu() for unit, path in paths.items()}
-            self.store.write_tensors(_MERGED, found)
-        found_gains = gains(self.store, f"{FOLDER}/{RESULT}")
-        assert found_gains is not None
-        return found_gains
+    def _trained(self, text: Reference, held_out: Reference) -> tuple[dict[str, Gain], dict[str, Tensor]]:
+        model, names = self.largest(), list(self.sizes)
+        paths = {d.unit.name: d.unit.weights[0].name.removesuffix(".weight") for d in self.decisions}
+        before = self.group.each(names, lambda name: self._by_itself(model, name, held_out))
+        self._put(model, {path: self.original.get_parameter(f"{path}.weight") for path in paths.values()})
+        transposed = {d.unit.weights[0].name.removesuffix(".weight") for d in self.decisions if d.unit.weights[0].transposed}
+        network = NestedNetwork(model, list(paths.values()), list(self.sizes.values()), _grid(names[0]).group, transposed)
+        subject = BitSwitching(
+            network,
+            Divergence(model, text),
+            scale_rate=self.scale_rate,
+            adaptive=not self.settings.together,  # a rate for each size takes an update for each
+            shares=self.shares,
+            rest=False,
+        )
+
+        def measured(held_out: Reference) -> list[float]:
+            return self.group.each(names, lambda name: kl(cast(PreTrainedModel, network.set(self.sizes[name])), held_out))
+
+        self._train(subject, network.decisions, lambda: {paths[unit]: value for unit, value in self.sensitivity().items()}, measured)
+        network.settle()
+        stored = network.stored()
+        found = {_key(unit, "nested", "integers"): stored[path].integers.cpu() for unit, path in paths.items()}
+        found |= {_key(unit, "nested", "scale"): stored[path].scale.squeeze(-1).half().cpu() for unit, path in paths.items()}
+        return {
+            n: Gain(*figures, nested=True) for n, figures in zip(names, zip(before, measured(held_out), strict=True), strict=True)
+        }, found
 
     def _by_itself(self, model: PreTrainedModel, name: str, held_out: Reference) -> float:
         entries = [own[name] for own in self._choices.values() if name in own]
         self._put(model, {entry.weight.name.removesuffix(".weight"): entry.values() for entry in entries})
         return kl(model, held_out)
-
-    @cached_property
-    def _choices(self) -> dict[str, dict[str, Stored]]:
-        return self._stored()
 
     @torch.no_grad()
     def _put(self, model: PreTrainedModel, values: dict[str, Tensor]) -> None:
@@ -273,13 +314,9 @@ class Nesting(Changes):
         high, *lows = (name for name in self.sizes if name in entries)
         self.store.nest(weight, high, self._bytes(entries[high], unit), lows)
 
-    @cached_property
-    def _nested(self) -> dict[str, Tensor]:
-        return self.store.tensors(_MERGED)
-
     def _bytes(self, entry: Stored, unit: str) -> Tensor:
         assert isinstance(entry.format_, GridFormat)
-        parts = (taken(self._nested[_key(unit, "nested", part)], entry.order) for part in ("integers", "scale"))
+        parts = (taken(self._merged[_key(unit, "nested", part)], entry.order) for part in ("integers", "scale"))
         return packed(entry.format_, *parts)
 
 
@@ -296,6 +333,13 @@ def nested_sizes(decisions: Iterable[Decision]) -> dict[str, int]:
             remedy="Leave out --formats, name several symmetric ones, or take another target.",
         )
     return found
+
+
+def nested(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
+    """With those choices alone that can be nested."""
+    decisions = list(decisions)
+    names = nested_sizes(decisions)
+    return tuple(replace(d, choices=tuple(choice for choice in d.choices if choice.name in names)) for d in decisions)
 
 
 def _grid(name: str) -> GridFormat:

@@ -32,7 +32,9 @@ from anyfit.tasks.language import Reference
 from anyfit.testing.devices import rounding_case
 from anyfit.testing.models import tiny_text
 from anyfit.trainers import samplers
-from anyfit.trainers.loop import Divergence, Settings, train
+from anyfit.trainers.decoupled import Decoupled
+from anyfit.trainers.loop import Settings, train
+from anyfit.trainers.losses import Divergence
 from anyfit.training import stored_choices, trained
 
 LARGE = Shape(2048, 4, vocabulary=8192)
@@ -254,7 +256,7 @@ def _elastic(run: Any, store: Store, matrices: Any, decisions: Any, reference: R
 
     def steps(number: int) -> None:
         few = replace(settings, num_steps=number)
-        train(Divergence(network, reference, few), sampler, few, checkpoint={}, keep=lambda _: None, progress=Silent())
+        train(Decoupled(network, Divergence(network.model, reference)), sampler, few, checkpoint={}, keep=lambda _: None, progress=Silent())
 
     return _timed(steps, reference, settings)
 

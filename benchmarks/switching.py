@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import resnet
@@ -11,13 +12,16 @@ from table import Row, Section
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anyfit.core.config import Config
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.progress import Progress
-from anyfit.trainers.bit_switching import BitSwitching, EverySize
-from anyfit.trainers.loop import Settings, Trainable, chosen, train
+from anyfit.trainers.bit_switching import BitSwitching
+from anyfit.trainers.loop import Settings, Trainable, train
+from anyfit.trainers.losses import MicroBatch, Objective
+from anyfit.trainers.sampling import Draws, EverySize
 
 SIZES = (8, 6, 4, 2)
-SETTINGS = Settings(num_steps=250, batch_size=64, rate=5e-4, together=False)
+SETTINGS = Settings(num_steps=250, batch_size=64, micro_batch=64, rate=5e-4, together=False)
 NUM_TRAINED, NUM_TESTED = 5000, 4000
 NEAR = 1.0
 """Points of accuracy that the sizes but the smallest may lose."""
@@ -26,12 +30,23 @@ NEAR = 1.0
 class _Float(Trainable):
     """The network as it is, updated as often as the nested one."""
 
-    def __init__(self, model: nn.Module, pictures: Pictures) -> None:
-        self.model, self._pictures = model, pictures
-        self.groups = {"weights": dict(model.named_parameters())}
+    def __init__(self, objective: Labels) -> None:
+        self.objective = objective
+        self.groups = {"weights": dict(objective.model.named_parameters())}
+        self.buffers = dict(objective.model.named_buffers())
 
-    def loss(self, config: object, step: int) -> Tensor:
-        return self._pictures.loss(self.model, step)
+    def set(self, config: Config) -> None:
+        pass
+
+    def bits(self, config: Config) -> float:
+        return 32
+
+
+class _Same(Draws):
+    """There is one config."""
+
+    def draws(self, step: int, seed: int) -> Sequence[Config]:
+        return [Config({})]
 
 
 class Pictures:
@@ -39,20 +54,26 @@ class Pictures:
         self.some, self.labels = resnet.pictures(assets, "train", NUM_TRAINED, 0)
         self.tested = resnet.pictures(assets, "test", NUM_TESTED, 1)
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
-        picked = chosen(len(self.some), SETTINGS, step)
-        seen = resnet.augmented(self.some[picked], torch.Generator().manual_seed(step))
-        return functional.cross_entropy(model(seen), self.labels[picked])
-
     def accuracy(self, model: nn.Module) -> float:
         return resnet.accuracy(model, *self.tested)
+
+
+class Labels(Objective):
+    def __init__(self, model: nn.Module, pictures: Pictures) -> None:
+        self.model, self._pictures, self.num_samples = model, pictures, len(pictures.some)
+
+    def logits(self, batch: MicroBatch) -> Tensor:
+        return self.model(resnet.augmented(self._pictures.some[batch.samples], torch.Generator().manual_seed(batch.step)))
+
+    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
+        return functional.cross_entropy(logits, self._pictures.labels[batch.samples])
 
 
 def section(assets: Path, progress: Progress) -> Section:
     pictures, original = Pictures(assets), resnet.trained(assets)
     tuned = copy.deepcopy(original).train()
     settings = Settings(**{**vars(SETTINGS), "num_steps": SETTINGS.num_steps * len(SIZES)})
-    _train(_Float(tuned, pictures), EverySize([8]), settings, progress)
+    _train(_Float(Labels(tuned, pictures)), _Same(), settings, progress)
     reference = pictures.accuracy(tuned)
     rows = [Row(("float, as given", f"{pictures.accuracy(original):.2f}", "", "", ""))]
     rows.append(Row(("float, trained as often", f"{reference:.2f}", "", "", "")))
@@ -62,8 +83,8 @@ def section(assets: Path, progress: Progress) -> Section:
     for adaptive in (True, False):
         network = NestedNetwork(copy.deepcopy(original), original.inner, SIZES)
         network.model.train()
-        objective = BitSwitching(network, lambda step: pictures.loss(network.model, step), adaptive=adaptive)  # noqa: B023 (used at once)
-        _train(objective, EverySize(SIZES), SETTINGS, progress)
+        subject = BitSwitching(network, Labels(network.model, pictures), adaptive=adaptive)
+        _train(subject, EverySize(network.decisions, 1), SETTINGS, progress)
         network.model.eval()
         found[adaptive] = {bits: pictures.accuracy(network.set(bits)) for bits in SIZES}
         if adaptive:
@@ -93,7 +114,7 @@ def section(assets: Path, progress: Progress) -> Section:
     return Section("One stored integer network", header, rows, (remark,))
 
 
-def _train(subject: Trainable, sampler: EverySize, settings: Settings, progress: Progress) -> None:
+def _train(subject: Trainable, sampler: Draws, settings: Settings, progress: Progress) -> None:
     train(subject, sampler, settings, checkpoint={}, keep=lambda _: None, progress=progress)
 
 

@@ -40,7 +40,9 @@ from anyfit.scores.table import Table
 from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Quality, Reference, measure
 from anyfit.trainers import samplers
-from anyfit.trainers.loop import Divergence, Settings, train
+from anyfit.trainers.decoupled import Decoupled
+from anyfit.trainers.loop import Settings, train
+from anyfit.trainers.losses import Divergence
 from anyfit.training import stored_choices, trained, uniform
 from anyfit.tuning.refining import windows
 
@@ -88,7 +90,8 @@ class Bench:
         period = max(1, settings.num_steps // settings.num_periods)
         made = samplers.get(sampler)(drawn, period)
         began = time.perf_counter()
-        train(Divergence(network, self.text, settings), made, settings, checkpoint={}, keep=lambda _: None, progress=progress)
+        subject = Decoupled(network, Divergence(network.model, self.text))
+        train(subject, made, settings, checkpoint={}, keep=lambda _: None, progress=progress)
         self.seconds[what] = self.seconds.get(what, 0) + time.perf_counter() - began
         return network
 

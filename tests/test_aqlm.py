@@ -24,6 +24,7 @@ from anyfit.checkpoint import Checkpoint
 from anyfit.core.config import Config
 from anyfit.core.errors import UserError
 from anyfit.family import Family
+from anyfit.family.store import Store
 from anyfit.formats import AQLM_SCHEMES, formats
 from anyfit.formats.aqlm import Additive, AdditiveFormat
 from anyfit.formats.base import SPAN
@@ -38,6 +39,7 @@ from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.testing.targets import CHECKS, Trial
 from anyfit.tuning import pv
 from anyfit.tuning.coded import Matrix, Stored, Summed
+from anyfit.tuning.descent import Tuned
 from anyfit.tuning.refining import Refinery
 
 SMALL = {
@@ -287,10 +289,23 @@ def test_a_family_in_codebooks_and_plain_tensors(asked: dict[str, Any], tmp_path
 
 
 def test_a_family_is_tuned(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(*args: Any, **more: Any) -> Tuned:
+        return replace(tune(*args, **more), before=1.0, after=0.5)
+
+    tune = pv.tune
+    monkeypatch.setattr(pv, "tune", halved)
     monkeypatch.setitem(recipes.get("pv-tuning").__dict__, "training", Tuning(pv.Settings(num_steps=2)))
     monkeypatch.setattr(finalists, "NUM_FINALISTS", 2)
     family = anyfit.fit(output=tmp_path / "tuned.family", formats=("aqlm_1x8g8", "F16"), recipe="pv-tuning", **asked)
     assert any(note.startswith("aqlm_1x8g8: trained, KL") for note in family.manifest.notes)
+    store, table = Store(family.path), family.manifest.table
+    for decision in family.space.decisions:
+        (weight,) = decision.unit.weights
+        errors, found = store.errors(weight.name), table.errors[decision.unit.name]
+        assert found["F16"] == errors["F16"]
+        if "aqlm_1x8g8" in found:
+            share = 1 if weight.block is None else 0.5  # errors shrink as the loss does
+            assert found["aqlm_1x8g8"] == pytest.approx(share * errors["aqlm_1x8g8"])
 
 
 def test_memory_is_planned_for_whole_matrices(asked: dict[str, Any]) -> None:

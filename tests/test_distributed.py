@@ -37,18 +37,48 @@ anyfit.fit(sys.argv[1], data=sys.argv[2], output=sys.argv[3], formats=("Q8_0", "
 """
 
 
+# Counts the windows that this process trains on.
+TRAINING = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from anyfit import finalists, pipeline, streaming
+streaming.TOKENS_AT_ONCE, finalists.NUM_FINALISTS, pipeline.NUM_PROBE_SEGMENTS = 32, 3, 2
+import anyfit
+from anyfit.distributed import group
+from anyfit.recipes import recipes
+from anyfit.trainers.losses import Divergence
+from anyfit.tuning import pv
+folder, work, logits, tune = Path(sys.argv[3]), [], Divergence.logits, pv.tune
+Divergence.logits = lambda self, batch: (work.extend(batch.samples), logits(self, batch))[1]
+pv.tune = lambda *rest, **more: (work.append(0), tune(*rest, **more))[1]
+for name, formats in {"llm-qfa": "int4_offset", "double-rounding": "int4_sym", "pv-tuning": "int3_asym"}.items():
+    work.clear()
+    how = recipes.get(name).training
+    settings = replace(how.settings, num_steps=3, batch_size=3)
+    recipes.get(name).__dict__["training"] = replace(how, settings=settings)
+    formats = ("int8_sym", formats, formats.replace("4", "2").replace("3", "2"))
+    anyfit.fit(sys.argv[1], data=sys.argv[2], output=folder / f"{name}.family", target="transformers", formats=formats, recipe=name,
+               length=32, segments=6)
+    (folder / f"{name}.{group().rank}").write_text(str(len(work)))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     save_tiny(folder / "model", tie_word_embeddings=True)
     (folder / "notes.txt").write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)))
     (folder / "program.py").write_text(PROGRAM)
+    (folder / "training.py").write_text(TRAINING)
     return folder
 
 
-def run(folder: Path, name: str, processes: int, *, how: str = "whole", effort: str = "low") -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, name: str, processes: int, *, how: str = "whole", effort: str = "low", program: str = "program.py"
+) -> subprocess.CompletedProcess[str]:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    arguments = [str(folder / part) for part in ("program.py", "model", "notes.txt", name)]
+    arguments = [str(folder / part) for part in (program, "model", "notes.txt", name)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *start, *arguments, how, effort], capture_output=True, text=True, env=environment, check=False, timeout=300
@@ -72,6 +102,18 @@ def test_the_same_family_whatever_the_number_of_processes_and_after_a_kill(folde
     assert made.returncode == 0, made.stderr
     assert digest(folder / "killed.family") == digest(folder / "one.family")
     assert not partial.exists() and not (folder / "killed.family" / FOLDER).exists()
+
+
+def test_what_trains_is_shared_and_comes_to_the_same(folder: Path) -> None:
+    """Three windows a step for two processes, so that one of them has less to do."""
+    for name, processes in (("alone", 1), ("both", 2)):
+        (folder / name).mkdir()
+        made = run(folder, name, processes, program="training.py")
+        assert made.returncode == 0, made.stderr
+    for recipe, shares in {"llm-qfa": (6, 3), "double-rounding": (18, 9), "pv-tuning": (1, 1)}.items():
+        assert digest(folder / "both" / f"{recipe}.family") == digest(folder / "alone" / f"{recipe}.family"), recipe
+        assert int((folder / "alone" / f"{recipe}.0").read_text()) == sum(shares)
+        assert tuple(int((folder / "both" / f"{recipe}.{rank}").read_text()) for rank in (0, 1)) == shares, recipe
 
 
 def test_too_little_text_to_share(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

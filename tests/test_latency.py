@@ -16,6 +16,7 @@ from anyfit.costs import stopwatch
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape
 from anyfit.costs.probes import VOCABULARY, probe, shape_of
 from anyfit.costs.stopwatch import Stopwatch, sizes
+from anyfit.structure import levels
 from anyfit.targets.torch_stopwatch import TorchStopwatch, _fill
 from anyfit.testing.models import save_tiny, tiny_model
 
@@ -172,7 +173,7 @@ def test_a_smaller_networks_latency_is_predicted(tmp_path):
 def test_the_command_writes_the_table_and_prints_it(tmp_path, monkeypatch):
     monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
     monkeypatch.setattr(stopwatch, "ROUNDS", 1)
-    monkeypatch.setattr(stopwatch, "STEP", 256)
+    monkeypatch.setattr(levels, "STEP", 256)
     path = tmp_path / "table.json"
     arguments = ["measure", str(save_tiny(tmp_path / "model")), "--target", "transformers", "--sequence", "16", "--threads", "1"]
     result = CliRunner().invoke(cli.app, [*arguments, "-o", str(path), "--json"])

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 import anyfit
 from anyfit import finalists, pipeline, training
+from anyfit.core.config import Config
 from anyfit.core.errors import UserError
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.family.store import Store
@@ -25,7 +26,9 @@ from anyfit.quantizers import double_rounding
 from anyfit.recipes import recipes
 from anyfit.testing.models import save_tiny, tiny_text
 from anyfit.trainers import loop
-from anyfit.trainers.bit_switching import BitSwitching, EverySize, ladder
+from anyfit.trainers.bit_switching import BitSwitching, ladder
+from anyfit.trainers.losses import MicroBatch, Objective
+from anyfit.trainers.sampling import EverySize, HessianAware
 
 SIZES = (8, 6, 4, 2)
 
@@ -90,16 +93,23 @@ def pictures() -> tuple[Pictures, Tensor, Tensor]:
     return model, some, (some.mean((1, 2, 3)) > 0).long() + 2 * (some.std((1, 2, 3)) > 1).long()
 
 
+class Labels(Objective):
+    def __init__(self, model: nn.Module, some: Tensor, labels: Tensor) -> None:
+        self.model, self.some, self.labels, self.num_samples = model, some, labels, len(some)
+
+    def logits(self, batch: MicroBatch) -> Tensor:
+        return self.model(self.some[batch.samples])
+
+    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
+        return nn.functional.cross_entropy(logits, self.labels[batch.samples])
+
+
 def trained(network: NestedNetwork, some: Tensor, labels: Tensor, steps: int, **more: object) -> NestedNetwork:
     network.model.train()
-    settings = loop.Settings(num_steps=steps, batch_size=16, rate=1e-2, together=False)
-
-    def objective(step: int) -> Tensor:
-        chosen = loop.chosen(len(some), settings, step)
-        return nn.functional.cross_entropy(network.model(some[chosen]), labels[chosen])
-
+    settings = loop.Settings(num_steps=steps, batch_size=16, micro_batch=16, rate=1e-2, together=False)
     rest = {"checkpoint": {}, "keep": lambda _: None, "progress": Silent()} | more
-    loop.train(BitSwitching(network, objective), EverySize(network.sizes), settings, **rest)  # type: ignore[arg-type]
+    subject = BitSwitching(network, Labels(network.model, some, labels))
+    loop.train(subject, EverySize(network.decisions, 1), settings, **rest)  # type: ignore[arg-type]
     network.model.eval()
     return network
 
@@ -126,7 +136,7 @@ def test_each_size_learns_and_has_norms_of_its_own(pictures: tuple[Pictures, Ten
             return [float(nn.functional.cross_entropy(network.set(bits)(some), labels)) for bits in SIZES]
 
     before = losses()
-    trained(network, some, labels, 60)
+    trained(network, some, labels, 90)
     assert all(after < 0.8 * first for after, first in zip(losses(), before, strict=True))
     norm = network.model.get_submodule("norm")
     means = [norm.of_size[str(bits)].running_mean for bits in SIZES]  # type: ignore[index]
@@ -138,6 +148,20 @@ def test_a_mix_of_sizes_runs(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
     network = NestedNetwork(model.eval(), ("first", "second"), SIZES)
     mixed = network.set({"first": 8, "second": 2})(some)
     assert not torch.equal(mixed, network.set(8)(some)) and not torch.equal(mixed, network.set(2)(some))
+
+
+def test_samplers_draw_mixes_of_a_nested_network(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
+    network = NestedNetwork(pictures[0].eval(), ("first", "second"), SIZES)
+    subject = BitSwitching(network, Labels(*pictures), shares={5: 0.5})
+    sampler = HessianAware(network.decisions, 1, {"first": 1.0, "second": 3.0})
+    drawn = [config for step in range(20) for config in sampler.draws(step, 0)]
+    assert [subject.bits(config) for config in drawn[:4]][:: len(SIZES) - 1] == [8, 2]
+    mixed = next(config for config in drawn if config.format("first") != config.format("second"))
+    sizes = {path: int(bits) for path, bits in mixed.formats.items()}
+    subject.set(mixed)
+    assert torch.equal(network.model(pictures[1]), network.set(sizes)(pictures[1]))
+    assert subject.bits(mixed) == pytest.approx((27 * sizes["first"] + 72 * sizes["second"]) / 99)
+    assert subject.share(Config.of_formats({"first": "4", "second": "6"})) == 0.5 and subject.share(drawn[0]) == 1
 
 
 def test_a_killed_run_ends_with_the_same_numbers(pictures: tuple[Pictures, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +180,11 @@ def test_scales_move_slower_at_few_bits() -> None:
 
 def test_scales_slow_down_where_gradients_are_large(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
     network = NestedNetwork(pictures[0], ("first", "second"), SIZES)
-    subject = BitSwitching(network, lambda _: torch.zeros(()))
-    for scale, gradient in zip(network.scales().values(), (0.5, 7.0), strict=True):
-        scale.grad = torch.tensor([gradient])
-    config = EverySize(SIZES).draws(0, 0)[1]
+    subject = BitSwitching(network, Labels(*pictures))
+    for factor, gradient in zip(network.factors().values(), (0.5, 7.0), strict=True):
+        factor.grad = torch.tensor([gradient])
+    config = EverySize(network.decisions, 1).draws(0, 0)[1]
+    assert subject.bits(config) == 6
     assert subject.rates(config, 2.0) == {"weights": 2.0, "scales": pytest.approx(2.0 * 0.1 * (1 - 0.75))}
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from anyfit.core.space import Choice, Decision
+from anyfit.core.units import Unit, Weight
+from anyfit.formats.fitting import HALF_MAX
 from anyfit.quantizers import double_rounding
 
 
@@ -17,13 +20,21 @@ class NestedWeight(nn.Module):
     """A parametrization of a layer's weight: the layer computes with the integers of `bits` that rounding twice makes of it.
 
     One `scale` for the layer, as in the paper, or one for each `group` of columns, (rows, groups, 1). `transposed`: the weight is
-    (columns, rows).
+    (columns, rows). What is trained of a scale is the logarithm of what it is multiplied by: scales are a thousandth of the weights, and
+    a step that suits these would carry them anywhere.
     """
+
+    first: Tensor
 
     def __init__(self, weight: Tensor, sizes: Sequence[int], group: int | None, transposed: bool) -> None:
         super().__init__()
         self.high, self.bits, self.group, self.transposed = max(sizes), max(sizes), group, transposed
-        self.scale = nn.Parameter(double_rounding.first_scale(self.grouped(weight.detach()), self.high, tuple(sizes)))
+        self.register_buffer("first", double_rounding.first_scale(self.grouped(weight.detach()), self.high, tuple(sizes)))
+        self.factor = nn.Parameter(torch.zeros_like(self.first))
+
+    @property
+    def scale(self) -> Tensor:
+        return self.first * self.factor.exp()
 
     def grouped(self, weight: Tensor) -> Tensor:
         """With what shares a scale in the last dimension."""
@@ -94,6 +105,22 @@ class NestedNetwork:
             self._norms[name] = SwitchedNorm(norm, sizes)
             model.set_submodule(name, self._norms[name])
 
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Of each weight, how many bits: choices are named by them."""
+        found = []
+        for path in self.paths:
+            layer: Any = self.model.get_submodule(path)
+            shape = layer.weight.shape
+            weight = Weight(f"{path}.weight", (shape[0], shape[1:].numel()), path, path)
+            sizes = {bits: -(-weight.num_weights * bits // 8) for bits in sorted(self.sizes)}
+            found.append(Decision(Unit(path, (weight,)), tuple(Choice(str(bits), size, size) for bits, size in sizes.items())))
+        return tuple(found)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What a pass in training changes."""
+        return {f"{path}.{name}": value for path, norm in self._norms.items() for name, value in norm.named_buffers()}
+
     def set(self, bits: int | Mapping[str, int]) -> nn.Module:
         """Run with these bits, everywhere or by path. Norms are those of the size that most weights have."""
         for path, weight in self._weights.items():
@@ -115,8 +142,16 @@ class NestedNetwork:
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
         return plain.train(self.model.training)
 
-    def scales(self) -> dict[str, nn.Parameter]:
-        return {path: weight.scale for path, weight in self._weights.items()}
+    def factors(self) -> dict[str, nn.Parameter]:
+        """Logarithms of what the scales are multiplied by."""
+        return {path: weight.factor for path, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Run with the halves that scales are stored as from now on."""
+        for weight in self._weights.values():
+            weight.first.copy_(weight.scale.clamp(-HALF_MAX, HALF_MAX).half())
+            weight.factor.zero_()
 
     @torch.no_grad()
     def stored(self) -> dict[str, Stored]:
@@ -127,7 +162,7 @@ class NestedNetwork:
             original = layer.parametrizations.weight.original
             rounded = double_rounding.integers(weight.grouped(original), weight.scale, weight.high)
             shaped = rounded.flatten(1) if weight.transposed else rounded.view(original.shape)
-            found[path] = Stored(shaped, weight.scale.detach().clone(), weight.high, weight.transposed)
+            found[path] = Stored(shaped, weight.scale.clone(), weight.high, weight.transposed)
         return found
 
 

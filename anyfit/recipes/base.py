@@ -41,7 +41,12 @@ class Tuning(_Stage["pv.Settings"]):
 
 @dataclass(frozen=True)
 class Nesting(_Stage["Settings"]):
-    """How a recipe trains one stored matrix of integers for all formats."""
+    """How a recipe trains one stored matrix of integers for all formats. `sampler`: its name. `scale_rate` and `shares`: see
+    `trainers.bit_switching.BitSwitching`."""
+
+    sampler: str = "every-size"
+    scale_rate: float = 1.0
+    shares: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

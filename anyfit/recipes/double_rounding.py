@@ -3,6 +3,14 @@
 from anyfit.recipes.base import Nesting, Recipe
 from anyfit.trainers.loop import Settings
 
+FORMATS = {
+    "transformers": ("F16", "BF16", "int8_sym", "int6_sym", "int4_sym", "int3_sym", "int2_sym"),
+    "llama.cpp": ("F16", "Q8_0", "Q5_0", "Q4_0"),
+}
+"""Nested in one another."""
+SHARES = {8: 30.0, 6: 15.0, 5: 10.0, 4: 5.0, 3: 2.0}
+"""At many bits losses are so small that those of few bits alone would move the weights."""
+
 RECIPE = Recipe(
     name="double-rounding",
     title="One stored matrix of eight-bit integers holds every smaller size",
@@ -16,9 +24,6 @@ RECIPE = Recipe(
     ),
     quantizer="gptq",
     score="kl",
-    training=Nesting(Settings(num_steps=100, batch_size=4, rate=3e-4, together=False)),
-    formats={
-        "transformers": ("F16", "BF16", "int8_sym", "int6_sym", "int4_sym", "int3_sym", "int2_sym"),
-        "llama.cpp": ("F16", "Q8_0", "Q5_0", "Q4_0"),
-    },
+    training=Nesting(Settings(num_steps=100, batch_size=4, rate=3e-4, together=False), scale_rate=3.0, shares=SHARES),
+    formats=FORMATS,
 )

@@ -3,6 +3,9 @@
 from anyfit.recipes.base import Recipe, Training
 from anyfit.trainers.loop import Settings
 
+FORMATS = {"transformers": ("F16", "BF16", "int8_asym", "int6_asym", "int4_offset", "int3_offset", "int2_offset")}
+"""With offsets that can be trained, below six bits."""
+
 RECIPE = Recipe(
     name="llm-qfa",
     title="Quantised once, trained once, for every size",
@@ -17,5 +20,5 @@ RECIPE = Recipe(
     quantizer="gptq",
     score="kl",
     training=Training(Settings(), "balanced"),
-    formats={"transformers": ("F16", "BF16", "int8_asym", "int6_asym", "int4_offset", "int3_offset", "int2_offset")},
+    formats=FORMATS,
 )

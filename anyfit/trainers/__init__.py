@@ -13,6 +13,7 @@ samplers: Registry[type[Sampler]] = Registry(
     "sampler",
     {
         "balanced": "anyfit.trainers.sampling:Balanced",
+        "every-size": "anyfit.trainers.sampling:EverySize",
         "hessian-aware": "anyfit.trainers.sampling:HessianAware",
         "sandwich": "anyfit.trainers.sampling:Sandwich",
         "shifted": "anyfit.trainers.sampling:Shifted",

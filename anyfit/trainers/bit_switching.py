@@ -10,67 +10,63 @@ As printed the mean is subtracted from the rate itself, not from 1, which makes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
-from torch import Tensor
 
 from anyfit.core.config import FORMAT, Config
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.trainers.loop import Trainable
-from anyfit.trainers.sampling import Draws
+from anyfit.trainers.losses import Objective
 
 FLOOR = 0.05
 """Of the rate, that is left where gradients are large everywhere."""
-ALL = "all layers"
-
-
-def at(bits: int) -> Config:
-    """One size everywhere."""
-    return Config({(ALL, FORMAT): str(bits)})
-
-
-class EverySize(Draws):
-    """A sampler: each step draws every size once, from the largest on."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._configs = [at(bits) for bits in sorted(sizes, reverse=True)]
-
-    def draws(self, step: int, seed: int) -> Sequence[Config]:
-        return self._configs
 
 
 class BitSwitching(Trainable):
-    """`objective`: the loss of the network at a step. `adaptive`: scales at their own rates. `rest`: train what isn't nested, too."""
+    """Configs are of the network's own decisions. `scale_rate`: of the scales, times that of the weights. `adaptive`: at few bits less, see
+    above. `shares`: what the losses of configs of so many mean bits, rounded, are multiplied by. `rest`: train what isn't nested, too."""
 
-    def __init__(self, network: NestedNetwork, objective: Callable[[int], Tensor], *, adaptive: bool = True, rest: bool = True) -> None:
-        self.network, self._objective, self._adaptive = network, objective, adaptive
-        scales = network.scales()
-        known = {id(scale) for scale in scales.values()}
+    def __init__(
+        self,
+        network: NestedNetwork,
+        objective: Objective,
+        *,
+        scale_rate: float = 1.0,
+        adaptive: bool = True,
+        shares: Mapping[int, float] = MappingProxyType({}),
+        rest: bool = True,
+    ) -> None:
+        self.network, self.objective = network, objective
+        self._scale_rate, self._adaptive, self._shares = scale_rate, adaptive, shares
+        factors = network.factors()
+        known = {id(factor) for factor in factors.values()}
         weights = {name: value for name, value in network.model.named_parameters() if id(value) not in known}
         if not rest:
             for value in weights.values():
                 value.requires_grad_(False)
             weights = {name: value for name, value in weights.items() if ".parametrizations." in name}
-        self.buffers = dict(network.model.named_buffers())
-        self.groups = {"weights": weights, "scales": {f"scale of {path}": scale for path, scale in scales.items()}}
+        self._numbers = {d.unit.name: d.unit.num_weights for d in network.decisions}
+        self.buffers = network.buffers()
+        self.groups = {"weights": weights, "scales": {f"scale of {path}": factor for path, factor in factors.items()}}
 
-    def loss(self, config: Config, step: int) -> Tensor:
-        self.network.set(self._bits(config))
-        return self._objective(step)
+    def set(self, config: Config) -> None:
+        self.network.set({path: int(config[path, FORMAT]) for path in self.network.paths})
+
+    def bits(self, config: Config) -> float:
+        return sum(int(config[path, FORMAT]) * number for path, number in self._numbers.items()) / sum(self._numbers.values())
+
+    def share(self, config: Config) -> float:
+        return self._shares.get(round(self.bits(config)), 1.0)
 
     def rates(self, config: Config, rate: float) -> Mapping[str, float]:
-        if not self._adaptive:
-            return super().rates(config, rate)
-        gradients = [scale.grad for scale in self.network.scales().values() if scale.grad is not None]
+        return {"weights": rate, "scales": rate * self._scale_rate * (self._slower(config) if self._adaptive else 1.0)}
+
+    def _slower(self, config: Config) -> float:
+        gradients = [factor.grad for factor in self.groups["scales"].values() if factor.grad is not None]
         mean = float(np.mean([min(float(gradient.abs().max()), 1.0) for gradient in gradients]))
-        return {"weights": rate, "scales": rate * ladder(max(self.network.sizes) - self._bits(config)) * max(1 - mean, FLOOR)}
-
-    def described(self, config: Config) -> str:
-        return f" at {self._bits(config)} bits"
-
-    def _bits(self, config: Config) -> int:
-        return int(config[ALL, FORMAT])
+        return ladder(max(self.network.sizes) - round(self.bits(config))) * max(1 - mean, FLOOR)
 
 
 def ladder(missing: int) -> float:

@@ -1,70 +1,87 @@
-"""The one training loop: the configs of a step are drawn by a sampler; what is drawn alone is trained."""
+"""The one training loop: the configs of a step are drawn by a sampler; what is drawn alone is trained.
+
+What a step reads is cut into micro-batches. Each one's gradients are made by themselves, by any of the processes that share the work, and
+added up in the order of the micro-batches; then all processes make the same step.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from transformers import PreTrainedModel
 
 from anyfit.core.config import Config
 from anyfit.core.errors import ModelError
 from anyfit.devices import repeatable
-from anyfit.elastic.linear import ElasticNetwork
+from anyfit.distributed import ALONE, Group
 from anyfit.progress import Progress
-from anyfit.tasks.language import Reference
+from anyfit.trainers.losses import MicroBatch, Objective, distilled
 from anyfit.trainers.sampling import Draws
 
 BETAS = (0.9, 0.95)
 SECONDS = 60.0
 """Between two checkpoints."""
-_SAMPLER = "sampler "
-"""What names of its state in a checkpoint begin with."""
+SMOOTHED = 0.9
+"""Of a size's loss as it is shown, what stays at each step."""
+EVERY = 50
+"""Steps between two measurements of the loss on held-out text."""
+_SAMPLER, _BEST = "sampler ", "best "
+"""What names of their states in a checkpoint begin with."""
+_LOSSES = "losses"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`num_steps` of `batch_size` windows of text each. `rate`: of Adam, falling linearly to zero. `rank` of adapters.
-    `num_periods` of a sampler's schedule. `seed`: of adapters, configs and the order of the text. `together`: where a step draws several
-    configs, their gradients are added up for one update; otherwise each has its own."""
+    """`num_steps` of `batch_size` samples each, read `micro_batch` at a time. `rate`: of Adam, falling linearly to zero. `rank` of
+    adapters. `num_periods` of a sampler's schedule. `seed`: of adapters, configs and the order of the text. `together`: where a step draws
+    several configs, their gradients are added up for one update; otherwise each has its own. `distilled`: the first config of a step is
+    trained for the objective, the others towards what the first predicts. `patience`: measurements on held-out text without a gain after
+    which training ends."""
 
     num_steps: int = 600
     batch_size: int = 4
+    micro_batch: int = 2
     rate: float = 3e-3
     rank: int = 64
     num_periods: int = 4
     seed: int = 0
     together: bool = True
+    distilled: bool = False
+    patience: int = 3
 
 
 Tensors = Mapping[str, Tensor]
 
 
 class Trainable(ABC):
-    """What is trained. `groups`: parameters by name, by the name of their group. `buffers`: what else a step changes, by name."""
+    """What is trained, and what for. `groups`: parameters by name, by the name of their group. `buffers`: what else a step changes, by
+    name; where there are any, all processes do all of the work."""
 
+    objective: Objective
     groups: Mapping[str, Mapping[str, nn.Parameter]]
     buffers: Tensors = MappingProxyType({})
 
     @abstractmethod
-    def loss(self, config: Config, step: int) -> Tensor:
-        """Of a step run as `config`."""
+    def set(self, config: Config) -> None:
+        """Run as `config` from now on."""
+
+    @abstractmethod
+    def bits(self, config: Config) -> float:
+        """Mean bits a weight, for whoever watches."""
+
+    def share(self, config: Config) -> float:
+        """What its loss is multiplied by."""
+        return 1.0
 
     def rates(self, config: Config, rate: float) -> Mapping[str, float]:
-        """Of each group, once the gradients of `config` are there."""
+        """Of each group, once the gradients of `config`, or of all up to this one, are there."""
         return dict.fromkeys(self.groups, rate)
-
-    def described(self, config: Config) -> str:
-        """In a few words, for whoever watches."""
-        return ""
 
 
 def train(
@@ -75,89 +92,158 @@ def train(
     checkpoint: Tensors,
     keep: Callable[[dict[str, Tensor]], None],
     progress: Progress,
+    held_out: Callable[[], float] | None = None,
+    group: Group = ALONE,
 ) -> None:
     """Train what the drawn configs have to train.
 
-    `checkpoint` is what `keep` was given last, empty at first: the run then goes on from there, to the very same numbers.
+    `checkpoint` is what `keep` was given last, empty at first: the run then goes on from there, to the very same numbers. `held_out`: the
+    loss on text that isn't trained on; what is trained ends as it was when that was least. All processes of the `group` call this with the
+    same arguments; `keep` is called in the first.
     """
-    trained = {name: value for group in trainable.groups.values() for name, value in group.items()}
-    groups = [{"params": list(group.values()), "name": name} for name, group in trainable.groups.items()]
+    trained = {name: value for part in trainable.groups.values() for name, value in part.items()}
+    groups = [{"params": list(part.values()), "name": name} for name, part in trainable.groups.items()]
     optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=BETAS, weight_decay=0.0)
     first = _restore(trained, trainable.buffers, optimizer, checkpoint)
-    sampler.restore({key.removeprefix(_SAMPLER): value for key, value in checkpoint.items() if key.startswith(_SAMPLER)})
-    kept = time.monotonic()
+    sampler.restore(_named(_SAMPLER, checkpoint))
+    best = _Best({**trained, **trainable.buffers}, _named(_BEST, checkpoint))
+    sharing = ALONE if trainable.buffers else group
+    kept, shown = time.monotonic(), _Losses()
     for value in trained.values():
         value.requires_grad_(True)
     where = next(iter(trained.values())).device
     with repeatable(where), progress.stage("train", settings.num_steps) as stage:
         stage.advance(first)
-        for step in range(first, settings.num_steps):
-            rate = settings.rate * (1 - step / settings.num_steps)
-            optimizer.zero_grad()
-            sampler.observe(step, partial(_evaluated, trainable))
-            drawn = sampler.draws(step, settings.seed)
-            for number, config in enumerate(drawn, 1):
-                loss = trainable.loss(config, step)
-                if not loss.isfinite():
-                    raise ModelError(
-                        f"Training went astray: its loss isn't finite at step {step}{trainable.described(config)}.",
-                        remedy="Check the original, or take --recipe gptq, which trains nothing.",
-                    )
-                loss.backward()
-                if number == len(drawn) or not settings.together:
-                    _update(optimizer, trainable.rates(config, rate))
-            stage.advance(detail=f"loss {float(loss.detach()):.4f}{trainable.described(config)}")
-            if time.monotonic() - kept > SECONDS:
-                learnt = {f"{_SAMPLER}{name}": value for name, value in sampler.state().items()}
-                keep(_state(trained, trainable.buffers, optimizer, step + 1) | learnt)
+        for number in range(first, settings.num_steps):
+            if held_out and number % EVERY == 0 and best.waited(held_out()) >= settings.patience:
+                break
+            rate = settings.rate * (1 - number / settings.num_steps)
+            sampler.observe(number, lambda config: _Step(trainable, trained, settings, 0, sharing).evaluated(config))
+            drawn = sampler.draws(number, settings.seed)
+            step = _Step(trainable, trained, settings, number, sharing)
+            for configs in [drawn] if settings.together else [[config] for config in drawn]:
+                shown.add(configs, step.gradients(configs), trainable, number)
+                _update(optimizer, trainable.rates(configs[-1], rate))
+            stage.advance(detail=str(shown))
+            if group.first and time.monotonic() - kept > SECONDS:
+                others = _prefixed(_SAMPLER, sampler.state()) | _prefixed(_BEST, best.state())
+                keep(_state(trained, trainable.buffers, optimizer, number + 1) | others)
                 kept = time.monotonic()
+    if held_out and best.waited(held_out()):
+        best.restore()
     for value in trained.values():
         value.requires_grad_(False)
 
 
-@torch.no_grad()
-def _evaluated(trainable: Trainable, config: Config) -> float:
-    """Always on what the first step reads."""
-    return float(trainable.loss(config, 0))
+class _Best:
+    """How `parameters` were when held-out text was predicted best."""
+
+    def __init__(self, parameters: Tensors, state: Tensors) -> None:
+        self._parameters, self._loss, self._waited = parameters, math.inf, 0
+        self._kept = {name: state[f"value {name}"] for name in parameters if state}
+        if state:
+            self._loss, self._waited = float(state["loss"]), int(state["waited"])
+
+    def waited(self, loss: float) -> int:
+        """How many measurements, this one included, have been no better than the best."""
+        self._waited += 1
+        if loss < self._loss:
+            self._loss, self._waited = loss, 0
+            self._kept = {name: value.detach().to("cpu", copy=True) for name, value in self._parameters.items()}
+        return self._waited
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, value in self._kept.items():
+            self._parameters[name].copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint; nothing before the first measurement."""
+        if not self._kept:
+            return {}
+        figures = {"loss": torch.tensor(self._loss, dtype=torch.float64), "waited": torch.tensor(self._waited)}
+        return {f"value {name}": value for name, value in self._kept.items()} | figures
+
+
+class _Step:
+    """One step of training, cut into micro-batches."""
+
+    def __init__(self, trainable: Trainable, trained: Mapping[str, nn.Parameter], settings: Settings, number: int, group: Group) -> None:
+        self._trainable, self._trained, self._settings, self._number, self._group = trainable, trained, settings, number, group
+        self._read = chosen(trainable.objective.num_samples, settings, number)
+        self._batches = [MicroBatch(number, part) for part in self._read.split(settings.micro_batch)]
+        self._teachers: dict[int, Tensor] = {}
+
+    def gradients(self, configs: Sequence[Config]) -> Tensor:
+        """Leaves the sum of the gradients of these configs with the parameters. Their losses, (configs,)."""
+        found = self._group.summed(range(len(self._batches)), lambda index: self._of_batch(index, configs))
+        for name, value in self._trained.items():
+            value.grad = found.get(name)
+        return found[_LOSSES]
+
+    @torch.no_grad()
+    def evaluated(self, config: Config) -> float:
+        """The objective's loss."""
+        self._trainable.set(config)
+        objective = self._trainable.objective
+
+        def made(batch: MicroBatch) -> dict[str, Tensor]:
+            return {_LOSSES: self._part(batch) * objective.loss(objective.logits(batch), batch)}
+
+        return float(self._group.summed(self._batches, made)[_LOSSES])
+
+    def _of_batch(self, index: int, configs: Sequence[Config]) -> dict[str, Tensor]:
+        """Gradients of one micro-batch's part of the losses, by parameter, of those that the configs have; and these losses."""
+        batch, losses = self._batches[index], []
+        for value in self._trained.values():
+            value.grad = None
+        for config in configs:
+            self._trainable.set(config)
+            loss = self._part(batch) * self._loss(index, batch)
+            (self._trainable.share(config) * loss).backward()
+            losses.append(loss.detach())
+        gradients = {name: value.grad for name, value in self._trained.items() if value.grad is not None}
+        return {**gradients, _LOSSES: torch.stack(losses)}
+
+    def _loss(self, index: int, batch: MicroBatch) -> Tensor:
+        objective = self._trainable.objective
+        logits = objective.logits(batch)
+        if index in self._teachers:
+            return distilled(logits, self._teachers[index])
+        if self._settings.distilled:
+            self._teachers[index] = logits.detach()
+        return objective.loss(logits, batch)
+
+    def _part(self, batch: MicroBatch) -> float:
+        return len(batch.samples) / len(self._read)
+
+
+class _Losses:
+    """Running means, by whole bits."""
+
+    def __init__(self) -> None:
+        self._means: dict[int, float] = {}
+
+    def add(self, configs: Sequence[Config], losses: Tensor, trainable: Trainable, step: int) -> None:
+        """Raises `ModelError` for a loss that isn't finite."""
+        for config, loss in zip(configs, losses.tolist(), strict=True):
+            bits = trainable.bits(config)
+            if not math.isfinite(loss):
+                raise ModelError(
+                    f"Training went astray: its loss isn't finite at step {step} at {bits:.1f} bits.",
+                    remedy="Check the original, or take --recipe gptq, which trains nothing.",
+                )
+            before = self._means.get(round(bits), loss)
+            self._means[round(bits)] = SMOOTHED * before + (1 - SMOOTHED) * loss
+
+    def __str__(self) -> str:
+        return "loss " + ", ".join(f"{mean:.3g} at {bits} bits" for bits, mean in sorted(self._means.items()))
 
 
 def _update(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]]
     optimizer.step()
-    optimizer.zero_grad()
-
-
-class Divergence(Trainable):
-    """A network whose matrices are elastic, towards the original's predictions on `reference`'s text."""
-
-    def __init__(self, network: ElasticNetwork, reference: Reference, settings: Settings) -> None:
-        self.network, self.reference, self.settings = network, reference, settings
-        parameters = dict(network.model.named_parameters())
-        for value in parameters.values():
-            value.requires_grad_(False)
-        self.groups = {"variants": {name: value for name, value in parameters.items() if ".variants." in name}}
-
-    def loss(self, config: Config, step: int) -> Tensor:
-        return divergence(self.network.set(config), self.reference, self.settings, step)
-
-    def described(self, config: Config) -> str:
-        sizes = [(d.choice(config[d.key]).stored_bytes, d.unit.num_weights) for d in self.network.decisions]
-        return f" at {8 * sum(size for size, _ in sizes) / sum(num for _, num in sizes):.1f} bits"
-
-
-def divergence(model: PreTrainedModel, reference: Reference, settings: Settings, step: int) -> Tensor:
-    """Mean KL per token, in nats, of what a step reads."""
-    batch = chosen(len(reference.tokens), settings, step)
-    with _autocast(model.device):
-        logits = model(input_ids=reference.tokens[batch].to(model.device), use_cache=False).logits
-    return reference.divergence(logits, batch)
-
-
-def _autocast(where: torch.device) -> AbstractContextManager[Any]:
-    """Products in bfloat16 where the device has them."""
-    fast = where.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
-    return torch.autocast(where.type, torch.bfloat16) if fast else nullcontext()
 
 
 def chosen(number: int, settings: Settings, step: int) -> Tensor:
@@ -167,6 +253,15 @@ def chosen(number: int, settings: Settings, step: int) -> Tensor:
     order = torch.randperm(number, generator=Generator().manual_seed(settings.seed * 1_000_003 + step // per_epoch))
     first = step % per_epoch * each
     return order[first : first + each]
+
+
+def _prefixed(prefix: str, state: Tensors) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def _named(prefix: str, checkpoint: Tensors) -> dict[str, Tensor]:
+    """The state that is in a checkpoint under this prefix."""
+    return {name.removeprefix(prefix): value for name, value in checkpoint.items() if name.startswith(prefix)}
 
 
 def _state(trained: Tensors, buffers: Tensors, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:

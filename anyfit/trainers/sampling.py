@@ -24,7 +24,7 @@ class Draws(ABC):
 
     @abstractmethod
     def draws(self, step: int, seed: int) -> Sequence[Config]:
-        """The configs of a step, one after another."""
+        """The configs of a step, one after another; the largest first where there are several."""
 
     def observe(self, step: int, evaluate: Evaluate) -> None:  # noqa: B027 (most don't)
         """Called before each step, for those that learn from how training goes."""
@@ -95,7 +95,26 @@ class Sandwich(Sampler):
         return [self._extreme(max), self._extreme(min), Uniform(self.decisions, self.period).draw(step, seed)]
 
 
-class HessianAware(Sampler):
+class EverySize(Sampler):
+    """Each step runs once at each size, the same everywhere, from the largest on."""
+
+    def probabilities(self, step: int) -> Probabilities:
+        found = {}
+        for decision in self.decisions:
+            picked = [_at(decision, part) for part in self._parts()]
+            found[decision.key] = np.bincount(picked, minlength=len(decision.choices)) / len(picked)
+        return found
+
+    def draws(self, step: int, seed: int) -> Sequence[Config]:
+        return [Config({d.key: d.choices[_at(d, part)].name for d in self.decisions}) for part in self._parts()]
+
+    def _parts(self) -> list[float]:
+        """Of the way from the smallest size to the largest, from that on."""
+        most = max(len(decision.choices) for decision in self.decisions)
+        return [place / max(1, most - 1) for place in reversed(range(most))]
+
+
+class HessianAware(EverySize):
     """HASB of Double Rounding (arXiv 2502.01199): a step runs once at each size, where with a growing probability a unit draws for itself.
 
     Units that are less sensitive than the mean draw any choice; the others choices in proportion to their bits. The largest and the
@@ -106,39 +125,30 @@ class HessianAware(Sampler):
     learns_sensitivity = True
 
     def probabilities(self, step: int) -> Probabilities:
-        share, parts, found = self._share(step), self._parts(), {}
+        share, parts, found = self._share(step), self._parts()[1:-1], {}
         for decision, own in zip(self.decisions, self._own(), strict=True):
             total = self._certain(decision.key, max) + self._certain(decision.key, min)
             for part in parts:
                 base = np.zeros(len(own))
-                base[self._at(decision, part)] = 1
+                base[_at(decision, part)] = 1
                 total = total + (1 - share) * base + share * own
             found[decision.key] = total / (2 + len(parts))
         return found
 
     def draws(self, step: int, seed: int) -> Sequence[Config]:
         generator = _generator(step, seed)
-        between = [self._mixed(step, part, generator) for part in self._parts()]
+        between = [self._mixed(step, part, generator) for part in self._parts()[1:-1]]
         return [self._extreme(max), *between, self._extreme(min)]
-
-    def _parts(self) -> list[float]:
-        """Of the way from the smallest size to the largest: those between them."""
-        most = max(len(decision.choices) for decision in self.decisions)
-        return [place / (most - 1) for place in range(1, most - 1)]
 
     def _mixed(self, step: int, part: float, generator: Generator) -> Config:
         """The size that is `part` of the way up, but for the units that draw for themselves."""
         chosen = {}
         for decision, own in zip(self.decisions, self._own(), strict=True):
-            pick = self._at(decision, part)
+            pick = _at(decision, part)
             if float(torch.rand(1, generator=generator)) < self._share(step):
                 pick = int(torch.multinomial(torch.from_numpy(own), 1, generator=generator))
             chosen[decision.key] = decision.choices[pick].name
         return Config(chosen)
-
-    def _at(self, decision: Decision, part: float) -> int:
-        ordered = sorted(range(len(decision.choices)), key=lambda index: decision.choices[index].stored_bytes)
-        return ordered[round(part * (len(ordered) - 1))]
 
     def _share(self, step: int) -> float:
         return self.MOST * min(1.0, (step + 1) / self.period)
@@ -230,6 +240,12 @@ class Shifted(Sampler):
         if not state:
             return
         self._last, self._fall = state["last"].numpy().copy(), state["fall"].numpy().copy()
+
+
+def _at(decision: Decision, part: float) -> int:
+    """The choice that is `part` of the way from the smallest to the largest."""
+    ordered = sorted(range(len(decision.choices)), key=lambda index: decision.choices[index].stored_bytes)
+    return ordered[round(part * (len(ordered) - 1))]
 
 
 def _extreme(decision: Decision, pick: Callable[..., int]) -> int:
