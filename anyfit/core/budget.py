@@ -119,7 +119,9 @@ def _limit(part: str, whole: str, original: Mapping[str, float]) -> tuple[str, f
 def _of_original(cost: str, part: str, original: Mapping[str, float]) -> float:
     if cost not in original:
         what = {BYTES: "size", LATENCY: "latency", MACS: "number of multiply-adds"}[cost]
+        measure = "Measure it with anyfit measure, and fit with a recipe that prunes: anyfit fit --recipe ziplm --latency TABLE."
         raise BudgetError(
-            f"The budget {part!r} is relative to the original, whose {what} is not known here.", remedy="Give an absolute one."
+            f"The budget {part!r} is relative to the original, whose {what} is not known here.",
+            remedy="Say it in numbers." if cost == BYTES else measure,
         )
     return original[cost]
