@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import cast
 
@@ -163,7 +163,7 @@ class _AllAtOnce(Changes):
         measured: Callable[[Reference], Sequence[float]],
     ) -> None:
         """`measured`: the loss of every format on held-out text."""
-        watched = Reference.of(self.original, self.held_out[:NUM_WATCHED])
+        watched = cache(lambda: Reference.of(self.original, self.held_out[:NUM_WATCHED]))
         period = max(1, self.settings.num_steps // self.settings.num_periods)
         train(
             subject,
@@ -172,7 +172,7 @@ class _AllAtOnce(Changes):
             checkpoint=self.store.tensors(_CHECKPOINT) if self.group.told((self.store.folder / _CHECKPOINT).exists()) else {},
             keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),
             progress=self.progress,
-            held_out=lambda: math.fsum(measured(watched)),
+            held_out=lambda: math.fsum(measured(watched())),
             group=self.group,
         )
 

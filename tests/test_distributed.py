@@ -47,15 +47,17 @@ streaming.TOKENS_AT_ONCE, finalists.NUM_FINALISTS, pipeline.NUM_PROBE_SEGMENTS =
 import anyfit
 from anyfit.distributed import group
 from anyfit.recipes import recipes
+from anyfit.trainers import loop
 from anyfit.trainers.losses import Divergence
 from anyfit.tuning import pv
+loop.EVERY = 1
 folder, work, logits, tune = Path(sys.argv[3]), [], Divergence.logits, pv.tune
 Divergence.logits = lambda self, batch: (work.extend(batch.samples), logits(self, batch))[1]
 pv.tune = lambda *rest, **more: (work.append(0), tune(*rest, **more))[1]
 for name, formats in {"llm-qfa": "int4_offset", "double-rounding": "int4_sym", "pv-tuning": "int3_asym"}.items():
     work.clear()
     how = recipes.get(name).training
-    settings = replace(how.settings, num_steps=3, batch_size=3)
+    settings = replace(how.settings, num_steps=3, batch_size=3, **({} if name == "pv-tuning" else {"patience": 9}))
     recipes.get(name).__dict__["training"] = replace(how, settings=settings)
     formats = ("int8_sym", formats, formats.replace("4", "2").replace("3", "2"))
     anyfit.fit(sys.argv[1], data=sys.argv[2], output=folder / f"{name}.family", target="transformers", formats=formats, recipe=name,

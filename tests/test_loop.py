@@ -184,7 +184,7 @@ def test_training_ends_where_held_out_text_says_so_and_keeps_the_best(monkeypatc
 def test_a_last_step_that_is_best_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "EVERY", 3)
     subject, seen = Matrices(), list[Tensor]()
-    run(subject, SETTINGS, "small", held_out=measured([3.0, 2.0, 2.5, 1.0], subject, seen))
+    run(subject, replace(SETTINGS, patience=3), "small", held_out=measured([3.0, 2.0, 2.5, 1.0], subject, seen))
     assert len(seen) == 4 and torch.equal(subject.values["small"], seen[3]) and not torch.equal(seen[2], seen[3])
     plain = run(Matrices(), SETTINGS, "small")
     assert torch.equal(plain.values["small"], subject.values["small"]), "measuring changes nothing"

@@ -29,7 +29,7 @@ SECONDS = 60.0
 """Between two checkpoints."""
 SMOOTHED = 0.9
 """Of a size's loss as it is shown, what stays at each step."""
-EVERY = 50
+EVERY = 100
 """Steps between two measurements of the loss on held-out text."""
 _SAMPLER, _BEST = "sampler ", "best "
 """What names of their states in a checkpoint begin with."""
@@ -41,8 +41,9 @@ class Settings:
     """`num_steps` of `batch_size` samples each, read `micro_batch` at a time. `rate`: of Adam, falling linearly to zero. `rank` of
     adapters. `num_periods` of a sampler's schedule. `seed`: of adapters, configs and the order of the text. `together`: where a step draws
     several configs, their gradients are added up for one update; otherwise each has its own. `distilled`: the first config of a step is
-    trained for the objective, the others towards what the first predicts. `patience`: measurements on held-out text without a gain after
-    which training ends."""
+    trained for the objective, the others towards what the first predicts. `patience`: measurements on held-out text without a gain
+    after which training ends, as it was at the best of them; None: that text isn't looked at. As the rate falls to zero, the last state was
+    the best even on eight windows of text, and few steps at a high rate say little about what slow ones will bring."""
 
     num_steps: int = 600
     batch_size: int = 4
@@ -53,7 +54,7 @@ class Settings:
     seed: int = 0
     together: bool = True
     distilled: bool = False
-    patience: int = 3
+    patience: int | None = None
 
 
 Tensors = Mapping[str, Tensor]
@@ -98,8 +99,8 @@ def train(
     """Train what the drawn configs have to train.
 
     `checkpoint` is what `keep` was given last, empty at first: the run then goes on from there, to the very same numbers. `held_out`: the
-    loss on text that isn't trained on; what is trained ends as it was when that was least. All processes of the `group` call this with the
-    same arguments; `keep` is called in the first.
+    loss on text that isn't trained on, asked for where the settings have patience. All processes of the `group` call this with the same
+    arguments; `keep` is called in the first.
     """
     trained = {name: value for part in trainable.groups.values() for name, value in part.items()}
     groups = [{"params": list(part.values()), "name": name} for name, part in trainable.groups.items()]
@@ -108,6 +109,7 @@ def train(
     sampler.restore(_named(_SAMPLER, checkpoint))
     best = _Best({**trained, **trainable.buffers}, _named(_BEST, checkpoint))
     sharing = ALONE if trainable.buffers else group
+    patience, watched = (0, None) if settings.patience is None else (settings.patience, held_out)
     kept, shown = time.monotonic(), _Losses()
     for value in trained.values():
         value.requires_grad_(True)
@@ -115,7 +117,7 @@ def train(
     with repeatable(where), progress.stage("train", settings.num_steps) as stage:
         stage.advance(first)
         for number in range(first, settings.num_steps):
-            if held_out and number % EVERY == 0 and best.waited(held_out()) >= settings.patience:
+            if watched and number % EVERY == 0 and best.waited(watched()) >= patience:
                 break
             rate = settings.rate * (1 - number / settings.num_steps)
             sampler.observe(number, lambda config: _Step(trainable, trained, settings, 0, sharing).evaluated(config))
@@ -129,7 +131,7 @@ def train(
                 others = _prefixed(_SAMPLER, sampler.state()) | _prefixed(_BEST, best.state())
                 keep(_state(trained, trainable.buffers, optimizer, number + 1) | others)
                 kept = time.monotonic()
-    if held_out and best.waited(held_out()):
+    if watched and best.waited(watched()):
         best.restore()
     for value in trained.values():
         value.requires_grad_(False)
