@@ -6,6 +6,8 @@ At few bits the gradient of the shared scale has a factor 2^D; so with D fewer b
     eta * rate * (1 - mean of min(largest |gradient|, 1) over the layers),   eta = 10^(-D/2), or 5 * 10^(-(D+1)/2) for odd D.
 
 As printed the mean is subtracted from the rate itself, not from 1, which makes nearly every rate negative.
+Differs from the paper in what these rates are of: not of the scales but of the logarithms of what they are multiplied by, where a step is
+a share of the scale. Most of what ALRS mends isn't there then.
 """
 
 from __future__ import annotations
