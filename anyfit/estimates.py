@@ -23,8 +23,10 @@ from anyfit.calibration.data import PURPOSES
 from anyfit.calibration.saturation import Saturation, saturate
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.budget import BYTES, describe
+from anyfit.core.config import format_of
 from anyfit.core.errors import UserError
 from anyfit.core.memory import Peak, release
+from anyfit.core.space import Decision
 from anyfit.core.units import Weight
 from anyfit.encoding import NUMBERS_AT_ONCE, Encoding, variants, works
 from anyfit.family.store import Store
@@ -36,6 +38,7 @@ from anyfit.quantizers.worker import Workers, num_workers
 from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
+from anyfit.structure.levels import kept_of
 from anyfit.structuring import Structuring
 from anyfit.tasks.language import Reference, kept_bytes, measure
 from anyfit.trainers import samplers
@@ -160,10 +163,20 @@ def _in_memory(run: Fit) -> int:
     return model + max(writing, refining, training)
 
 
+def _variants(run: Fit, decision: Decision) -> int:
+    """Bytes of the variants of one unit. Of an attention or a feed-forward only the matrix that reads it has one for each size."""
+    structure = run.structures.get(decision.unit.name)
+    if structure is None:
+        return sum(decision.choice(name).stored_bytes for name, _ in works(choice.name for choice in decision.choices))
+    formats = {name: all_formats.get(name) for name in map(format_of, (choice.name for choice in decision.choices))}
+    sizes = [(formats[format_of(choice.name)], kept_of(choice.name) or 0) for choice in decision.choices]
+    levels = sum(structure.reader.shape[0] * format_.row_bytes(kept * structure.size) for format_, kept in sizes if kept)
+    return levels + sum(format_.bytes_(weight.shape) for format_ in formats.values() for weight in structure.rest)
+
+
 def disk(run: Fit) -> int:
     """The family, and the hidden states of the stage that has the most of them."""
-    stored = ((d, dict(works(c.name for c in d.choices))) for d in run.space.decisions)
-    family = sum(d.choice(name).stored_bytes for d, names in stored for name in names) + run.space.fixed_bytes
+    family = sum(_variants(run, decision) for decision in run.space.decisions) + run.space.fixed_bytes
     blocks = run.architecture.num_blocks(run.checkpoint.skeleton())
     tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
     probing = (blocks + 2) * min(tokens["search"], NUM_PROBE_SEGMENTS * run.settings.length)

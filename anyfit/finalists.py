@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyfit.core.budget import Budget, describe
+from anyfit.core.budget import WHOLE, Budget, describe, units
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
 from anyfit.core.files import read_json, write_json
@@ -25,7 +24,6 @@ from anyfit.progress import Progress
 from anyfit.scores.table import Table
 from anyfit.searchers.evolution import Fitness, Settings, Stage, evolve
 from anyfit.searchers.exact import Solver, hull
-from anyfit.searchers.problem import WHOLE
 from anyfit.streaming import Numbers, Predictions
 from anyfit.tasks.language import Quality, Reference, kl, measure
 from anyfit.tuning.coded import Stored
@@ -120,7 +118,7 @@ class Finalists:
         enough = next((config for config in best if self.table.predict(self.space, config) < NEGLIGIBLE), best[-1])
         smallest, largest = self._size(best[0]), self._size(enough)
         whole = WHOLE.get(self.space.scale, 1)
-        return [math.ceil(size / whole) * whole for size in np.geomspace(smallest, largest, NUM_FINALISTS)], smallest, largest
+        return [units(self.space.scale, size) * whole for size in np.geomspace(smallest, largest, NUM_FINALISTS)], smallest, largest
 
     def _size(self, config: Config) -> float:
         return self.space.costs(config)[self.space.scale]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from anyfit.core.errors import BudgetError
 
 BYTES, BITS, LATENCY, MACS = "bytes", "bits", "ms", "macs"
 """Costs: of the file, per weight, milliseconds as they were measured, multiply-adds a token."""
+WHOLE = {LATENCY: 1e-6}
+"""What costs that aren't whole numbers are counted in, rounded up, so that a budget is a guarantee: nanoseconds."""
 _BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _BIT_UNITS = {"BIT": 1, "BITS": 1, "BPW": 1}
 _TIME_UNITS = {"US": 1e-3, "MS": 1, "S": 1e3}
@@ -61,6 +64,21 @@ class Budget:
         return " and ".join(f"{describe(cost, bound)}" for cost, bound in self.limits)
 
 
+def units(cost: str, value: float) -> int:
+    """A cost in whole units. It is rounded up, unless it is off a whole number by no more than arithmetic is."""
+    found = value / WHOLE.get(cost, 1)
+    return round(found) if abs(found - round(found)) < 1e-3 else math.ceil(found)
+
+
+def allowed(cost: str, bound: float) -> int:
+    """The largest cost within a bound, in whole units."""
+    whole = WHOLE.get(cost, 1)
+    found = math.floor(bound / whole)
+    # Exactly those that, times a unit, are within the bound, however the division above was rounded.
+    found += (found + 1) * whole <= bound
+    return found - (found * whole > bound)
+
+
 def describe(cost: str, value: float) -> str:
     """A cost as a person reads it: `1.50 GB`, `3.20 bits`, `2.35 ms`."""
     if cost == BITS:
@@ -101,7 +119,9 @@ def _limit(part: str, whole: str, original: Mapping[str, float]) -> tuple[str, f
 def _of_original(cost: str, part: str, original: Mapping[str, float]) -> float:
     if cost not in original:
         what = {BYTES: "size", LATENCY: "latency", MACS: "number of multiply-adds"}[cost]
+        measure = "Measure it with anyfit measure, and fit with a recipe that prunes: anyfit fit --recipe ziplm --latency TABLE."
         raise BudgetError(
-            f"The budget {part!r} is relative to the original, whose {what} is not known here.", remedy="Give an absolute one."
+            f"The budget {part!r} is relative to the original, whose {what} is not known here.",
+            remedy="Say it in numbers." if cost == BYTES else measure,
         )
     return original[cost]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from anyfit.core.budget import BITS, BYTES, LATENCY
+from anyfit.core.budget import BITS, BYTES, LATENCY, WHOLE, units
 from anyfit.core.config import FORMAT, Config, format_of
 from anyfit.core.units import Unit
 
@@ -76,8 +76,12 @@ class Space:
 
     def costs(self, config: Config) -> dict[str, float]:
         """Every cost that a budget can bound, by name."""
-        others = {name: fixed + sum(d.choice(config[d.key]).others[name] for d in self.decisions) for name, fixed in self.others.items()}
+        others = {name: self._total(name, [d.choice(config[d.key]).others[name] for d in self.decisions]) for name in self.others}
         return {BYTES: self.bytes_(config), BITS: self.bits(config), **others}
+
+    def _total(self, cost: str, added: Iterable[float]) -> float:
+        """What is fixed and what is added of a cost besides bytes and bits, counted in whole units."""
+        return sum(units(cost, value) for value in (self.others[cost], *added)) * WHOLE.get(cost, 1)
 
     def formats(self) -> list[str]:
         """Every format that is a choice somewhere, smallest first."""
@@ -116,8 +120,9 @@ class Space:
 
     def least(self, cost: str) -> float:
         """The least that a config can have of a cost besides bits."""
-        fixed = self.fixed_bytes if cost == BYTES else self.others[cost]
-        return fixed + sum(min(c.bytes_ if cost == BYTES else c.others[cost] for c in d.choices) for d in self.decisions)
+        if cost == BYTES:
+            return self.fixed_bytes + sum(min(c.bytes_ for c in d.choices) for d in self.decisions)
+        return self._total(cost, [min(c.others[cost] for c in d.choices) for d in self.decisions])
 
     def smallest(self) -> Config:
         """Of the fewest bytes."""

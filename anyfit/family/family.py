@@ -231,7 +231,7 @@ class Family:
         """The structures that a config keeps, by the name of the matrix that reads them."""
         return kept_structures(self._structures, config, self._store.order)
 
-    def _cut(self, config: Config) -> Cut:
+    def cut(self, config: Config) -> Cut:
         """What is written of a config from which parts are left out."""
         model, dense = self.extract(config), targets.get(self.target).storage(self.source, ()).dense
         architecture, whole = architecture_of(model), self.source.skeleton()
@@ -288,7 +288,7 @@ class Family:
         point = self.select(budget)
         with written_aside(path, force=force) as aside:
             with progress.stage("write", 1) as stage:
-                made = self._cut(point.config) if self.pruned else None
+                made = self.cut(point.config) if self.pruned else None
                 if made is None:
                     size = target.write(aside, self.source, self.space, point.config, self.variants(point.config))
                     assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"

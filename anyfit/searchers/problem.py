@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anyfit.core.budget import BITS, BYTES, LATENCY, Budget
+from anyfit.core.budget import BITS, BYTES, Budget, allowed, units
 from anyfit.core.config import Config
 from anyfit.core.space import Space
 from anyfit.scores.table import Table
-
-WHOLE = {LATENCY: 1e-6}
-"""What costs that aren't whole numbers are counted in, rounded up, so that a budget is a guarantee: nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,7 @@ class Problem:
             for c in d.choices
         ]
         unit, score, bytes_, stored, names = zip(*rows, strict=True)
-        others = {
-            cost: np.array([_whole(cost, c.others[cost]) for d in space.decisions for c in d.choices], float) for cost in space.others
-        }
+        others = {cost: np.array([units(cost, c.others[cost]) for d in space.decisions for c in d.choices], float) for cost in space.others}
         return cls(space, np.array(unit), np.array(score), np.array(bytes_, float), np.array(stored, float), others, names)
 
     def config(self, chosen: np.ndarray) -> Config:
@@ -57,7 +52,7 @@ class Problem:
     def left(self, cost: str, bound: float) -> int:
         """What a limit leaves for the choices, after everything that is fixed, in whole numbers as `sizes` are."""
         if cost in self.others:
-            return math.floor(bound / WHOLE.get(cost, 1)) - _whole(cost, self.space.others[cost])
+            return allowed(cost, bound) - units(cost, self.space.others[cost])
         if cost == BYTES:
             return math.floor(bound) - self.space.fixed_bytes
         num = self.space.num_parameters
@@ -71,7 +66,3 @@ class Problem:
         """Sizes (limits, choices) and what is left for them (limits,)."""
         sizes = [self.sizes(cost) for cost, _ in budget.limits]
         return np.stack(sizes), np.array([self.left(cost, bound) for cost, bound in budget.limits], float)
-
-
-def _whole(cost: str, value: float) -> int:
-    return math.ceil(value / WHOLE.get(cost, 1))
