@@ -9,8 +9,11 @@ RECIPE = Recipe(
     title="One stored matrix of eight-bit integers, trained in mixes of its sizes",
     paper="Nearly Lossless Adaptive Bit Switching, arXiv 2502.01199 (Hessian-aware stochastic bit switching)",
     about=(
-        "As double-rounding, but between the largest and the smallest size each matrix may have a size of its own in each step, the more "
-        "bits the more sensitive it is. "
+        "As double-rounding, but between the largest and the smallest size each matrix may run at a size of its own, drawn anew at each "
+        "step, with more bits where it is sensitive. Choose it where budgets lie between the sizes: of the embedded default after 100 "
+        "steps, random mixes lose 0.31 nats instead of 0.36, 2 and 3 bits everywhere as much as by double-rounding, 4 and 8 bits 11 and "
+        "20 % more. Differs from the paper in sensitivities, which are the Fisher information of a matrix, not its Hessian's trace, and "
+        "as double-rounding does."
     ),
     quantizer="gptq",
     score="kl",

@@ -8,7 +8,13 @@ RECIPE = Recipe(
     name="sandwich",
     title="Every size trained at once, the largest teaching the others",
     paper="BigNAS, arXiv 2003.11142; universally slimmable networks, arXiv 1903.05134",
-    about=("As llm-qfa, but each step runs as the largest, the smallest and one config between, and the largest teaches the others. "),
+    about=(
+        "As llm-qfa, but each step runs as the largest, the smallest and one config between, of which the largest teaches the others. In "
+        "a third of the steps, which is as much computing, it does as well as llm-qfa on the embedded default and no better: 4, 3 and 2 "
+        "bits lose 0.0089, 0.041 and 0.183 nats, and 0.0091, 0.040 and 0.186; without the teaching it is the same. Choose it to compare. "
+        "Differs from the papers in that sizes share no weights here, so that the largest can't be disturbed, and in the largest's loss, "
+        "which is the divergence from the original's predictions."
+    ),
     quantizer="gptq",
     score="kl",
     training=Training(Settings(num_steps=200, distilled=True), "sandwich"),
