@@ -36,8 +36,8 @@ VARIANTS, SOURCE, PASSTHROUGH, TEXT = "variants", "source", "passthrough.safeten
 REFINED = "refined"
 ORDER = "order"
 """In the file of a matrix that reads structures, beside its variants: `Store.order`."""
-_HEADER_BYTES = 1 << 14
-"""Of a file of variants, kept for its header."""
+_NOTES_BYTES, _VARIANT_BYTES = 1 << 14, 1 << 9
+"""Of a file of variants, kept for its header: for all notes, and for what else it says of each variant."""
 
 
 class Store:
@@ -162,6 +162,7 @@ class Writing:
         sizes = [rows * row_bytes for rows, row_bytes in shapes.values()]
         ends = list(accumulate(sizes))
         self._places = {name: (end - size, end) for name, end, size in zip(shapes, ends, sizes, strict=True)}
+        self._header_bytes = _NOTES_BYTES + _VARIANT_BYTES * len(shapes)
         self._errors = dict.fromkeys(shapes, 0.0)
         self._notes: dict[str, dict[str, None]] = {name: {} for name in shapes}
         self._derived: dict[str, str] = {}
@@ -169,7 +170,7 @@ class Writing:
     def put(self, name: str, first: int, encoded: Encoded) -> None:
         """Rows from `first` on of one variant."""
         assert encoded.data.shape[1] == self._shapes[name][1], (name, encoded.data.shape)
-        self._file.seek(_HEADER_BYTES + self._places[name][0] + first * encoded.data.shape[1])
+        self._file.seek(self._header_bytes + self._places[name][0] + first * encoded.data.shape[1])
         self._file.write(encoded.data.contiguous().numpy().data)
         self._errors[name] += encoded.error
         self._notes[name] |= dict.fromkeys(encoded.notes)
@@ -187,8 +188,8 @@ class Writing:
         header: dict[str, Any] = {"__metadata__": {"variants": json.dumps(about, sort_keys=True)}}
         for name, shape in self._shapes.items():
             header[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": list(self._places[name])}
-        text = json.dumps(header).encode().ljust(_HEADER_BYTES - 8)
-        assert len(text) == _HEADER_BYTES - 8, "more notes than there is room for"
+        text = json.dumps(header).encode().ljust(self._header_bytes - 8)
+        assert len(text) == self._header_bytes - 8, "more notes than there is room for"
         self._file.seek(0)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
