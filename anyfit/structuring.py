@@ -26,6 +26,7 @@ from anyfit.elastic.stream import ElasticStream
 from anyfit.encoding import Encoder, Encoding, Matrices
 from anyfit.family.store import ORDER, Store
 from anyfit.formats import formats
+from anyfit.formats.base import Format
 from anyfit.importance.base import Importance, squared_error
 from anyfit.modeling_cut import spread
 from anyfit.progress import Progress, Stage
@@ -88,27 +89,28 @@ class _Pruner:
     def _prune(self, weight: Weight, statistics: InputStatistics) -> None:
         run, structure, hessian = self.structuring, self.structuring.structures[weight.name], statistics.hessian.cpu()
         matrix = run.rows(weight, slice(None))
-        wanted: dict[int, list[str]] = {}
+        wanted: dict[int, dict[str, Format]] = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for name in run.choices[weight.name]:
-            kept = kept_of(name)
+            kept, format_ = kept_of(name), formats.get(format_of(name))
             assert kept is not None, name
-            wanted.setdefault(kept, []).append(name)
-        ladder = run.importance.ladder(matrix, hessian, structure.size, wanted)
-        found: dict[str, Encoded] = {}
-        for kept, names in wanted.items():
-            columns = spread(first(ladder.order, kept), structure.size)
-            level, left = ladder.weights.pop(kept)[:, columns].contiguous(), hessian[columns][:, columns].contiguous()
-            grids = [formats.get(format_of(name)) for name in names]
-            prepared = run.quantizer.prepare(InputStatistics(left, statistics.count), grids) if kept else None
-            for name, grid in zip(names, grids, strict=True):
-                made = run.quantizer.encode(level, prepared, grid) if kept else Encoded(torch.empty(len(level), 0, dtype=torch.uint8), NONE)
-                lost = matrix - filled(grid.decode(made.data) if kept else level, ladder.order, matrix.shape[1])
-                error = torch.tensor([squared_error(lost, hessian)], dtype=torch.float64)
-                found[name] = Encoded(made.data, error, made.notes)
-        found[ORDER] = Encoded(ladder.order.contiguous().view(torch.uint8)[None], NONE)
-        with run.store.writing(weight.name, {name: (len(e.data), e.data.shape[1]) for name, e in found.items()}) as writing:
-            for name, encoded in found.items():
-                writing.put(name, 0, encoded)
+            wanted.setdefault(kept, {})[name] = format_
+            shape = (len(matrix), kept * structure.size)
+            shapes[name] = (format_.data_rows(shape), format_.row_bytes(shape[1])) if kept else shape
+        ladder = run.importance.ladder(matrix, hessian, structure.size)
+        order = ladder.order.contiguous().view(torch.uint8)[None]
+        with run.store.writing(weight.name, {**shapes, ORDER: (1, order.shape[1])}) as writing:
+            writing.put(ORDER, 0, Encoded(order, NONE))
+            for kept, grids in wanted.items():
+                columns = spread(first(ladder.order, kept), structure.size)
+                level, left = ladder.level(kept)[:, columns].contiguous(), hessian[columns][:, columns].contiguous()
+                prepared = run.quantizer.prepare(InputStatistics(left, statistics.count), list(grids.values())) if kept else None
+                for name, grid in grids.items():
+                    nothing = Encoded(torch.empty(len(level), 0, dtype=torch.uint8), NONE)
+                    made = run.quantizer.encode(level, prepared, grid) if kept else nothing
+                    lost = matrix - filled(grid.decode(made.data) if kept else level, ladder.order, matrix.shape[1])
+                    error = torch.tensor([squared_error(lost, hessian)], dtype=torch.float64)
+                    writing.put(name, 0, Encoded(made.data, error, made.notes))
 
 
 def table(

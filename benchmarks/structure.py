@@ -68,7 +68,7 @@ def exactness() -> Section:
         vectors = torch.randn(4 * inputs, inputs, generator=generator, dtype=torch.float64) @ mixing
         weight, moments = torch.randn(outputs, inputs, generator=generator), (vectors.T @ vectors / len(vectors)).float()
         order, levels = _removed_one_by_one(weight.double(), moments.double(), size)
-        ladder = importances.get("obs").ladder(weight, moments, size, levels)
+        ladder = importances.get("obs").ladder(weight, moments, size)
         columns = spread(ladder.order, size)
         repair = Repair.of(weight, moments, columns)
         largest = 0.0
@@ -77,7 +77,7 @@ def exactness() -> Section:
             found[:, columns[: kept * size]] = repair.keeping(kept * size)
             largest = max(largest, float((found - level).abs().max()))
         same = ladder.order.tolist() == order
-        rounded = max(float((ladder.weights[kept].double() - level).abs().max()) for kept, level in levels.items())
+        rounded = max(float((ladder.level(kept).double() - level).abs().max()) for kept, level in levels.items())
         cells = (f"{outputs} x {inputs}, {size} columns each", "yes" if same else "no", f"{largest:.1e}", f"{rounded:.1e}")
         rows.append(Row(cells, same and largest <= EXACT))
     remark = (
@@ -155,8 +155,8 @@ def quarter(bench: Bench) -> Section:
         matrices, began = {}, time.perf_counter()
         for name, structure in found.items():
             kept = round(KEPT * structure.num)
-            ladder = importances.get(importance).ladder(bench.run.model.get_parameter(name).detach(), moments[name], 1, [kept])
-            matrices[name] = ladder.weights[kept]
+            ladder = importances.get(importance).ladder(bench.run.model.get_parameter(name).detach(), moments[name], 1)
+            matrices[name] = ladder.level(kept)
         seconds = time.perf_counter() - began
         quality = bench.with_matrices(matrices)
         rises[importance] = quality.perplexity - original

@@ -7,7 +7,6 @@ projection, one channel or several in the feed-forward's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +17,27 @@ from anyfit.calibration.statistics import DAMPING
 
 @dataclass(frozen=True)
 class Ladder:
-    """`order` (structures,) int64: the structure removed last comes first, so that every kept set is the beginning of it.
+    """What is left of `weight` (outputs, inputs) float32 when few of its structures are kept, made when it is asked for: all levels
+    together take many times what the matrix does.
 
-    `weights` {number of kept structures: (outputs, inputs) float32}: columns in the matrix's own order, removed ones exactly zero.
-    `errors` {number of kept structures: expected squared error of all outputs}, tr(D M Dᵀ) with D what the weights lost and M the
-    mean of x xᵀ over the calibration inputs; 0 where all are kept.
+    `order` (structures,) int64: the structure removed last comes first, so that every kept set is the beginning of it. `repair`: where
+    the kept columns make good what the removed ones gave.
     """
 
     order: Tensor
-    weights: dict[int, Tensor]
-    errors: dict[int, float]
+    weight: Tensor
+    repair: Repair | None
+
+    def level(self, kept: int) -> Tensor:
+        """(outputs, inputs) float32, columns in the matrix's own order, removed ones exactly zero; the matrix itself where all stay."""
+        structures, inputs = len(self.order), self.weight.shape[1]
+        assert 0 <= kept <= structures, f"{kept} of {structures} structures"
+        if kept == structures:
+            return self.weight
+        columns = _columns(self.order[:kept], inputs // structures)
+        level = torch.zeros_like(self.weight)
+        level[:, columns] = self.weight[:, columns] if self.repair is None else self.repair.keeping(len(columns)).float()
+        return level
 
 
 class Importance(ABC):
@@ -41,8 +51,8 @@ class Importance(ABC):
         """(structures,) int64, see `Ladder.order`. The arguments are those of `ladder`, and aren't changed. Deterministic: of equals
         the first is kept."""
 
-    def ladder(self, weight: Tensor, moments: Tensor, size: int, kept: Iterable[int]) -> Ladder:
-        """The order of the structures and the weights for each of these numbers of kept ones, 0 allowed.
+    def ladder(self, weight: Tensor, moments: Tensor, size: int) -> Ladder:
+        """The order of the structures, and the weights for any number of kept ones.
 
         `weight` (outputs, inputs) float32: the matrix that reads the structures. `moments` (inputs, inputs): mean of x xᵀ, symmetric.
         `size`: columns of a structure, which lie side by side.
@@ -50,20 +60,7 @@ class Importance(ABC):
         structures = _num_structures(weight, moments, size)
         order = self.order(weight, moments, size)
         assert order.sort().values.tolist() == list(range(structures)), "an order names every structure once"
-        columns = (order[:, None] * size + torch.arange(size)).flatten()
-        solved = Repair.of(weight, moments, columns) if self.repairs else None
-        weights: dict[int, Tensor] = {}
-        errors: dict[int, float] = {}
-        for number in sorted(set(kept)):
-            assert 0 <= number <= structures, f"{number} of {structures} structures"
-            remaining = weight.clone()
-            if number < structures:
-                stay, removed = columns[: number * size], columns[number * size :]
-                remaining[:, removed] = 0
-                if solved is not None:
-                    remaining[:, stay] = solved.keeping(len(stay)).float()
-            weights[number], errors[number] = remaining, squared_error(weight - remaining, moments)
-        return Ladder(order, weights, errors)
+        return Ladder(order, weight, Repair.of(weight, moments, _columns(order, size)) if self.repairs else None)
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,10 @@ def squared_error(difference: Tensor, moments: Tensor) -> float:
 def by_score(scores: Tensor) -> Tensor:
     """Structures by falling score; of equals the first comes first."""
     return scores.argsort(descending=True, stable=True)
+
+
+def _columns(structures: Tensor, size: int) -> Tensor:
+    return (structures[:, None] * size + torch.arange(size)).flatten()
 
 
 def _num_structures(weight: Tensor, moments: Tensor, size: int) -> int:
