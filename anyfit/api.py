@@ -17,7 +17,8 @@ from anyfit.calibration.data import PURPOSES, Segments, held_out, is_named, load
 from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import BYTES, Budget
+from anyfit.core.budget import BYTES, LATENCY, MACS, Budget
+from anyfit.core.config import format_of
 from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.core.files import refuse_existing
@@ -153,8 +154,7 @@ def prepare(
         all_formats.get(name)
         if name not in runtime.formats:
             raise UserError(f"{target} doesn't load the format {name}.", remedy=f"It loads: {', '.join(runtime.formats)}.")
-    if method.quantizer is not None:
-        quantizers.get(method.quantizer)
+    quantizers.get(method.quantizer)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
     data = _data(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
@@ -281,18 +281,22 @@ def plan(
     """
     progress = progress or Silent()
     if budget is not None:
-        Budget.parse(budget, original={BYTES: 1.0})
+        Budget.parse(budget, original=dict.fromkeys((BYTES, LATENCY, MACS), 1.0))
     run = prepare(model, progress=progress, **wishes)
     space = run.space
     if budget is not None:
-        require(space, Budget.parse(budget, original={BYTES: run.checkpoint.bytes_}))
+        require(space, Budget.parse(budget, original=space.original(run.checkpoint.bytes_)))
+    if saturation and run.structures:
+        raise UserError(
+            f"Saturation is about rounding, and {run.settings.recipe} is about parts.", remedy="Leave it out, or take --recipe gptq."
+        )
     run.checkpoint.check_finite(progress)
     needs = estimates.needs(run)
     return Plan(
         model=run.checkpoint.name,
         target=run.settings.target,
         recipe=run.settings.recipe,
-        formats=tuple(space.formats()),
+        formats=tuple(dict.fromkeys(map(format_of, space.formats()))),
         num_parameters=space.num_parameters,
         original_bytes=run.checkpoint.bytes_,
         smallest_bytes=space.bytes_(space.smallest()),

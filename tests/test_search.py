@@ -123,6 +123,20 @@ def test_a_budget_that_is_just_met_is_met(seed: int) -> None:
         assert table.predict(space, solver.solve(Budget((("bits", bits),), ""))) <= table.predict(space, config) * (1 + 1e-9)
 
 
+def test_a_limit_that_leaves_nothing() -> None:
+    """Multiply-adds that are all fixed, and bytes that the best without more of them don't fit."""
+    weight = Weight("w", (1, 1), "q", "w", 0)
+    choices = {"a": [(10, 0, 3.0), (20, 0, 1.0)], "b": [(10, 5, 1.0), (30, 0, 4.0)]}
+    decisions = [
+        Decision(Unit(unit, (weight,)), tuple(Choice(str(size), size, size, {"macs": macs}) for size, macs, _ in own))
+        for unit, own in choices.items()
+    ]
+    space = Space(tuple(decisions), 0, 0, 1, {"macs": 7.0})
+    table = Table(dict.fromkeys(choices, 1.0), {unit: {str(size): score for size, _, score in own} for unit, own in choices.items()})
+    found = solve(space, table, Budget((("bytes", 45.0), ("macs", 7.0)), "both"))
+    assert found.chosen == {"a": "10", "b": "30"}
+
+
 def test_a_whole_frontier_of_a_large_problem_takes_a_second() -> None:
     space, table = random_problem(9, num_units=200, num_choices=14)
     sizes = np.geomspace(space.bytes_(space.smallest()), space.bytes_(space.largest()), 64)

@@ -79,6 +79,10 @@ class Space:
         others = {name: self._total(name, [d.choice(config[d.key]).others[name] for d in self.decisions]) for name in self.others}
         return {BYTES: self.bytes_(config), BITS: self.bits(config), **others}
 
+    def original(self, bytes_: int) -> dict[str, float]:
+        """What percentages and speed-ups are taken of: `bytes_` of the original's weight files, and what else the largest config costs."""
+        return {**self.costs(self.largest()), BYTES: bytes_}
+
     def _total(self, cost: str, added: Iterable[float]) -> float:
         """What is fixed and what is added of a cost besides bytes and bits, counted in whole units."""
         return sum(units(cost, value) for value in (self.others[cost], *added)) * WHOLE.get(cost, 1)
@@ -119,7 +123,9 @@ class Space:
         return [name for name in self.formats() if name in known]
 
     def least(self, cost: str) -> float:
-        """The least that a config can have of a cost besides bits."""
+        """The least that a config can have of a cost."""
+        if cost == BITS:
+            return 8 * (self.fixed_stored_bytes + sum(min(c.stored_bytes for c in d.choices) for d in self.decisions)) / self.num_parameters
         if cost == BYTES:
             return self.fixed_bytes + sum(min(c.bytes_ for c in d.choices) for d in self.decisions)
         return self._total(cost, [min(c.others[cost] for c in d.choices) for d in self.decisions])

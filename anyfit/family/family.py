@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source, read_config
-from anyfit.core.budget import BYTES, Budget
+from anyfit.core.budget import Budget
 from anyfit.core.config import FORMAT, Config, format_of
 from anyfit.core.errors import FamilyError, OutputError
 from anyfit.core.files import output_error, refuse_existing, written_aside
@@ -143,7 +143,7 @@ class Family:
         """Read a budget; percentages are of the original's weight files, or of what else the whole network costs."""
         if isinstance(text, Budget):
             return text
-        return Budget.parse(text, original={**self.space.costs(self.space.largest()), BYTES: self.original.bytes_})
+        return Budget.parse(text, original=self.space.original(self.original.bytes_))
 
     def select(self, budget: str | Iterable[str] | Budget) -> Point:
         """The best config within the budget.

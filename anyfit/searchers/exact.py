@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from anyfit.core.budget import BITS, LATENCY, MACS, Budget
+from anyfit.core.budget import BITS, BYTES, LATENCY, MACS, Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Space
@@ -17,8 +17,8 @@ from anyfit.scores.table import Table
 from anyfit.searchers.knapsack import Hull, optimum, surrogate
 from anyfit.searchers.problem import Problem
 
-_SLACK = 1e-6
-"""Of a limit, left to the tolerance of the mixed-integer solver."""
+_SLACKS = (0.0, 1e-6)
+"""Of a limit, left to the tolerance of the mixed-integer solver; the second where its solution for the first is over the limit by that."""
 
 
 def solve(space: Space, table: Table, budget: Budget) -> Config:
@@ -45,11 +45,11 @@ class Solver:
 
     def __init__(self, space: Space, table: Table) -> None:
         self.problem = Problem.of(space, table)
-        self._known = space.costs(space.smallest()).keys()
 
     @cached_property
     def _hulls(self) -> dict[str, Hull]:
-        return {cost: Hull.of(self.problem.unit, self.problem.score, self.problem.sizes(cost)) for cost in self._known}
+        costs = (BYTES, BITS, *self.problem.space.others)
+        return {cost: Hull.of(self.problem.unit, self.problem.score, self.problem.sizes(cost)) for cost in costs}
 
     def solve(self, budget: Budget) -> Config:
         """The config of least score whose costs are within `budget`. Raises `BudgetError` where no config is."""
@@ -76,24 +76,27 @@ class Solver:
         num, units = len(problem.unit), len(problem.space.decisions)
         one_each = csr_array((np.ones(num), (problem.unit, np.arange(num))), shape=(units, num))
         scale = np.maximum(np.abs(left), 1)
-        within = LinearConstraint(sizes / scale[:, None], -np.inf, left / scale - _SLACK)
-        solved = milp(
-            problem.score / max(problem.score.max(), 1e-300),
-            constraints=[LinearConstraint(one_each, 1, 1), within],
-            integrality=np.ones(num),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0},
-        )
-        if solved.x is None:
-            raise BudgetError(
-                f"The budget {budget.text!r} can't be met: each of its limits can, but not all at once.", remedy="Give more of one of them."
+        for slack in _SLACKS:
+            solved = milp(
+                problem.score / max(problem.score.max(), 1e-300),
+                constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes / scale[:, None], -np.inf, left / scale - slack)],
+                integrality=np.ones(num),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": 0},
             )
-        return np.flatnonzero(solved.x > 0.5)
+            if solved.x is None:
+                break
+            found = np.flatnonzero(solved.x > 0.5)
+            if (sizes[:, found].sum(1) <= left).all():
+                return found
+        raise BudgetError(
+            f"The budget {budget.text!r} can't be met: each of its limits can, but not all at once.", remedy="Give more of one of them."
+        )
 
 
 def require(space: Space, budget: Budget) -> None:
     """Raises `BudgetError` where not even the smallest config is within `budget`, or the space doesn't know one of its costs."""
-    costs = space.costs(space.smallest())
+    costs = {BYTES, BITS, *space.others}
     for cost, _ in budget.limits:
         if cost == LATENCY and cost not in costs:
             raise BudgetError(
@@ -105,7 +108,7 @@ def require(space: Space, budget: Budget) -> None:
                 f"The budget {budget.text!r} bounds {cost}, which are the same for every choice here.",
                 remedy="Fit with a recipe that prunes: anyfit fit --recipe ziplm.",
             )
-    least = {cost: costs[BITS] if cost == BITS else space.least(cost) for cost, _ in budget.limits}
+    least = {cost: space.least(cost) for cost, _ in budget.limits}
     if all(least[cost] <= bound for cost, bound in budget.limits):
         return
     possible = " and ".join(_exactly(cost, least[cost]) for cost, _ in budget.limits)

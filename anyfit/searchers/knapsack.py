@@ -77,7 +77,10 @@ def _corners(weight: list[float], score: list[float]) -> list[tuple[int, float, 
 
 def surrogate(sizes: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, float]:
     """All limits as one that is never stricter: a weight for each choice, and its bound."""
-    return (sizes[0], float(left[0])) if len(sizes) == 1 else ((sizes / left[:, None]).sum(0), float(len(sizes)))
+    if len(sizes) == 1:
+        return sizes[0], float(left[0])
+    scale = np.maximum(left, 1)  # a limit may leave nothing
+    return (sizes / scale[:, None]).sum(0), float((left / scale).sum())
 
 
 def optimum(unit: np.ndarray, score: np.ndarray, sizes: np.ndarray, left: np.ndarray, hull: Hull) -> np.ndarray:
