@@ -32,6 +32,8 @@ from anyfit.tuning.refining import Refinery
 NUM_FINALISTS = 7
 """Budgets, evenly spaced in the logarithm of the size, whose best configs are measured; besides, one for the size
 of each uniform setting."""
+MOST_TIMES_SMALLER = 1000
+"""Than the largest of these sizes is the smallest, should a network of no parts take no time."""
 NEGLIGIBLE = 3e-5
 """Nats per token: a larger config than the first below this has nothing left to gain."""
 NUM_REFINED = 2
@@ -117,8 +119,8 @@ class Finalists:
         best = hull(self.space, self.table)
         enough = next((config for config in best if self.table.predict(self.space, config) < NEGLIGIBLE), best[-1])
         smallest, largest = self._size(best[0]), self._size(enough)
-        whole = WHOLE.get(self.space.scale, 1)
-        return [units(self.space.scale, size) * whole for size in np.geomspace(smallest, largest, NUM_FINALISTS)], smallest, largest
+        whole, ladder = WHOLE.get(self.space.scale, 1), np.geomspace(max(smallest, largest / MOST_TIMES_SMALLER), largest, NUM_FINALISTS)
+        return [units(self.space.scale, size) * whole for size in ladder], smallest, largest
 
     def _size(self, config: Config) -> float:
         return self.space.costs(config)[self.space.scale]

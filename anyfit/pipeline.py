@@ -170,6 +170,12 @@ class Fit:
         """What wasn't timed in a format of its own is counted as dense."""
         if self.latency is None:
             return None
+        if dense not in self.latency.whole:
+            timed_in = ", ".join(self.latency.whole)
+            raise UserError(
+                f"Latencies were measured in {timed_in}, and this network is stored in {dense}.",
+                remedy=f"Measure again with --formats {dense}.",
+            )
         table, kinds = self.latency, {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
 
         def timed(format_: str) -> str:
@@ -259,7 +265,6 @@ class Fit:
 
     @property
     def quantizer(self) -> Quantizer:
-        assert self.recipe.quantizer is not None, self.recipe.name
         return quantizers.get(self.recipe.quantizer)
 
     def train(self, store: Store) -> None:
@@ -364,8 +369,6 @@ class Fit:
 
     def coverage(self) -> tuple[tuple[str, str, str], ...]:
         """(unit or tensor, format, reason) for everything that is not treated as asked."""
-        if self.structures:
-            return tuple(coverage(self.space))
         kept = [(name, "", reason) for name, reason in uncovered(self.checkpoint.skeleton(), self.weights).items()]
         lost = [(name, "", "stored in the checkpoint, but the network has no place for it") for name in self.checkpoint.unused]
         return (*coverage(self.space), *kept, *lost)

@@ -103,8 +103,9 @@ class LatencyTable:
         return self.modules[kind, size, format_]
 
     def rest(self, format_: str) -> float:
-        """What the whole network takes besides its modules."""
-        return self.whole[format_] - self.shape.blocks * sum(self.ms(kind, self.shape.full(kind), format_) for kind in KINDS)
+        """What the whole network takes besides its modules; nothing where these by themselves were measured to take more."""
+        modules = self.shape.blocks * sum(self.ms(kind, self.shape.full(kind), format_) for kind in KINDS)
+        return max(0.0, self.whole[format_] - modules)
 
     def predict(self, format_: str, modules: Iterable[tuple[str, int]]) -> float:
         """What a network of these modules, (kind, size) each, takes."""

@@ -97,7 +97,8 @@ class OnnxRuntime(Target):
         whole = _cut_layout(graph, model, {}, {})
 
         def place(name: str, shape: torch.Size) -> Place:
-            return Place(replace(weights[name], shape=(shape[0], shape[1])), graph)
+            rows, columns = reversed(shape) if weights[name].transposed else shape
+            return Place(replace(weights[name], shape=(rows, columns)), graph)
 
         def bytes_(name: str, shape: torch.Size, format_: str) -> tuple[int, int]:
             slots = place(name, shape).slots(format_) if name in weights else (Slot(name, torch.float32, tuple(shape)),)

@@ -94,8 +94,8 @@ class Transformers(Target):
         return transformers_check.checks(layout_of(config.formats.values()), path, source, config, model, tokens)
 
     def storage(self, source: Source, formats: Sequence[str]) -> Storage:
-        """In the original's type alone."""
-        dense = _own_format(source) or "F32"
+        """In the original's type alone; in float32 where the original has several, so that none is rounded."""
+        dense = _dense(source)
         if others := [name for name in formats if name != dense]:
             raise UserError(
                 f"A folder that transformers loads has parts left out or {others[0]}, not both.",
@@ -111,7 +111,7 @@ class Transformers(Target):
         return Storage(dense, bytes_, lambda *_: None, files * EMPTY_BYTES)
 
     def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
-        return write_cut(path, source, cut.model, DTYPES[_own_format(source) or "F32"])
+        return write_cut(path, source, cut.model, DTYPES[_dense(source)])
 
     def check_cut(self, path: Path, source: Source, cut: Cut, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.cut_checks(path, source, cut.model, tokens)
@@ -254,6 +254,13 @@ def _loading_dtype(parts: Iterable[_Part], quantization: Mapping[str, Any] | Non
 def _own_format(source: Source) -> str | None:
     """The format that is the original's own type, by its config."""
     return next((name for name, dtype in DTYPES.items() if dtype == source.config.dtype), None)
+
+
+def _dense(source: Source) -> str:
+    """The format of a folder whose tensors all have one type."""
+    own = _own_format(source)
+    stored = {tensor.dtype for tensor in source.passthrough.values()}
+    return own if own and stored <= {DTYPES[own]} else "F32"
 
 
 def _substitute(held: Place, name: str, own: str | None) -> str:
