@@ -67,8 +67,7 @@ def refine(
     "cpu", "cuda" or "auto". `family` is up to date afterwards.
     """
     progress, where = progress or Silent(), devices.device(device)
-    method = recipes.get(family.manifest.recipe).quantizer
-    if method is None:
+    if family.pruned:
         raise UserError(
             f"{family.path} was pruned by {family.manifest.recipe}, and refining is about formats.", remedy="Refine a family of formats."
         )
@@ -83,7 +82,7 @@ def refine(
     text = family.text()
     references = {name: Reference.of(original, text[name]) for name in ("search", "report")}
     before = chosen.search or measure(stored, references["search"])
-    quantizer = quantizers.get(method)
+    quantizer = quantizers.get(recipes.get(family.manifest.recipe).quantizer)
     refinery = Refinery(
         original, architecture_of(original), quantizer, calibration=text["calibration"], held_out=references["search"], settings=settings
     )

@@ -59,8 +59,8 @@ class Recipe:
     about: str
     """What it does and when to choose it, in one paragraph."""
     score: str
-    quantizer: str | None = None
-    """What makes variants in formats; None where formats aren't what is decided."""
+    quantizer: str
+    """What makes variants in formats."""
     pruning: str | None = None
     """The importance by which heads and channels are taken out."""
     training: Training | Tuning | Nesting | None = None
