@@ -123,12 +123,12 @@ class CalibrationPass(ABC):
     def _todo(self) -> dict[int, list[Matrices]]:
         """What is missing, by where its input is seen; groups in the order of the network."""
         found: dict[int, list[Matrices]] = {}
-        for group in self._groups():
+        for group in self.groups():
             if not all(self.store.has(weight.name) for weight in group):
                 found.setdefault(self.stream.seen(group[0]), []).append(group)
         return found
 
-    def _groups(self) -> list[Matrices]:
+    def groups(self) -> list[Matrices]:
         """Neighbours that read the same input and have the same choices: encoded as one matrix, being rows of one."""
         weights = [weight for decision in self.space.decisions for weight in decision.unit.weights]
         groups = groupby(weights, key=lambda weight: (weight.input or weight.name, self.choices[weight.name]))

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +28,7 @@ from anyfit.core.errors import UserError
 from anyfit.core.memory import Peak, release
 from anyfit.core.space import Decision
 from anyfit.core.units import Weight
+from anyfit.distributed import ALONE
 from anyfit.encoding import NUMBERS_AT_ONCE, Encoding, variants, works
 from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
@@ -218,8 +219,8 @@ class _Rehearsal:
         kept = sum(kept_bytes(tokens[name], run.checkpoint.config.vocab_size) for name in ("search", "report"))
         self.memory = max(self.memory, peak.bytes_ + kept)
         each = self.tokens.numel()
-        # Every format alone, and an optimum of its size; those of the smallest and the largest are among the finalists, or the same.
-        num_configs = NUM_FINALISTS + 2 * max(0, len(run.space.formats()) - 2)
+        # Every uniform setting, and an optimum of its size; those of the smallest and the largest are among the finalists, or the same.
+        num_configs = NUM_FINALISTS + 2 * max(0, len(run.space.uniforms()) - 2)
         reading = embedding + head + stream.num_blocks * forward
         probed = NUM_PROBE_SEGMENTS * run.settings.length
         held_out = tokens["search"] + tokens["report"]
@@ -237,19 +238,16 @@ class _Rehearsal:
         """Seconds to make all variants."""
         made = self.run.calibration_pass(self.store, self.stream, self.tokens)
         if isinstance(made, Structuring):
-            return self._pruned(made, moments)
+            return self._pruned(made, weights, moments)
         assert isinstance(made, Encoding)
         return self._encoded(made, weights, moments)
 
-    def _pruned(self, pruning: Structuring, moments: dict[str, Moments]) -> float:
-        """Seconds to prune everything: the matrices of one block."""
-        spent = {}
-        with self.run.progress.stage(pruning.name, 0) as stage, pruning.encoder(stage) as encoder:
-            for key in list(moments):
-                weight = next((s.reader for s in pruning.structures.values() if s.reader.input == key), None)
-                if weight is not None:
-                    spent[weight.role] = _timed(partial(encoder.encode, [[weight]], {key: moments.pop(key)}))[1]
-        return sum(spent[structure.reader.role] for structure in pruning.structures.values())
+    def _pruned(self, pruning: Structuring, weights: list[Weight], moments: dict[str, Moments]) -> float:
+        """Seconds to prune and encode all blocks: those of one, all that it holds, times their number. No other process takes part."""
+        alone = replace(pruning, group=ALONE)
+        groups = [group for group in alone.groups() if group[0] in weights]
+        with self.run.progress.stage(alone.name, 0) as stage, alone.encoder(stage) as encoder:
+            return self.stream.num_blocks * _timed(lambda: encoder.encode(groups, moments))[1]
 
     def _encoded(self, encoding: Encoding, weights: list[Weight], moments: dict[str, Moments]) -> float:
         """Seconds to encode everything: the inputs of one block, and some rows on each of them in each format, as many at once as in
