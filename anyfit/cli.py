@@ -285,7 +285,7 @@ def show(
     document = summary.family_json(opened) | {"page": str(opened.path / "report.html")}
     shown: list[RenderableType] = [_headline(opened), tables.frontier(opened, chosen)]
     if chosen:
-        document["chosen"] = summary.point_json(opened, chosen) | {"formats": chosen.config.formats}
+        document["chosen"] = summary.point_json(opened, chosen) | {"formats": chosen.config.chosen}
         shown += [f"\n{opened.budget(budget or [])}: {summary.described(opened, chosen)}", tables.layers(opened, chosen.config)]
     if opened.coverage:
         shown += ["", tables.refusals(opened.coverage)]

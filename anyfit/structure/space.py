@@ -95,7 +95,7 @@ class Pruning:
             fixed_bytes=storage.fixed_bytes + sum(size for size, _ in added),
             fixed_stored_bytes=sum(size for _, size in added),
             num_parameters=sum(tensor.numel() for tensor in _stored(whole).values()),
-            others={MACS: float(_head_macs(whole, self.architecture)), **latency},
+            others={MACS: float(sum(w.num_weights for w in self.weights if w.block is None and w.input is not None)), **latency},
         )
 
     def _cut(self, halves: Mapping[str, set[str]]) -> dict[str, dict[int, dict[str, torch.Size]]]:
@@ -148,7 +148,7 @@ class Pruning:
                 refused[format_] = why
                 continue
             size, stored = storage.bytes_(weight.name, shape, format_)
-            head = weight.input is not None
+            head = weight.input == "head"
             latency = {} if self.measured is None else {LATENCY: self.measured.rest(format_) if head else 0.0}
             choices.append(Choice(format_, size, stored, {MACS: 0.0, **latency}))
         return Decision(Unit(weight.name, (weight,)), tuple(choices), refused=refused)
@@ -189,12 +189,3 @@ def _parameters(model: PreTrainedModel, architecture: Architecture, structure: S
 def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
     """Every tensor that a file holds, once, under its first name."""
     return passthrough(model, ())[0]
-
-
-def _head_macs(model: PreTrainedModel, architecture: Architecture) -> int:
-    """Multiply-adds a token of what is not in the blocks: the head, tied or not."""
-    if architecture.head is None:
-        return 0
-    weight = model.get_submodule(architecture.head).weight
-    assert isinstance(weight, Tensor)
-    return weight.numel()
