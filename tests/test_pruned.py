@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +23,16 @@ from anyfit.core.errors import BudgetError, ModelError, UserError
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting, Shape
 from anyfit.costs.probes import shape_of
 from anyfit.family import Family
+from anyfit.family.store import Store
+from anyfit.quantizers.base import Encoded
+from anyfit.refinement import refine
 from anyfit.structure.cutting import sizes
 from anyfit.structure.levels import STEP, kept_of, widths
-from anyfit.testing.models import save_tiny, tiny_text
+from anyfit.testing.models import save_tiny, tiny_text, tiny_tokenizer
 
 LENGTH = 32
+ASKED = {"target": "transformers", "recipe": "ziplm", "length": LENGTH, "segments": 8}
+MENU = ("F32", "F16", "int8_sym", "int4_asym", "int4_sym_g128")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(model: Path, text: Path, output: Path, **wishes: object) -> Family:
-    asked = {"target": "transformers", "recipe": "ziplm", "data": text, "length": LENGTH, "segments": 8, "effort": "low"}
-    return anyfit.fit(model, output=output, **{**asked, **wishes})  # type: ignore[arg-type]
+    return anyfit.fit(model, output=output, **{**ASKED, "data": text, "effort": "low", **wishes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,7 @@ def test_the_largest_is_the_original(family: Family, model: Path) -> None:
 def test_exported_folders_have_the_predicted_bytes_and_load(family: Family, tmp_path: Path, budget: str) -> None:
     made = family.export(budget, tmp_path / "small")
     assert all(check.passed for check in made.checks), made.checks
+    assert "trust_remote_code=True" in (tmp_path / "small" / "README.md").read_text()
     size = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
     assert size == made.bytes_ == made.point.bytes_ <= dict(family.budget(budget).limits)[BYTES]
 
@@ -192,6 +200,71 @@ def test_latencies_of_something_else_are_refused(model: Path, text: Path, family
         fitted(model, text, tmp_path / "no.family", recipe="gptq", latency=tmp_path / "latency.json")
     with pytest.raises(BudgetError, match="none was measured"):
         family.select("2ms")
+    AutoModelForCausalLM.from_pretrained(model).to(torch.bfloat16).save_pretrained(tmp_path / "halves")
+    tiny_tokenizer().save_pretrained(tmp_path / "halves")
+    with pytest.raises(UserError, match="measured in F32, and this network is stored in BF16"):
+        fitted(tmp_path / "halves", text, tmp_path / "no.family", latency=tmp_path / "latency.json")
+
+
+def test_plans_take_every_budget(model: Path, text: Path, tmp_path: Path) -> None:
+    made_table(model).write(tmp_path / "latency.json")
+    asked = {**ASKED, "data": text, "latency": tmp_path / "latency.json"}
+    assert anyfit.plan(model, budget=["1.5x", "macs <= 60%", "80%"], **asked).seconds > 0  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match=r"smallest possible is 1\.000 ms"):
+        anyfit.plan(model, budget="1000x", **asked)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Saturation is about rounding"):
+        anyfit.plan(model, saturation=True, **asked)  # type: ignore[arg-type]
+
+
+def test_parts_that_take_more_time_than_the_whole(model: Path, text: Path, tmp_path: Path) -> None:
+    """Times are measured, so that they may: nothing is left for the rest then, and a network of no parts takes no time."""
+    made_table(model, whole={"F32": 0.5}).write(tmp_path / "latency.json")
+    family = fitted(model, text, tmp_path / "no-rest.family", latency=tmp_path / "latency.json")
+    assert family.size(family.points[0]) == 0 < family.size(family.select("2x")) < family.size(family.select("1x"))
+
+
+def test_tensors_of_several_types_are_not_rounded(text: Path, tmp_path: Path) -> None:
+    """The config says halves, the file holds float32: the folder is as exact as the original."""
+    folder = save_tiny(tmp_path / "mixed")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    family = fitted(folder, text, tmp_path / "mixed.family")
+    made = family.export("70%", tmp_path / "small")
+    assert all(check.passed for check in made.checks), made.checks
+    assert family.point(family.space.largest()).plain_kl == 0
+
+
+def test_refining_is_about_formats(family: Family) -> None:
+    with pytest.raises(UserError, match="was pruned by ziplm"):
+        refine(family, "70%")
+
+
+def test_what_the_network_has_no_place_for_is_told(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "more")
+    save_file(load_file(folder / "model.safetensors") | {"spare": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+    run = prepare(folder, data=text, **ASKED)  # type: ignore[arg-type]
+    assert "spare" in [unit for unit, _, _ in run.coverage()]
+
+
+def test_as_many_variants_as_a_large_network_has(tmp_path: Path) -> None:
+    """The header of a file has room for them: 43 widths in five formats."""
+    store = Store(tmp_path)
+    (tmp_path / "variants").mkdir()
+    names = [f"width{kept} {format_}" for kept in widths(14336) for format_ in MENU]
+    with store.writing("model.layers.10.mlp.down_proj.weight", dict.fromkeys(names, (4096, 1))) as writing:
+        for index, name in enumerate(names):
+            writing.put(name, 0, Encoded(torch.full((4096, 1), index % 256, dtype=torch.uint8), torch.tensor([1 / 3], dtype=torch.float64)))
+    assert store.variant("model.layers.10.mlp.down_proj.weight", names[200]).eq(200).all()
+
+
+def test_matrices_that_are_stored_turned_have_their_own_sizes(text: Path, tmp_path: Path) -> None:
+    """GPT-2 keeps (inputs, outputs): groups run along the inputs, and these are what is left of the channels."""
+    pytest.importorskip("onnxruntime")
+    wishes = {**ASKED, "target": "onnxruntime", "formats": ["F32", "int4_sym_g128"], "data": text}
+    run = prepare(save_tiny(tmp_path / "gpt2", "gpt2"), **wishes)  # type: ignore[arg-type]
+    grouped = [c.name for d in run.space.decisions if d.axis == WIDTH for c in d.choices if format_of(c.name) != "F32"]
+    assert grouped and all((kept_of(name) or 1) % 128 == 0 for name in grouped)
 
 
 def _device_of(target: str) -> Device:
@@ -297,6 +370,9 @@ def test_limits_that_oppose_each_other() -> None:
         assert table.predict(space, found) == pytest.approx(min(table.predict(space, config) for config in within))
         solved += 1
     assert solved >= 4
+    for config in configs[::17]:  # limits that are just met
+        budget = Budget(tuple((cost, space.costs(config)[cost]) for cost in ("bytes", LATENCY)), "both")
+        assert table.predict(space, solve(space, table, budget)) <= table.predict(space, config) + 1e-9
 
 
 def test_configs_travel_as_json(family: Family) -> None:
