@@ -22,12 +22,16 @@ from anyfit.core.config import HEADS, WIDTH, Config, format_of
 from anyfit.core.errors import BudgetError, ModelError, UserError
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting, Shape
 from anyfit.costs.probes import shape_of
+from anyfit.elastic.extracted import InMemory
 from anyfit.family import Family
 from anyfit.family.store import Store
 from anyfit.quantizers.base import Encoded
 from anyfit.refinement import refine
-from anyfit.structure.cutting import sizes
+from anyfit.structure.cutting import cut, sizes
 from anyfit.structure.levels import STEP, kept_of, widths
+from anyfit.structure.space import kept_of_blocks
+from anyfit.targets.base import Cut
+from anyfit.targets.onnxruntime import _layout_of_cut
 from anyfit.testing.models import save_tiny, tiny_text, tiny_tokenizer
 
 LENGTH = 32
@@ -265,6 +269,14 @@ def test_matrices_that_are_stored_turned_have_their_own_sizes(text: Path, tmp_pa
     run = prepare(save_tiny(tmp_path / "gpt2", "gpt2"), **wishes)  # type: ignore[arg-type]
     grouped = [c.name for d in run.space.decisions if d.axis == WIDTH for c in d.choices if format_of(c.name) != "F32"]
     assert grouped and all((kept_of(name) or 1) % 128 == 0 for name in grouped)
+    # Blocks of different sizes share fewer constants in their graph than those of the whole network.
+    network, config = run.checkpoint.load(), Config({d.key: d.choices[index].name for index, d in enumerate(run.space.decisions[:4])})
+    kept = {name: torch.arange(kept_of(config[name, structure.axis]) or 0) for name, structure in run.structures.items()}
+    cut(network, run.architecture, kept_of_blocks(run.structures, kept, 2))
+    predicted = run.space.bytes_(Config({**config, **{d.key: "F32" for d in run.space.decisions[4:]}}))
+    assert _layout_of_cut(Cut(network, {}, Store(tmp_path).variant)).bytes_ <= predicted
+    found = InMemory(network).weight("transformer.h.1.mlp.c_fc.weight")
+    assert found is not None and found.transposed and found.shape == (kept_of(config["transformer.h.1.mlp.c_proj.weight", WIDTH]), 256)
 
 
 def _device_of(target: str) -> Device:

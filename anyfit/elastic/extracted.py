@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -74,8 +75,12 @@ class InMemory:
         self.model = model
 
     def weight(self, name: str) -> Weight | None:
-        """None: parameters are as the network has them."""
-        return None
+        """What is known of a matrix; None for anything else."""
+        return self._weights.get(name)
+
+    @cached_property
+    def _weights(self) -> dict[str, Weight]:
+        return {weight.name: weight for weight in architecture_of(self.model).weights(self.model)}
 
     def parameter(self, name: str) -> Tensor:
         return self.model.get_parameter(name)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TOKENS, LOGITS = "input_ids", "logits"
 _PREFIX = "network."
+_NAME_BYTES = 16
+"""What a constant's head and longer names for it take, at most."""
 _EXAMPLE = (2, 16)
 """Tokens that the exporter follows through the network. No size of 1: it would be taken for a constant."""
 
@@ -67,6 +69,14 @@ class Graph:
         from onnx import GraphProto
 
         return GraphProto(node=self.nodes, initializer=self.constants).SerializeToString(deterministic=True)
+
+    @property
+    def unshared_bytes(self) -> int:
+        """What the graph would take more, at most, were every size in it a constant of its own for each node that reads it."""
+        from onnx import TensorProto
+
+        whole = [constant for constant in self.constants if constant.data_type == TensorProto.INT64]
+        return sum(max(0, len(self._readers.get(constant.name, ())) - 1) * (constant.ByteSize() + _NAME_BYTES) for constant in whole)
 
     @cached_property
     def by_name(self) -> dict[str, NodeProto]:

@@ -108,9 +108,9 @@ class OnnxRuntime(Target):
         def refuses(name: str, shape: torch.Size, format_: str) -> str | None:
             return place(name, shape).refuses(format_) if name in weights else None
 
-        # The graph of a cut network is no longer than this one's.
+        # The graph of a cut network has no other nodes than this one's, but blocks of different sizes don't share constants.
         sizes = sum(bytes_(slot.name, torch.Size(slot.shape), "F32")[0] for slot in whole.slots)
-        return Storage("F32", bytes_, refuses, whole.bytes_ - sizes)
+        return Storage("F32", bytes_, refuses, whole.bytes_ - sizes + graph.unshared_bytes)
 
     def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
         layout, numbers = _layout_of_cut(cut), dict(cut.model.named_parameters())
