@@ -32,10 +32,11 @@ from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
-from anyfit.recipes.base import Nesting
+from anyfit.recipes.base import Nesting, Recipe
 from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
+from anyfit.targets.base import Target
 from anyfit.tasks.language import Quality, Reference, measure
 from anyfit.training import MOST_BITS, decided, nested_sizes
 from anyfit.zoo import DATA, MODEL
@@ -147,13 +148,7 @@ def prepare(
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
     method = recipes.get(recipe)
-    wanted = method.formats.get(target, runtime.menu(diligence)) if formats is None else tuple(dict.fromkeys(formats))
-    if not wanted and method.pruning is None:
-        raise UserError("No format was named.", remedy=f"{target} loads: {', '.join(runtime.formats)}.")
-    for name in wanted:
-        all_formats.get(name)
-        if name not in runtime.formats:
-            raise UserError(f"{target} doesn't load the format {name}.", remedy=f"It loads: {', '.join(runtime.formats)}.")
+    wanted = _wanted(method, runtime, diligence, formats)
     quantizers.get(method.quantizer)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
     data = _data(data, embedded=model is None)
@@ -180,25 +175,43 @@ def prepare(
     reason = runtime.supports(run.source)
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
-    if isinstance(method.training, Nesting):
-        nested_sizes(decided(run.space, method.training))
-    elif method.training and not decided(run.space, method.training):
-        raise UserError(
-            f"{recipe} has nothing to train: no matrix in the blocks of {checkpoint.name} can have a format of at most {MOST_BITS:g} bits "
-            "that it trains.",
-            remedy="Name such formats, or take --recipe gptq.",
-        )
-    if method.needs and not set(method.needs) & set(run.space.formats()):
-        raise UserError(
-            f"{recipe} is about {', '.join(method.needs)}, and none of these is a choice here.",
-            remedy=f"Take --target {' or '.join(method.formats)} and leave out --formats, or take --recipe gptq.",
-        )
+    _require_subject(method, run)
     most = num_batches(run.segments.num_tokens("calibration") // length, length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
     if not any(weight.block is not None for decision in run.space.decisions for weight in decision.unit.weights):
         raise ModelError(f"{checkpoint.name} has no blocks.", remedy="Check num_hidden_layers in its config.json.")
     return run
+
+
+def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[str] | None) -> tuple[str, ...]:
+    """The formats to choose from, as named or as the recipe and the target have them. Raises `UserError` for what isn't loaded."""
+    found = method.formats.get(runtime.name, runtime.menu(effort)) if formats is None else tuple(dict.fromkeys(formats))
+    loaded = f"It loads: {', '.join(runtime.formats)}."
+    if not found and method.pruning is None:
+        raise UserError(f"No format was named for {runtime.name}.", remedy=loaded)
+    for name in found:
+        all_formats.get(name)
+        if name not in runtime.formats:
+            raise UserError(f"{runtime.name} doesn't load the format {name}.", remedy=loaded)
+    return found
+
+
+def _require_subject(method: Recipe, run: Fit) -> None:
+    """Raises `UserError` where a recipe has nothing to work on among a run's choices."""
+    if isinstance(method.training, Nesting):
+        nested_sizes(decided(run.space, method.training))
+    elif method.training and not decided(run.space, method.training):
+        raise UserError(
+            f"{method.name} has nothing to train: no matrix in the blocks of {run.checkpoint.name} can have a format of at most "
+            f"{MOST_BITS:g} bits that it trains.",
+            remedy="Name such formats, or take --recipe gptq.",
+        )
+    if method.needs and not set(method.needs) & set(run.space.formats()):
+        raise UserError(
+            f"{method.name} is about {', '.join(method.needs)}, and none of these is a choice here.",
+            remedy=f"Take --target {' or '.join(method.formats)} and leave out --formats, or take --recipe gptq.",
+        )
 
 
 def _latencies(path: str | Path, checkpoint: Checkpoint, target: str, recipe: str) -> LatencyTable:

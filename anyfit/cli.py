@@ -6,123 +6,33 @@ Nothing heavy is imported before a command needs it. The answer goes to standard
 
 from __future__ import annotations
 
-import errno
-import functools
-import json
-import sys
 import webbrowser
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anyfit import options
+from anyfit.answers import Answer, app, command, run
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.effort import Effort
-from anyfit.core.errors import OutputError, UnknownNameError, UserError
-from anyfit.core.files import output_error, refuse_existing
+from anyfit.core.errors import UnknownNameError, UserError
+from anyfit.core.files import refuse_existing
 from anyfit.core.registry import Registry
 from anyfit.formats import formats as all_formats
-from anyfit.progress import duration, speaks, to_stderr
+from anyfit.progress import duration, to_stderr
 from anyfit.recipes import recipes as all_recipes
 from anyfit.targets import targets as all_targets
+
+__all__ = ["app", "run"]
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from anyfit.calibration.saturation import Saturation
     from anyfit.family import Family
-
-USER_ERROR, INTERRUPTED = 2, 130
-_KEPT_BY = {"fit": "What is finished is kept: the same command goes on from there."}
-
-app = typer.Typer(
-    help="Train once. Fit any budget: one run turns a network into a family, and any size is taken from it in seconds.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command found out: the document for `--json`, and what a person is shown instead."""
-
-    document: Any
-    shown: tuple[RenderableType, ...]
-
-
-def run(arguments: Sequence[str]) -> None:
-    """Run the command line and exit. With `--json`, what is wrong with the options themselves is a document, too."""
-    try:
-        app(arguments, prog_name="anyfit")
-    except SystemExit as end:
-        # Only click's usage errors have this; typer brings a click of its own, so their class can't be imported.
-        message = getattr(end.__context__, "format_message", None)
-        if message and "--json" in arguments:
-            _print_error(message(), "See --help.")
-        raise
-
-
-def _command(function: Callable[..., Answer]) -> Callable[..., None]:
-    """Make `function` a command. Prints its answer, by its option `json_`, and turns errors into exit codes."""
-
-    @app.command()
-    @functools.wraps(function)
-    def guarded(**given: Any) -> None:
-        as_json = given["json_"]
-        try:
-            with redirect_stdout(sys.stderr):
-                answer = function(**given)
-        except UserError as error:
-            _fail(error, as_json)
-        except OSError as error:
-            _fail(_user_error(error), as_json)
-        except KeyboardInterrupt:
-            kept = _KEPT_BY.get(function.__name__, "Nothing was written.")
-            print(f"\nStopped. {kept}", file=sys.stderr)
-            if as_json:
-                _print_error("interrupted", kept)
-            raise typer.Exit(INTERRUPTED) from None
-        if speaks():
-            _print(answer, as_json)
-
-    return guarded
-
-
-def _fail(error: UserError, as_json: bool) -> NoReturn:
-    print("\n  ".join(filter(None, (f"error: {error.problem}", error.remedy))), file=sys.stderr)
-    if as_json:
-        _print_error(error.problem, error.remedy)
-    raise typer.Exit(USER_ERROR) from error
-
-
-def _print_error(problem: str, remedy: str) -> None:
-    print(json.dumps({"error": problem, "remedy": remedy}, ensure_ascii=False))
-
-
-def _user_error(error: OSError) -> UserError:
-    """What the file system refused, if that is the user's to mend; else the error is ours and is raised again."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return output_error(error, Path(error.filename or "the output"))
-    if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-        return OutputError(f"{error.filename}: {error.strerror}.", remedy="Check the path and its permissions.")
-    raise error
-
-
-def _print(answer: Answer, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(answer.document, indent=1, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-    for part in answer.shown:
-        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _names(given: Iterable[str] | None) -> list[str] | None:
@@ -150,7 +60,7 @@ def main(show_version: Annotated[bool, typer.Option("--version", is_eager=True, 
         raise typer.Exit
 
 
-@_command
+@command
 def plan(
     model: options.Model = None,
     data: options.Data = None,
@@ -214,7 +124,7 @@ def _saturation(found: Saturation | None) -> list[RenderableType]:
     return [tables.listing(rows, "segments", "tokens", "error on held-out text"), found.verdict]
 
 
-@_command
+@command
 def fit(
     model: options.Model = None,
     data: options.Data = None,
@@ -269,7 +179,7 @@ def fit(
     return Answer(summary.family_json(family), (_headline(family), tables.frontier(family), _page(family), *_next(family)))
 
 
-@_command
+@command
 def show(
     family: options.FamilyPath,
     budget: options.MaybeBudgets = None,
@@ -294,7 +204,7 @@ def show(
     return Answer(document, (*shown, *opened.notes, _page(opened)))
 
 
-@_command
+@command
 def export(
     family: options.FamilyPath,
     budget: options.Budgets,
@@ -319,7 +229,7 @@ def export(
     return Answer(made.to_json(), (headline, summary.described(opened, made.point), *([checks] if made.checks else ["Not loaded back."])))
 
 
-@_command
+@command
 def refine(
     family: options.FamilyPath,
     budget: options.Budgets,
@@ -346,7 +256,7 @@ def refine(
     return Answer(document, (outcome, summary.described(opened, made.point)))
 
 
-@_command
+@command
 def extract(
     family: options.FamilyPath,
     budget: options.Budgets,
@@ -367,7 +277,7 @@ def extract(
     return Answer(document, (f"{path}: as exported for {opened.target}, {summary.described(opened, point)}",))
 
 
-@_command
+@command
 def evaluate(
     subject: Annotated[str, typer.Argument(help="A family (with --budget), a model folder or hub id, or a GGUF file.")],
     budget: options.MaybeBudgets = None,
@@ -402,7 +312,7 @@ def evaluate(
     return Answer(found.to_json(), tuple(shown))
 
 
-@_command
+@command
 def measure(
     model: options.Model = None,
     target: Annotated[str, typer.Option("--target", help="The runtime to time: see `anyfit targets`.")] = "onnxruntime",
@@ -446,7 +356,7 @@ def measure(
     return Answer(found.to_json(), (headline, tables.listing(rows, "module", "groups or width", "format", "ms")))
 
 
-@_command
+@command
 def targets(json_: options.Json = False) -> Answer:
     """The runtimes that models are written for."""
     from anyfit.report import tables
@@ -455,7 +365,7 @@ def targets(json_: options.Json = False) -> Answer:
     return Answer([{"name": name, "about": about} for name, about in rows], (tables.listing(rows, "target", "about"),))
 
 
-@_command
+@command
 def recipes(json_: options.Json = False) -> Answer:
     """The methods that make a family."""
     found = [all_recipes.get(name) for name in all_recipes]
@@ -463,7 +373,7 @@ def recipes(json_: options.Json = False) -> Answer:
     return Answer(document, tuple(f"{r.name}: {r.title} ({r.paper})\n{r.about}\n" for r in found))
 
 
-@_command
+@command
 def formats(json_: options.Json = False) -> Answer:
     """The ways in which weights are stored, with what they cost and who loads them."""
     from anyfit.report import tables

@@ -54,6 +54,7 @@ from anyfit.structure.space import Measured, Pruning, structures
 from anyfit.structuring import Structuring
 from anyfit.structuring import table as structured_table
 from anyfit.targets import targets
+from anyfit.targets.base import CutTarget
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
 from anyfit.training import FOLDER as TRAINING
@@ -152,7 +153,7 @@ class Fit:
     def space(self) -> Space:
         if not self.structures:
             return self.target.space(self.source, self.weights, self.settings.formats)
-        storage = self.target.storage(self.source, self.settings.formats)
+        storage = CutTarget.of(self.target).storage(self.source, self.settings.formats)
         formats = list(dict.fromkeys([storage.dense, *self.settings.formats]))
         found = Pruning(
             self.source,
@@ -313,7 +314,7 @@ class Fit:
             return Table.load(path)
         tokens, sensitivity = self.segments.search[:NUM_PROBE_SEGMENTS], sensitivities.get(self.recipe.score)
         if self.structures:
-            dense = self.target.storage(self.source, self.settings.formats).dense
+            dense = CutTarget.of(self.target).dense(self.source)
             table = structured_table(self.elastic(store), store, self.structures, dense, sensitivity, tokens, self.progress)
         else:
             errors = self.errors(store)

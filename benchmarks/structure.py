@@ -29,6 +29,7 @@ from anyfit.core.errors import BudgetError
 from anyfit.core.space import Decision
 from anyfit.costs.latency import LatencyTable
 from anyfit.costs.stopwatch import pinned
+from anyfit.family import Point
 from anyfit.importance import importances, sparsity
 from anyfit.importance.base import Repair
 from anyfit.importance.wanda import weight_scores
@@ -40,6 +41,10 @@ from anyfit.searchers.exact import Solver
 from anyfit.targets import onnxruntime_session
 from anyfit.targets.onnx_graph import LOGITS, TOKENS
 from anyfit.tasks.language import Quality, Reference, measure
+
+Taken = Mapping[Config, float]
+"""Milliseconds."""
+Qualities = Mapping[Config, Quality]
 
 EXACT = 1e-10
 HALF = 0.5
@@ -216,22 +221,38 @@ def speed(batch: int, sequence: int) -> tuple[Section, Section]:
                 _write(family, point.config, configs[point.config])
         taken = dict(zip(configs, side_by_side(list(configs.values()), batch, sequence), strict=True))
         quality = _qualities(family, [*points.values(), *uniform, *searched])
-    original = family.original.report.perplexity
-    first = [
+    return _kept(family, table, points, taken, quality), _beaten(f"batch {batch}, {sequence} tokens", uniform, searched, taken, quality)
+
+
+def _kept(family: Family, table: LatencyTable, points: Mapping[str, Point], taken: Taken, quality: Qualities) -> Section:
+    """Speed-ups as they were asked for, predicted and measured."""
+    whole, setting = taken[family.space.largest()], table.setting
+    rows = [
         Row(
             (
                 asked,
                 f"{family.size(point):.3f}",
                 f"{taken[point.config]:.3f}",
                 f"{family.size(point) / taken[point.config] - 1:+.1%}",
-                f"{taken[largest] / taken[point.config]:.2f}x",
+                f"{whole / taken[point.config]:.2f}x",
                 f"{quality[point.config].kl_mean:.3f} / {quality[point.config].perplexity:.2f}",
             ),
-            taken[largest] / taken[point.config] >= float(asked[:-1]),
+            whole / taken[point.config] >= float(asked[:-1]),
         )
         for asked, point in points.items()
     ]
-    second = [
+    remark = (
+        f"The embedded default in {table.device.runtime}, {THREADS} thread: {whole:.3f} ms whole, {table.rest('F32'):.3f} ms of them "
+        f"outside attention and feed-forward; perplexity {family.original.report.perplexity:.2f}. Times are medians, all models taking "
+        "turns. A row holds where the measured speed-up is at least the one that was asked for. Nothing is trained."
+    )
+    header = ("asked for", "predicted ms", "measured ms", "predicted against measured", "measured speed-up", "KL / perplexity")
+    return Section(f"The speed that was asked for: batch {setting.batch}, {setting.sequence} tokens", header, rows, [remark])
+
+
+def _beaten(where: str, uniform: list[Point], searched: list[Point], taken: Taken, quality: Qualities) -> Section:
+    """Uniform sizes, and what is found for the time that they are predicted to take."""
+    rows = [
         Row(
             (
                 str(one.uniform),
@@ -243,26 +264,12 @@ def speed(batch: int, sequence: int) -> tuple[Section, Section]:
         )
         for one, other in zip(uniform, searched, strict=True)
     ]
-    where = f"batch {batch}, {sequence} tokens"
     remark = (
-        f"The embedded default in {table.device.runtime}, {THREADS} thread, {where}: {taken[largest]:.3f} ms whole, "
-        f"{table.rest('F32'):.3f} ms of them outside attention and feed-forward; perplexity {original:.2f}. Times are medians, all models "
-        "taking turns. A row holds where the measured speed-up is at least the one that was asked for. Nothing is trained."
-    )
-    header = ("asked for", "predicted ms", "measured ms", "predicted against measured", "measured speed-up", "KL / perplexity")
-    other = (
         "Uniform: the same density everywhere, the same weights to choose from. Searched: the best within the uniform one's predicted "
         "time. A row holds where it is closer to the original and measured to take no longer, within 2%."
     )
-    return (
-        Section(f"The speed that was asked for: {where}", header, first, [remark]),
-        Section(
-            f"Searched against uniform: {where}",
-            ("uniform", "ms: uniform / searched", "uniform KL / perplexity", "searched KL / perplexity"),
-            second,
-            [other],
-        ),
-    )
+    header = ("uniform", "ms: uniform / searched", "uniform KL / perplexity", "searched KL / perplexity")
+    return Section(f"Searched against uniform: {where}", header, rows, [remark])
 
 
 def joint() -> Section:
@@ -307,8 +314,9 @@ def _widest(decision: Decision) -> str:
 def _write(family: Family, config: Config, path: Path) -> None:
     """As `Family.export` does, of a config that no budget need lead to."""
     from anyfit.targets import targets
+    from anyfit.targets.base import CutTarget
 
-    targets.get(family.target).write_cut(path, family.source, family.cut(config))
+    CutTarget.of(targets.get(family.target)).write_cut(path, family.source, family.cut(config))
 
 
 def _qualities(family: Family, points: list) -> dict[Config, Quality]:

@@ -32,7 +32,7 @@ from anyfit.structure.cutting import cut, rows_of
 from anyfit.structure.levels import Structure, kept_of
 from anyfit.structure.space import kept_of_blocks, kept_structures, structures
 from anyfit.targets import targets
-from anyfit.targets.base import ALL, Check, Cut, Target, Variants
+from anyfit.targets.base import ALL, Check, Cut, CutTarget, Target, Variants
 from anyfit.targets.transformers import write_cut, write_dense
 
 
@@ -233,7 +233,7 @@ class Family:
 
     def cut(self, config: Config) -> Cut:
         """What is written of a config from which parts are left out."""
-        model, dense = self.extract(config), targets.get(self.target).storage(self.source, ()).dense
+        model, dense = self.extract(config), CutTarget.of(targets.get(self.target)).dense(self.source)
         architecture, whole = architecture_of(model), self.source.skeleton()
         kept, rows = self._kept(config), dict[str, torch.Tensor]()
         formats, readers = dict[str, str](), dict[str, str]()
@@ -293,7 +293,7 @@ class Family:
                     size = target.write(aside, self.source, self.space, point.config, self.variants(point.config))
                     assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
                 else:
-                    size = target.write_cut(aside, self.source, made)
+                    size = CutTarget.of(target).write_cut(aside, self.source, made)
                     assert size <= point.bytes_, f"predicted at most {point.bytes_} bytes, wrote {size}"
                 stage.advance()
             assert budget.allows(self.space.costs(point.config)), (size, budget)
@@ -328,7 +328,7 @@ class Family:
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     if cut is not None:
-                        checks = target.check_cut(path, self.source, cut, tokens)
+                        checks = CutTarget.of(target).check_cut(path, self.source, cut, tokens)
                     else:
                         extracted = Extracted(self.source, point.config, self._decoder(point.config), Path(folder))
                         checks = target.check(path, self.source, point.config, extracted, tokens)

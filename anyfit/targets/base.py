@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.effort import Effort
-from anyfit.core.errors import UserError
+from anyfit.core.errors import UnknownNameError, UserError
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.costs.stopwatch import Stopwatch
@@ -75,6 +75,14 @@ class Target(ABC):
         """The formats that `fit` makes unless told otherwise."""
         return (*self.default_formats, *(self.slow_formats if effort.slow_formats else ()))
 
+    def named(self, formats: Iterable[str]) -> list[str]:
+        """Each of these once. Raises `UnknownNameError` for one that the runtime doesn't load."""
+        found = list(dict.fromkeys(formats))
+        for name in found:
+            if name not in self.formats:
+                raise UnknownNameError(f"format of {self.name}", name, self.formats)
+        return found
+
     @abstractmethod
     def supports(self, source: Source) -> str | None:
         """Why the runtime can't run this network at all; None where it can."""
@@ -102,20 +110,6 @@ class Target(ABC):
         Returns the bytes that a budget counts, equal to `space.bytes_(config)`.
         """
 
-    def storage(self, source: Source, formats: Sequence[str]) -> Storage:
-        """How a network with parts left out is stored. Raises `UserError` where the target doesn't take any, or not in these formats
-        besides the dense one."""
-        raise UserError(f"{self.name} takes no networks with parts left out.", remedy="Take --target transformers, or onnxruntime.")
-
-    def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
-        """Write a network with parts left out to `path`, which doesn't exist yet; returns the bytes that a budget counts, at most
-        `Space.bytes_` of its config. `source`: the whole network's."""
-        raise NotImplementedError
-
-    def check_cut(self, path: Path, source: Source, cut: Cut, tokens: Tensor) -> tuple[Check, ...]:
-        """As `check`, of what `write_cut` wrote."""
-        raise NotImplementedError
-
     @abstractmethod
     def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
         """Audit the written file, load it in every reader at hand, and compare with the extracted `model`.
@@ -127,3 +121,31 @@ class Target(ABC):
     def stopwatch(self) -> Stopwatch | None:
         """What times networks in this runtime; None where this version has nothing that does."""
         return None
+
+
+class CutTarget(Target):
+    """A target that also takes networks with parts left out: attentions of fewer heads, narrower feed-forwards, or none."""
+
+    @classmethod
+    def of(cls, target: Target) -> CutTarget:
+        """The target, if it is one. Raises `UserError` where it isn't."""
+        if not isinstance(target, cls):
+            raise UserError(f"{target.name} takes no networks with parts left out.", remedy="Take --target transformers, or onnxruntime.")
+        return target
+
+    @abstractmethod
+    def dense(self, source: Source) -> str:
+        """The format of everything that isn't quantised."""
+
+    @abstractmethod
+    def storage(self, source: Source, formats: Sequence[str]) -> Storage:
+        """How such a network is stored. Raises `UserError` where it can't have these formats besides the dense one."""
+
+    @abstractmethod
+    def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
+        """Write such a network to `path`, which doesn't exist yet; returns the bytes that a budget counts, at most `Space.bytes_` of its
+        config. `source`: the whole network's."""
+
+    @abstractmethod
+    def check_cut(self, path: Path, source: Source, cut: Cut, tokens: Tensor) -> tuple[Check, ...]:
+        """As `check`, of what `write_cut` wrote."""

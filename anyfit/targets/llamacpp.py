@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
-from anyfit.core.errors import ModelError, UnknownNameError
+from anyfit.core.errors import ModelError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.elastic.extracted import Extracted
@@ -59,10 +59,7 @@ class LlamaCpp(Target):
 
     def space(self, source: Source, weights: Iterable[Weight], formats: Iterable[str]) -> Space:
         """See `Target.space`. Where both 16-bit types are wanted, the one that is nearer to the original is a choice."""
-        wanted = list(dict.fromkeys(formats))
-        for name in wanted:
-            if name not in self.formats:
-                raise UnknownNameError(f"format of {self.name}", name, self.formats)
+        wanted = self.named(formats)
         weights = list(weights)
         fixed = gguf_layout.fixed_tensors(source)
         stored = sum(4 * value.numel() for value in fixed.values())

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
-from anyfit.core.errors import FamilyError, UnknownNameError
+from anyfit.core.errors import FamilyError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.costs.stopwatch import Stopwatch
@@ -27,14 +27,14 @@ from anyfit.elastic.extracted import Extracted, InMemory
 from anyfit.formats import INTEGER_GROUPS
 from anyfit.structure.space import Storage
 from anyfit.targets import onnx_file, onnx_graph, onnxruntime_check
-from anyfit.targets.base import Check, Cut, Target, Variants
+from anyfit.targets.base import Check, Cut, CutTarget, Variants
 from anyfit.targets.onnx_file import Layout, Place
 from anyfit.targets.onnxruntime_stopwatch import OnnxRuntimeStopwatch
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, write_file
 from anyfit.targets.transformers import copy_companions
 
 
-class OnnxRuntime(Target):
+class OnnxRuntime(CutTarget):
     """Every matrix is decided by itself; see `onnx_file` for what a file is made of."""
 
     name = "onnxruntime"
@@ -54,10 +54,7 @@ class OnnxRuntime(Target):
 
     def space(self, source: Source, weights: Iterable[Weight], formats: Iterable[str]) -> Space:
         """See `Target.space`."""
-        wanted = list(dict.fromkeys(formats))
-        for name in wanted:
-            if name not in self.formats:
-                raise UnknownNameError(f"format of {self.name}", name, self.formats)
+        wanted = self.named(formats)
         graph = onnx_graph.of(source)
         places = [Place(weight, graph) for weight in weights]
         fixed = _fixed(source, graph)
@@ -90,6 +87,9 @@ class OnnxRuntime(Target):
     def stopwatch(self) -> Stopwatch:
         return OnnxRuntimeStopwatch(self.formats)
 
+    def dense(self, source: Source) -> str:
+        return "F32"
+
     def storage(self, source: Source, formats: Sequence[str]) -> Storage:
         """Dense is float32; matrices may be in the integers that the runtime multiplies."""
         graph, model = onnx_graph.of(source), source.skeleton()
@@ -110,7 +110,7 @@ class OnnxRuntime(Target):
 
         # The graph of a cut network has no other nodes than this one's, but blocks of different sizes don't share constants.
         sizes = sum(bytes_(slot.name, torch.Size(slot.shape), "F32")[0] for slot in whole.slots)
-        return Storage("F32", bytes_, refuses, whole.bytes_ - sizes + graph.unshared_bytes)
+        return Storage(self.dense(source), bytes_, refuses, whole.bytes_ - sizes + graph.unshared_bytes)
 
     def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
         layout, numbers = _layout_of_cut(cut), dict(cut.model.named_parameters())

@@ -23,7 +23,7 @@ from anyfit.architectures import architecture_of
 from anyfit.architectures.coverage import passthrough
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
-from anyfit.core.errors import UnknownNameError, UserError
+from anyfit.core.errors import UserError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.costs.stopwatch import Stopwatch
@@ -32,7 +32,7 @@ from anyfit.formats import INTEGER_BITS
 from anyfit.structure.cutting import MODULE, plain_changes, uneven_changes
 from anyfit.structure.space import Storage
 from anyfit.targets import aqlm, compressed_tensors, row_tables, transformers_check
-from anyfit.targets.base import Check, Cut, Needs, Target, Variants
+from anyfit.targets.base import Check, Cut, CutTarget, Needs, Variants
 from anyfit.targets.hub_layout import DTYPES, Layout, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, shard_names, shards, write_file, write_index
 from anyfit.targets.torch_stopwatch import TorchStopwatch
@@ -42,7 +42,7 @@ LAYOUTS: tuple[Layout, ...] = (compressed_tensors.LAYOUT, row_tables.LAYOUT, *aq
 """A folder has one of these, or plain tensors alone."""
 
 
-class Transformers(Target):
+class Transformers(CutTarget):
     name = "transformers"
     suffix = ""
     formats = (*DTYPES, *(name for layout in LAYOUTS for name in layout.formats))
@@ -60,10 +60,7 @@ class Transformers(Target):
 
         Raises `UserError` for formats that no folder can have together.
         """
-        wanted = list(dict.fromkeys(formats))
-        for name in wanted:
-            if name not in self.formats:
-                raise UnknownNameError(f"format of {self.name}", name, self.formats)
+        wanted = self.named(formats)
         model, weights, layout = source.skeleton(), list(weights), layout_of(wanted)
         decisions = tuple(self._decision(layout.place(model, weight), wanted, source) for weight in weights)
         fixed = [Slot.of(name, tensor) for name, tensor in source.passthrough.items()]
@@ -93,9 +90,15 @@ class Transformers(Target):
     def check(self, path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.checks(layout_of(config.formats.values()), path, source, config, model, tokens)
 
+    def dense(self, source: Source) -> str:
+        """The format of a folder whose tensors all have one type."""
+        own = _own_format(source)
+        stored = {tensor.dtype for tensor in source.passthrough.values()}
+        return own if own and stored <= {DTYPES[own]} else "F32"
+
     def storage(self, source: Source, formats: Sequence[str]) -> Storage:
         """In the original's type alone; in float32 where the original has several, so that none is rounded."""
-        dense = _dense(source)
+        dense = self.dense(source)
         if others := [name for name in formats if name != dense]:
             raise UserError(
                 f"A folder that transformers loads has parts left out or {others[0]}, not both.",
@@ -111,7 +114,7 @@ class Transformers(Target):
         return Storage(dense, bytes_, lambda *_: None, files * EMPTY_BYTES)
 
     def write_cut(self, path: Path, source: Source, cut: Cut) -> int:
-        return write_cut(path, source, cut.model, DTYPES[_dense(source)])
+        return write_cut(path, source, cut.model, DTYPES[self.dense(source)])
 
     def check_cut(self, path: Path, source: Source, cut: Cut, tokens: Tensor) -> tuple[Check, ...]:
         return transformers_check.cut_checks(path, source, cut.model, tokens)
@@ -254,13 +257,6 @@ def _loading_dtype(parts: Iterable[_Part], quantization: Mapping[str, Any] | Non
 def _own_format(source: Source) -> str | None:
     """The format that is the original's own type, by its config."""
     return next((name for name, dtype in DTYPES.items() if dtype == source.config.dtype), None)
-
-
-def _dense(source: Source) -> str:
-    """The format of a folder whose tensors all have one type."""
-    own = _own_format(source)
-    stored = {tensor.dtype for tensor in source.passthrough.values()}
-    return own if own and stored <= {DTYPES[own]} else "F32"
 
 
 def _substitute(held: Place, name: str, own: str | None) -> str:

@@ -104,7 +104,7 @@ def _loads(
 
 
 def cut_checks(path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
-    """See `Target.check_cut`. Where blocks differ the folder holds code of ours, which the reader is told to run."""
+    """See `CutTarget.check_cut`. Where blocks differ the folder holds code of ours, which the reader is told to run."""
     found = read(path, tokens, {}, trust=source.trust_remote_code or any(path.glob("*.py")))
     if isinstance(found, Check):
         return (found,)
