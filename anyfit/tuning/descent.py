@@ -36,26 +36,34 @@ class Movable(Protocol):
         """One step against the gradients of the network's parameters; `remaining` of the way is ahead, from 1 to 0."""
 
 
+class Schedule(Protocol):
+    """The part of a method's settings that says how long it goes on: so many steps, each on so many segments of text."""
+
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
 def descend(
     network: PreTrainedModel,
     movables: Sequence[Movable],
     reference: Reference,
-    *,
-    num_steps: int,
-    batch_size: int,
-    seed: int,
+    schedule: Schedule,
     progress: Progress,
     told: Callable[[], str] = str,
 ) -> None:
     """Move what is tuned towards the original's predictions. The network is never changed. `told`: more about each step."""
-    batches = _batches(len(reference.tokens), batch_size, Generator().manual_seed(seed))
-    with repeatable(network.device), progress.stage("tune", num_steps) as stage:
-        for step, batch in zip(range(num_steps), batches, strict=False):
+    batches = _batches(len(reference.tokens), schedule.batch_size, Generator().manual_seed(schedule.seed))
+    with repeatable(network.device), progress.stage("tune", schedule.num_steps) as stage:
+        for step, batch in zip(range(schedule.num_steps), batches, strict=False):
             values = {name: value.requires_grad_() for name, value in _values(movables).items()}
             loss = reference.divergence(logits(network, values)(reference.tokens[batch]), batch)
             gradients = dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
             for movable in movables:
-                movable.move(gradients, 1 - step / num_steps)
+                movable.move(gradients, 1 - step / schedule.num_steps)
             stage.advance(detail=f"KL {float(loss.detach()):.4f}{told()}")
 
 

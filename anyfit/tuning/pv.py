@@ -79,10 +79,8 @@ def tune(
         network,
         subjects,
         reference,
-        num_steps=settings.num_steps,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        progress=progress,
+        settings,
+        progress,
         told=lambda: f", {sum(subject.changed for subject in subjects) / num_vectors:.2%} of codes changed",
     )
     tuned = {subject.name: subject.coded() for subject in subjects}

@@ -75,15 +75,7 @@ def tune(
     """
     sheets = _sheets(matrices, settings)
     before = kl(running(network, sheets), held_out)
-    descend(
-        network,
-        sheets,
-        reference,
-        num_steps=settings.num_steps,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        progress=progress,
-    )
+    descend(network, sheets, reference, settings, progress)
     tuned = {name: coded for sheet in sheets for name, coded in sheet.coded().items()}
     stored = _sheets({name: replace(matrix, coded=tuned[name]) for name, matrix in matrices.items()}, settings)
     after = kl(running(network, stored), held_out)
