@@ -348,7 +348,7 @@ def essential(bench: Bench) -> Section:
         for keep, group in PATTERNS:
             masks = {name: sparsity.keep_of_group(own, keep, group) for name, own in scores[kind].items()}
             assert all((mask.unflatten(-1, (-1, group)).sum(-1) == keep).all() for mask in masks.values()), "an N:M mask isn't exact"
-            found[kind, f"{keep} of {group}"] = _masked(bench, matrices, masks)
+            found[kind, f"keeps {keep} of {group}"] = _masked(bench, matrices, masks)
     rows = []
     for what in dict.fromkeys(what for _, what in found):
         kls = {kind: found[kind, what] for kind in scores}
