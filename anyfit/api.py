@@ -27,6 +27,7 @@ from anyfit.costs.probes import shape_of
 from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
+from anyfit.interface import LANGUAGE, interface_of
 from anyfit.measuring import latencies
 from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
@@ -37,7 +38,8 @@ from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
 from anyfit.targets.base import Target
-from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.tasks import task_of
+from anyfit.tasks.base import Quality, Reference
 from anyfit.training import MOST_BITS, decided, nested_sizes
 from anyfit.zoo import DATA, MODEL
 
@@ -176,7 +178,7 @@ def prepare(
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
     _require_subject(method, run)
-    most = num_batches(run.segments.num_tokens("calibration") // length, length)
+    most = num_batches(run.segments.num_segments("calibration"), length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
     if not any(weight.block is not None for decision in run.space.decisions for weight in decision.unit.weights):
@@ -198,7 +200,13 @@ def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[s
 
 
 def _require_subject(method: Recipe, run: Fit) -> None:
-    """Raises `UserError` where a recipe has nothing to work on among a run's choices."""
+    """Raises `UserError` where a recipe has nothing to work on among a run's choices, or none of what it is about."""
+    if interface_of(run.checkpoint.config) is not LANGUAGE and (method.training or (run.effort.refines and not method.pruning)):
+        raise UserError(
+            f"{run.checkpoint.name} is no language model, and {'training' if method.training else 'high effort'} brings down what next "
+            "tokens diverge by.",
+            remedy="Take --recipe gptq or ziplm, and --effort normal.",
+        )
     if isinstance(method.training, Nesting):
         nested_sizes(decided(run.space, method.training))
     elif method.training and not decided(run.space, method.training):
@@ -223,7 +231,7 @@ def _latencies(path: str | Path, checkpoint: Checkpoint, target: str, recipe: st
         raise UserError(
             f"{path} was measured for {table.target}, not for {target}.", remedy=f"Say --target {table.target}, or measure again."
         )
-    shape = shape_of(checkpoint.config)
+    shape = shape_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
     if table.shape != shape:
         raise UserError(f"{path} was measured for a network of other sizes: {table.shape}, not {shape}.", remedy="Measure this one.")
     return table
@@ -237,6 +245,12 @@ def _segments(
     progress: Progress,
 ) -> Segments:
     tokenizer, length, seed = checkpoint.tokenizer(), settings.length, settings.seed
+    texts = interface_of(checkpoint.config) is not LANGUAGE
+    if is_named(data, SELF) and texts:
+        raise DataError(
+            f"{checkpoint.name} is an encoder, which writes no text to calibrate with.",
+            remedy="Name texts such as it will read, with --data: JSONL of one a line, text files, or hf:NAME.",
+        )
     if is_named(data, SELF):
         counts = dict(zip(PURPOSES, (settings.num_calibration, settings.num_search, settings.num_report), strict=True))
         return generated.generated(model, tokenizer, counts, length=length, seed=seed, progress=progress)
@@ -248,6 +262,7 @@ def _segments(
         num_search=settings.num_search,
         num_report=settings.num_report,
         seed=seed,
+        texts=texts,
     )
 
 
@@ -346,7 +361,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         quality = self.quality.to_json()
         if not self.divergence:
-            quality = {name: quality[name] for name in ("perplexity", "perplexity_stderr", "num_tokens", "num_segments")}
+            quality = {name: value for name, value in quality.items() if name.startswith(("perplexity", "num_"))}
         return {
             "subject": self.subject,
             "text": self.text,
@@ -378,12 +393,14 @@ def evaluate(
     opened = _open_subject(subject, budget, trust_remote_code)
     text, described = _held_out(opened, data, length, segments)
     origin = MODEL if against is None and opened.embedded else against
+    if origin is None and interface_of(opened.model.config) is not LANGUAGE:
+        raise UserError(f"{opened.name} is an encoder, which says nothing by itself.", remedy="Name its original with --against.")
     with progress.stage("evaluate", 1) as stage:
         if origin is None:
-            original, quality = None, Reference.of(opened.model, text).quality
+            original, quality = None, task_of(opened.model.config).reference(opened.model, text).quality
         else:
             reference = _original(origin, opened, trust_remote_code, text)
-            original, quality = reference.quality, measure(opened.model, reference)
+            original, quality = reference.quality, reference.measured(opened.model)
         stage.advance()
     results = None
     if tasks:
@@ -441,6 +458,7 @@ def _held_out(subject: _Subject, data: Data, length: int | None, segments: int |
         subject.tokenizer,
         length=_segment_length(length, subject.model.config, LONGEST_SEGMENT),
         num_segments=segments or NUM_REPORT,
+        texts=interface_of(subject.model.config) is not LANGUAGE,
     )
 
 
@@ -449,7 +467,7 @@ def _original(origin: str | Path, subject: _Subject, trust_remote_code: bool, te
     theirs, own = checkpoint.config.vocab_size, subject.model.config.vocab_size
     if theirs != own:
         raise UserError(f"{subject.name} has {own} tokens and {origin} has {theirs}.", remedy="Name the model that it was made of.")
-    return Reference.of(checkpoint.load(), text)
+    return task_of(checkpoint.config).reference(checkpoint.load(), text)
 
 
 def _inputs(model: str | Path | None, data: Data) -> list[Path]:

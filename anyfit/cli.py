@@ -251,7 +251,7 @@ def refine(
         "after": made.after.to_json(),
         "config": made.point.config.to_json(),
     }
-    change = f"KL on the search text {made.before.kl_mean:.3g} before, {made.after.kl_mean:.3g} after"
+    change = f"{made.before.distance} on the search text {made.before.loss:.3g} before, {made.after.loss:.3g} after"
     outcome = "It was refined before." if made.already else change + ("" if made.kept else ": no better, left as it was")
     return Answer(document, (outcome, summary.described(opened, made.point)))
 
@@ -408,10 +408,11 @@ def formats(json_: options.Json = False) -> Answer:
 
 def _headline(family: Family) -> str:
     original = family.original
+    own = original.report.own
     return (
         f"{family.path}: {len(family.frontier)} sizes of {original.name} for {family.target} "
-        f"({original.num_parameters:,} parameters, {describe(BYTES, original.bytes_)} as {original.dtype}, "
-        f"perplexity {original.report.perplexity:.2f})\n"
+        f"({original.num_parameters:,} parameters, {describe(BYTES, original.bytes_)} as {original.dtype}"
+        f"{f', {own[0]} {own[1]}' if own else ''})\n"
     )
 
 

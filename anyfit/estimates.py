@@ -33,6 +33,7 @@ from anyfit.encoding import NUMBERS_AT_ONCE, Encoding, variants, works
 from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
+from anyfit.interface import interface_of
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import aqlm
 from anyfit.quantizers.worker import Workers, num_workers
@@ -41,7 +42,7 @@ from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.structure.levels import kept_of
 from anyfit.structuring import Structuring
-from anyfit.tasks.language import Reference, kept_bytes, measure
+from anyfit.tasks import task_of
 from anyfit.trainers import samplers
 from anyfit.training import decided, nested
 from anyfit.tuning.refining import WINDOW, Settings
@@ -131,7 +132,8 @@ def _surely(run: Fit) -> int:
     for weight in run.weights:
         sizes[weight.block] += weight.num_weights
     widest = max(weight.shape[1] for weight in run.weights)
-    logits = 4 * run.checkpoint.config.vocab_size * max(TOKENS_AT_ONCE, run.settings.length)
+    config = run.checkpoint.config
+    logits = 4 * interface_of(config).width(config) * max(TOKENS_AT_ONCE, run.settings.length)
     streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits + _whole_matrices(run)
     return max(streamed, Peak().bytes_ + _in_memory(run)) if _takes_all(run) else streamed
 
@@ -194,9 +196,8 @@ class _Rehearsal:
         self.stream = run.streamed(folder / "states")
         length = run.settings.length
         segments = max(1, TOKENS_AT_ONCE // length)
-        generator = torch.Generator().manual_seed(0)
         self.memory = 0
-        self.tokens = torch.randint(run.checkpoint.config.vocab_size, (segments, length), generator=generator)
+        self.tokens = self.stream.interface.example(run.checkpoint.config, segments, length)
 
     def seconds(self) -> float:
         run, stream, peak = self.run, self.stream, Peak()
@@ -216,7 +217,7 @@ class _Rehearsal:
         self.memory, peak = peak.bytes_, Peak()
         gradients = _timed(lambda: self._backward(block, states, into))[1]
         head = self._head(into)
-        kept = sum(kept_bytes(tokens[name], run.checkpoint.config.vocab_size) for name in ("search", "report"))
+        kept = sum(task_of(run.checkpoint.config).memory(tokens[name], run.checkpoint.config) for name in ("search", "report"))
         self.memory = max(self.memory, peak.bytes_ + kept)
         each = self.tokens.numel()
         # Every uniform setting, and an optimum of its size; those of the smallest and the largest are among the finalists, or the same.
@@ -304,9 +305,9 @@ class _Rehearsal:
     def _head(self, final: States) -> float:
         """Seconds to measure what the last block makes of the tokens against the original."""
         predictions = self.stream.predictions(self.tokens, self.stream.original, final)
-        reference = Reference.of(predictions, self.tokens, kept_bytes=0)
+        reference = task_of(self.run.checkpoint.config).reference(predictions, self.tokens, kept_bytes=0)
         other = self.stream.predictions(self.tokens, self.stream.original, final)
-        return _steadily(lambda: measure(other, reference))[1]
+        return _steadily(lambda: reference.measured(other))[1]
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

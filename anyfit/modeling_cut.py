@@ -1,7 +1,7 @@
-"""Causal language models of which some blocks have fewer heads and narrower feed-forwards than others, or none at all.
+"""Networks of which some blocks have fewer heads and narrower feed-forwards than others, or none at all.
 
 This file needs torch and transformers only: a copy of it lies beside the weights of such a model, with two classes of its
-kind added at the end, and is what `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` runs. The whole
+kind added at the end, and is what `from_pretrained(folder, trust_remote_code=True)` of transformers' own class for them runs. The whole
 network is built first, by its own class and without memory for its numbers, then its blocks are cut to the sizes that
 config.json says in `per_layer_config`, a field of transformers' own. There `skip` names the halves of a block that aren't there.
 """
@@ -28,8 +28,8 @@ class Layout:
     """Where KV groups and feed-forward channels are in the matrices of a block. A KV group is a head of k and v with all heads of q
     that read it; in a network without shared keys, a head.
 
-    `attention`, `feed_forward`: paths below the block of the modules that are those halves; the latter is None where the block holds
-    the feed-forward's matrices itself. `by_group`: the rows of a fused q, k, v are all of the first group, then all of the second, and
+    `attention`, `feed_forward`: paths below the block of the modules that are those halves; the latter is None where no module holds
+    the feed-forward's matrices and nothing else. The output projection of an attention may stand outside it. `by_group`: the rows of a fused q, k, v are all of the first group, then all of the second, and
     so on, rather than all of q, then of k, then of v. `head_dim`: what the attention calls the width of a head. `counts`: attributes of
     the attention that hold a size, and which: "groups", "heads" or "width", the columns of the output projection. `reads_config`: its
     forward asks its config for the number of heads. `channels`: what the config calls the number of channels.
@@ -85,6 +85,13 @@ class NoAttention(nn.Module):
         return self.get_submodule(self.output)(hidden_states), None
 
 
+class NoHeads(nn.Module):
+    """In the place of an attention without heads whose output projection stands outside it: that is a `Constant` then."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
 class NoFeedForward(nn.Module):
     """In the place of a feed-forward without channels. `output`: the name of its output projection, whose bias remains."""
 
@@ -103,7 +110,7 @@ def sizes(block: nn.Module, paths: Mapping[str, str], layout: Layout) -> Sizes:
     attention = block.get_submodule(layout.attention)
     narrow = block.get_submodule(paths["down"])
     channels = 0 if isinstance(narrow, Constant) else shape(narrow)[1]
-    if isinstance(attention, NoAttention):
+    if isinstance(attention, (NoAttention, NoHeads)):
         return Sizes(0, 0, 0, channels)
     head_dim: int = getattr(attention, layout.head_dim)
     width = shape(block.get_submodule(paths["o"]))[1]
@@ -116,7 +123,7 @@ def is_removed(block: nn.Module, path: str) -> bool:
     """Whether the module at this path below the block was removed with its half."""
     module = block
     for name in path.split("."):
-        if isinstance(module, (NoAttention, NoFeedForward)):
+        if isinstance(module, (NoAttention, NoHeads, NoFeedForward)):
             return True
         module = getattr(module, name, module)
     return isinstance(module, (Constant, nn.Identity))
@@ -141,6 +148,10 @@ def cut_attention(block: nn.Module, paths: Mapping[str, str], layout: Layout, gr
     whole = sizes(block, paths, layout)
     attention: Any = block.get_submodule(layout.attention)
     if len(groups) == whole.groups:
+        return
+    if not len(groups) and not paths["o"].startswith(f"{layout.attention}."):
+        replace(block, layout.attention, NoHeads())
+        replace(block, paths["o"], Constant(bias(block, paths["o"])))
         return
     if not len(groups):
         removed = NoAttention(paths["o"].rpartition(".")[2], bias(block, paths["o"]), attention.layer_idx)

@@ -40,6 +40,7 @@ from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, De
 from anyfit.finalists import WORK, Finalists
 from anyfit.formats.nested import held
 from anyfit.importance import importances
+from anyfit.interface import LANGUAGE, interface_of
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import Quantizer
@@ -163,6 +164,7 @@ class Fit:
             formats,
             bool(self.settings.formats),
             self.settings.length,
+            interface_of(self.checkpoint.config) is LANGUAGE,
             self._measured(storage.dense),
         )
         return found.space(storage)
@@ -351,7 +353,9 @@ class Fit:
         )
         points, references = finalists.points(), finalists.references
         if self.effort.refines and self.group.first and not self.structures:
-            refinery = self._refinery(references["search"])
+            held_out = references["search"]
+            assert isinstance(held_out, Reference)  # api.prepare refuses others
+            refinery = self._refinery(held_out)
             points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
         original = Original(
             name=self.checkpoint.name,

@@ -29,7 +29,9 @@ from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.report.page import write as write_page
 from anyfit.targets import targets
-from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.interface import LANGUAGE, interface_of
+from anyfit.tasks.base import Quality
+from anyfit.tasks.language import Reference, measure
 from anyfit.tuning.refining import Refinery, Settings
 from anyfit.zoo import MODEL
 
@@ -48,7 +50,7 @@ class Refined:
 
     @property
     def kept(self) -> bool:
-        return self.after.kl_mean < self.before.kl_mean
+        return self.after.loss < self.before.loss
 
 
 def refine(
@@ -71,6 +73,8 @@ def refine(
         raise UserError(
             f"{family.path} was pruned by {family.manifest.recipe}, and refining is about formats.", remedy="Refine a family of formats."
         )
+    if interface_of(family.source.config) is not LANGUAGE:
+        raise UserError(f"{family.original.name} is no language model, and refining is about next tokens.", remedy="Take a larger budget.")
     chosen = family.select_unrefined(budget)
     if chosen.refined:
         assert chosen.search is not None

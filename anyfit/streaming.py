@@ -27,6 +27,7 @@ from anyfit.architectures.base import Architecture
 from anyfit.core.memory import release
 from anyfit.core.units import Weight
 from anyfit.devices import CPU
+from anyfit.interface import interface_of
 
 TOKENS_AT_ONCE = 1024
 """Of whole segments, at least one. Fixed, so that results don't depend on the memory at hand."""
@@ -34,8 +35,6 @@ ROWS_AT_ONCE = 4096
 """Of the embedding or the head, read together."""
 RELEASED = 1 << 22
 """Numbers: a block of more gives its memory back to the system, which takes some milliseconds."""
-POSITIONS_AT_ONCE = 256
-"""Predictions that are made together where all their logits are needed at once."""
 
 
 class Numbers(Protocol):
@@ -150,6 +149,7 @@ class Stream:
     ) -> None:
         self.stored, self.architecture, self.folder, self.device = stored, architecture, folder, device
         self.model: PreTrainedModel = stored.frame()
+        self.interface = interface_of(self.model.config)
         self.original = original or Original(stored)
         self.num_blocks = architecture.num_blocks(self.model)
         weights = list(architecture.weights(stored.skeleton()))  # the frame's own parameters are not tied
@@ -230,12 +230,13 @@ class Stream:
         return found
 
     def predictions(self, tokens: Tensor, numbers: Numbers, states: States | None = None) -> Predictions:
-        """The logits for these tokens, (segments, length); `states` are the last block's outputs if they are known."""
+        """What comes out for these tokens, (segments, length); `states` are the last block's outputs if they are known."""
         return Predictions(self, tokens, states or self.final(tokens, numbers), numbers)
 
     @contextmanager
     def head(self, numbers: Numbers, *, logits: bool = True) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What comes after the blocks: the last one's outputs, (segments, length, width), to logits, or to what the head reads."""
+        """What comes after the blocks: the last one's outputs, (segments, length, width), to what the network answers, or to what the head
+        reads."""
         self._know_blocks()
         with self._outer(numbers):
             yield lambda hidden: self._run(
@@ -270,13 +271,13 @@ class Stream:
         if job.hidden is not None:
             job.hidden = job.hidden.to(self.device)
         try:
-            output = self.model(input_ids=tokens.to(self.device), use_cache=False)
+            output = self.interface(self.model, tokens.to(self.device))
         except _Answer as answer:
             return answer.value
         finally:
             self._job = None
         assert job.block == self.num_blocks, f"block {job.block} was not run"
-        return output.logits
+        return output
 
     @contextmanager
     def _filled(self, names: Sequence[str], numbers: Numbers) -> Iterator[None]:
@@ -394,9 +395,9 @@ def some_rows(number: int) -> list[slice]:
 
 
 class Predictions:
-    """A text's logits, segment by segment: a `tasks.language.Logits`. Reads no more than the head for each question.
+    """What comes out for a text, segment by segment: a `tasks.base.Outputs`. Reads no more than the head for each question.
 
-    Segments are found by their tokens, so that equal ones, which have equal logits, need not be told apart.
+    Segments are found by their tokens, so that equal ones, which have equal answers, need not be told apart.
     """
 
     def __init__(self, stream: Stream, tokens: Tensor, states: States, numbers: Numbers) -> None:

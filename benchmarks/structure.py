@@ -33,13 +33,13 @@ from anyfit.family import Point
 from anyfit.importance import importances, sparsity
 from anyfit.importance.base import Repair
 from anyfit.importance.wanda import weight_scores
+from anyfit.interface import LANGUAGE
 from anyfit.measuring import measure as measure_latency
 from anyfit.modeling_cut import spread
 from anyfit.pipeline import Fit
 from anyfit.progress import Silent, to_stderr
 from anyfit.searchers.exact import Solver
 from anyfit.targets import onnxruntime_session
-from anyfit.targets.onnx_graph import LOGITS, TOKENS
 from anyfit.tasks.language import Quality, Reference, measure
 
 Taken = Mapping[Config, float]
@@ -189,8 +189,8 @@ def families(batch: int, sequence: int, formats: tuple[str, ...] | None = None) 
 def side_by_side(folders: list[Path], batch: int, sequence: int) -> list[float]:
     """Milliseconds of each model, all taking turns: medians of the ratios to the first, times its median."""
     sessions = [onnxruntime_session.opened(folder, threads=THREADS) for folder in folders]
-    feed = {TOKENS: (np.arange(batch * sequence).reshape(batch, sequence) % 2000).astype(np.int64)}
-    runs: list[Callable[[], object]] = [lambda session=session: session.run([LOGITS], feed) for session in sessions]
+    feed = onnxruntime_session.feed(LANGUAGE, torch.arange(batch * sequence).reshape(batch, sequence) % 2000)
+    runs: list[Callable[[], object]] = [lambda session=session: session.run(None, feed) for session in sessions]
     times: list[list[float]] = []
     with pinned(THREADS):
         for _ in range(ROUNDS):

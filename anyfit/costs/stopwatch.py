@@ -36,8 +36,8 @@ class Stopwatch(ABC):
     formats: tuple[str, ...]
     """Those that run at a speed of their own, the plainest first."""
 
-    def refuses(self, setting: Setting) -> str | None:
-        """Why it can't time this; None where it can."""
+    def refuses(self, setting: Setting, config: PretrainedConfig) -> str | None:
+        """Why it can't time a network of this config so; None where it can."""
         return None
 
     @abstractmethod
@@ -66,7 +66,7 @@ def measure(
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
     _require(stopwatch, setting, formats, threads, config)
-    shape = shape_of(config)
+    shape = shape_of(config, trust_remote_code=trust_remote_code)
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
     ladder = [(kind, size) for kind in KINDS for size in sizes(shape, kind)]
@@ -159,7 +159,7 @@ def _new(folder: str, name: str) -> Path:
 
 
 def _require(stopwatch: Stopwatch, setting: Setting, formats: Sequence[str], threads: int, config: PretrainedConfig) -> None:
-    if reason := stopwatch.refuses(setting):
+    if reason := stopwatch.refuses(setting, config):
         raise UserError(reason, remedy="Choose another setting or target.")
     if unknown := [name for name in formats if name not in stopwatch.formats]:
         raise UserError(f"{stopwatch.runtime} isn't timed in {unknown[0]}.", remedy=f"It is in: {', '.join(stopwatch.formats)}.")

@@ -176,13 +176,13 @@ class Family:
         return Point(config, self.space.bytes_(config), self.space.bits(config), predicted)
 
     def expected(self, predicted: float) -> float:
-        """The divergence that configs with this predicted one were measured to have, interpolated."""
+        """The loss that configs with this predicted one were measured to have, interpolated."""
         return float(np.exp(np.interp(np.log(max(predicted, 1e-12)), *self._calibrated)))
 
     @cached_property
     def _calibrated(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logarithms of predicted and of measured divergences, both rising."""
-        rows = sorted((max(p.predicted, 1e-12), max(p.plain_kl, 1e-12)) for p in self.points)
+        """Logarithms of predicted and of measured losses, both rising."""
+        rows = sorted((max(p.predicted, 1e-12), max(p.plain_loss, 1e-12)) for p in self.points)
         x, y = np.log(np.array(rows)).T
         return x, isotonic_regression(y).x
 
@@ -357,7 +357,7 @@ def _is_model_of_ours(path: Path) -> bool:
 
 def _measured(point: Point) -> float:
     assert point.search is not None, "only measured configs compete"
-    return point.search.kl_mean
+    return point.search.loss
 
 
 def with_points(manifest: Manifest, points: Iterable[Point], files: Mapping[str, str]) -> Manifest:

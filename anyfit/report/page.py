@@ -13,6 +13,7 @@ from anyfit.core.files import written_aside
 from anyfit.report import summary
 from anyfit.report.charts import Axis, Box, Label, floored, place
 from anyfit.report.summary import Row
+from anyfit.tasks.base import plus_minus
 
 if TYPE_CHECKING:
     from anyfit.family import Family
@@ -59,8 +60,7 @@ def environment() -> Environment:
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["size"] = lambda value: describe(BYTES, value)
     made.filters["thousands"] = lambda value: f"{value:,}"
-    made.globals["plus_minus"] = summary.plus_minus
-    made.globals["percent"] = summary.plus_minus_percent
+    made.globals["plus_minus"] = plus_minus
     made.globals["saved"] = summary.saved
     return made
 
@@ -70,24 +70,24 @@ def _title(row: Row) -> str:
     quality = row.quality
     return (
         f"{name}{describe(BYTES, row.point.bytes_)}, {row.point.bits:.2f} bits per weight\n"
-        f"KL {summary.plus_minus(quality.kl_mean, quality.kl_stderr)}, perplexity {quality.perplexity:.2f}"
+        f"{', '.join(f'{figure} {value}' for figure, value in quality.columns().items())}"
     )
 
 
 def _frontier_chart(rows: list[Row], scale: str) -> dict[str, Any]:
-    """KL to the original against size, with one standard error each way."""
-    lift = floored([row.quality.kl_mean for row in rows])
+    """Distance to the original against size, with one standard error each way."""
+    lift = floored([row.quality.loss for row in rows])
     if scale == BYTES:
         label, per = ("size of the file, GB", 1e9) if rows[-1].size >= 2e9 else ("size of the file, MB", 1e6)
     else:
         label, per = "measured latency, ms", 1.0
     x = Axis.around([row.size / per for row in rows], _LEFT, _RIGHT)
-    y = Axis.around([lift(row.quality.kl_mean) for row in rows], _BOTTOM, _TOP, log=True)
+    y = Axis.around([lift(row.quality.loss) for row in rows], _BOTTOM, _TOP, log=True)
     marks: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
         quality, at = row.quality, x.at(row.size / per)
-        mean = lift(quality.kl_mean)
-        error = quality.kl_stderr if math.isfinite(quality.kl_stderr) else 0.0
+        mean = lift(quality.loss)
+        error = quality.loss_stderr if math.isfinite(quality.loss_stderr) else 0.0
         ends = y.at(max(mean - error, y.low)), y.at(mean + error)
         marks.append({"index": index, "x": at, "y": y.at(mean), "ends": ends, "row": row, "title": _title(row)})
     return {
@@ -107,8 +107,8 @@ def _labels(marks: list[dict[str, Any]]) -> list[Label]:
 
 
 def _prediction_chart(family: Family) -> dict[str, Any] | None:
-    """Predicted against measured KL of every config, unrefined, on the search split; None where there is too little to compare."""
-    measured = [(point.predicted, point.plain_kl, point) for point in family.points]
+    """Predicted against measured loss of every config, unrefined, on the search split; None where there is too little to compare."""
+    measured = [(point.predicted, point.plain_loss, point) for point in family.points]
     pairs = [pair for pair in measured if pair[0] > 0 and pair[1] > 0]
     if len(pairs) < 3:
         return None
@@ -156,9 +156,7 @@ def _data(family: Family, rows: list[Row]) -> dict[str, Any]:
                 "bytes": row.point.bytes_,
                 "size": describe(BYTES, row.point.bytes_),
                 "bits": f"{row.point.bits:.2f}",
-                "kl": summary.plus_minus(row.quality.kl_mean, row.quality.kl_stderr),
-                "perplexity": f"{row.quality.perplexity:.2f}",
-                "top1": f"{100 * row.quality.top1:.1f} %",
+                "figures": list(row.quality.columns().items()),
                 "uniform": row.point.uniform,
                 "frontier": row.frontier,
                 "choices": [names.index(row.point.config[key]) for key in keys],

@@ -61,8 +61,8 @@ def structures(model: PreTrainedModel, architecture: Architecture, weights: Iter
 @dataclass(frozen=True)
 class Pruning:
     """What a space of structures is made of. `weights`: all matrices that may be decided about; `formats`: those that each may have, the
-    storage's dense one first; `outside`: whether what isn't in the blocks is decided about, too; `length`: tokens of a sequence, for the
-    multiply-adds of attention."""
+    storage's dense one first; `outside`: whether what isn't in the blocks is decided about, too; `length`: tokens of a sequence, and `causal`:
+    whether each sees only those before it, for the multiply-adds of attention."""
 
     source: Source
     architecture: Architecture
@@ -71,6 +71,7 @@ class Pruning:
     formats: Sequence[str]
     outside: bool
     length: int
+    causal: bool
     measured: Measured | None
 
     def space(self, storage: Storage) -> Space:
@@ -155,8 +156,8 @@ class Pruning:
 
     def _macs(self, structure: Structure, kept: int, shapes: Mapping[str, torch.Size]) -> float:
         macs = sum(shape.numel() for shape in shapes.values() if len(shape) == 2)
-        if structure.axis == HEADS:  # each query with the keys before it, then the values: half of the square, twice
-            macs += self.length * kept * structure.size
+        if structure.axis == HEADS:  # each query with the keys that it sees, then the values; in a decoder those before it, half of them
+            macs += (1 if self.causal else 2) * self.length * kept * structure.size
         return float(macs)
 
 
@@ -182,7 +183,7 @@ def _parameters(model: PreTrainedModel, architecture: Architecture, structure: S
     assert layout is not None and index is not None
     block = architecture.block.format(i=index)
     module = layout.attention if structure.axis == HEADS else layout.feed_forward
-    paths = [weight.name.removesuffix(".weight") for weight in structure.weights] if module is None else [f"{block}.{module}"]
+    paths = [weight.name.removesuffix(".weight") for weight in structure.weights] + ([] if module is None else [f"{block}.{module}"])
     return {name for name in _stored(model) if any(name.startswith(f"{path}.") for path in paths)}
 
 

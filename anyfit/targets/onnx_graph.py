@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from anyfit import network
 from anyfit.checkpoint import Source
 from anyfit.core.errors import RuntimeMissingError
+from anyfit.interface import Interface, interface_of
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-TOKENS, LOGITS = "input_ids", "logits"
 _PREFIX = "network."
 _NAME_BYTES = 16
 """What a constant's head and longer names for it take, at most."""
@@ -59,7 +59,7 @@ class Graph:
     nodes: tuple[NodeProto, ...]
     constants: tuple[TensorProto, ...]
     frame: GraphProto
-    """Name, inputs (the tokens) and outputs (the logits)."""
+    """Name, inputs and outputs, as the network's `Interface` calls them."""
     opset: int
     open: frozenset[str]
 
@@ -129,7 +129,7 @@ def _of(network_: _Network) -> Graph:
 
 
 def export(model: PreTrainedModel) -> Graph:
-    """The graph from tokens, int64 (batch, sequence), to logits, float32 (batch, sequence, vocabulary).
+    """The graph from what the network reads to what comes out, for any number of segments of any length.
 
     `model` may have its parameters on the meta device; its ties are restored. Raises `ExportError`, and `RuntimeMissingError` without onnx.
     """
@@ -150,15 +150,17 @@ def export(model: PreTrainedModel) -> Graph:
     return _bare(onnx_ir.to_proto(made), names)
 
 
-class _Logits(nn.Module):
-    """From tokens to logits, without a cache."""
+class _Answer(nn.Module):
+    """From what the network reads, in the order of its interface, to what comes out."""
 
-    def __init__(self, network: PreTrainedModel) -> None:
+    def __init__(self, network: PreTrainedModel, interface: Interface, names: Sequence[str]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.interface, self.names = network, interface, names
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.network(input_ids=input_ids, use_cache=False).logits
+    def forward(self, *tensors: Tensor) -> Tensor:
+        given = dict(zip(self.names, tensors, strict=True))
+        found: Tensor = getattr(self.network(**given, **self.interface.settings()), self.interface.output)
+        return found
 
 
 def _hollow(model: PreTrainedModel) -> dict[str, str]:
@@ -176,17 +178,19 @@ def _hollow(model: PreTrainedModel) -> dict[str, str]:
 def _exported(model: PreTrainedModel) -> Any:
     """What torch makes of it, as onnx_ir keeps a model."""
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    interface = interface_of(model.config)
+    example = interface.tensors(interface.example(model.config, *_EXAMPLE))
     try:
         with network.quiet(), _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
-                _Logits(model),
-                (torch.zeros(_EXAMPLE, dtype=torch.int64),),
+                _Answer(model, interface, list(example)),
+                tuple(example.values()),
                 dynamo=True,
                 verbose=False,
                 optimize=False,
-                input_names=[TOKENS],
-                output_names=[LOGITS],
-                dynamic_shapes=(sizes,),
+                input_names=list(example),
+                output_names=[interface.output],
+                dynamic_shapes=((sizes,) * len(example),),
             )
     except Exception as error:  # the exporter fails in many ways, and each is a finding about this network
         reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from anyfit.core.errors import RuntimeMissingError
+from anyfit.interface import Interface
 from anyfit.targets.onnx_file import EXACT, GRAPH
-from anyfit.targets.onnx_graph import LOGITS, TOKENS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -53,10 +54,15 @@ def _exact(folder: Path) -> bytes:
     return model.SerializeToString()
 
 
-def logits(folder: Path, tokens: Tensor, *, exact: bool = False) -> Tensor:
-    """What ONNX Runtime computes for tokens, int64 (segments, length): float32 (segments, length, vocabulary). Raises as `opened`."""
+def feed(interface: Interface, segments: Tensor) -> dict[str, np.ndarray]:
+    """What a session reads for these segments."""
+    return {name: tensor.numpy() for name, tensor in interface.tensors(segments).items()}
+
+
+def outputs(folder: Path, interface: Interface, segments: Tensor, *, exact: bool = False) -> Tensor:
+    """What ONNX Runtime computes for segments, one after the other, float32. Raises as `opened`."""
     session = opened(folder, exact=exact)
     try:
-        return torch.cat([torch.from_numpy(session.run([LOGITS], {TOKENS: segment[None].numpy()})[0]) for segment in tokens])
+        return torch.cat([torch.from_numpy(session.run(None, feed(interface, segment[None]))[0]) for segment in segments])
     except Exception as error:
         raise OnnxRuntimeError(f"ONNX Runtime can't run it: {error}") from error

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from anyfit.architectures import architecture_of
 from anyfit.architectures.base import is_matrix
 from anyfit.core.errors import RuntimeMissingError
 from anyfit.core.units import Weight
 from anyfit.costs.latency import PREFILL, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
+from anyfit.interface import interface_of
+from anyfit.structure.cutting import sizes
 from anyfit.targets import onnx_graph, onnxruntime_session
 from anyfit.targets.onnx_file import GRAPH, NUMBERS, Layout, Place
-from anyfit.targets.onnx_graph import LOGITS, TOKENS, Graph
+from anyfit.targets.onnx_graph import Graph
 from anyfit.targets.safetensors_file import Slot, write_file
 
 
@@ -34,7 +37,7 @@ class OnnxRuntimeStopwatch(Stopwatch):
         except PackageNotFoundError as error:
             raise RuntimeMissingError(onnxruntime_session.PACKAGE, onnxruntime_session.EXTRA, "Measuring latency") from error
 
-    def refuses(self, setting: Setting) -> str | None:
+    def refuses(self, setting: Setting, config: PretrainedConfig) -> str | None:
         return (
             None if setting.phase == PREFILL else "The graphs that are written for ONNX Runtime keep no cache, so there is no decode phase."
         )
@@ -44,14 +47,14 @@ class OnnxRuntimeStopwatch(Stopwatch):
         (folder / GRAPH).write_bytes(layout.content)
         write_file(folder / NUMBERS, layout.slots, _numbers(layout))
         session = onnxruntime_session.opened(folder, threads=threads)
-        tokens = torch.arange(setting.batch * setting.sequence).reshape(setting.batch, -1) % model.config.vocab_size
-        feed = {TOKENS: tokens.numpy()}
-        return lambda: session.run([LOGITS], feed)
+        interface = interface_of(model.config)
+        feed = onnxruntime_session.feed(interface, interface.example(model.config, setting.batch, setting.sequence))
+        return lambda: session.run(None, feed)
 
     def _graph(self, model: PreTrainedModel) -> Graph:
         """Exporting takes seconds. Where graphs of two widths are the same, so are those of all others."""
-        config = model.config.to_dict()
-        width = config.pop("intermediate_size")
+        width, config = sizes(model, architecture_of(model))[0].channels, model.config.to_dict()
+        config.pop("per_layer_config", None)  # told by the modules, too
         modules = [(name, type(module).__name__) for name, module in model.named_modules()]
         shapes = [(name, [None if size == width else size for size in tensor.shape]) for name, tensor in model.named_parameters()]
         known = self._graphs.setdefault(json.dumps([modules, shapes, config], default=str, sort_keys=True), {})

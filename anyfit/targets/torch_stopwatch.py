@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from anyfit.costs.latency import PREFILL, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
+from anyfit.interface import LANGUAGE, interface_of
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -21,12 +22,17 @@ class TorchStopwatch(Stopwatch):
     def __init__(self) -> None:
         self.runtime = f"torch {torch.__version__}"
 
+    def refuses(self, setting: Setting, config: PretrainedConfig) -> str | None:
+        decodes = setting.phase == PREFILL or interface_of(config) is LANGUAGE
+        return None if decodes else "An encoder writes no text, so it has no decode phase."
+
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
         _fill(model)
         model.to(_DTYPES[format_])
-        tokens = torch.arange(setting.batch * setting.sequence).reshape(setting.batch, -1) % model.config.vocab_size
+        interface = interface_of(model.config)
+        tokens = interface.example(model.config, setting.batch, setting.sequence)
         if setting.phase == PREFILL:
-            return lambda: _logits(model, tokens)
+            return torch.no_grad()(lambda: interface(model, tokens))
         cache = DynamicCache(config=model.config)
         _logits(model, tokens, cache)
 
@@ -38,10 +44,10 @@ class TorchStopwatch(Stopwatch):
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache | None = None) -> Tensor:
+def _logits(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache) -> Tensor:
     # transformers 5.24 gave the argument another name
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return model(tokens, use_cache=cache is not None, **{name: cache}).logits
+    return model(tokens, use_cache=True, **{name: cache}).logits
 
 
 def _fill(model: PreTrainedModel) -> None:
