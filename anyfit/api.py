@@ -145,7 +145,7 @@ def prepare(
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
     `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes.
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
-    `segments`: how many calibrate (default 128). `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
+    `segments`: how many calibrate (default 128, of an encoder's texts 1024). `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
@@ -157,15 +157,15 @@ def prepare(
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
     length = _segment_length(length, checkpoint.config, longest)
     where = devices.device(device).type
-    table = None if latency is None else _latencies(latency, checkpoint, target, recipe)
+    table, times = None if latency is None else _latencies(latency, checkpoint, target, recipe), interface_of(checkpoint.config).segments
     settings = Settings(
         target,
         wanted,
         recipe,
         length,
-        segments or NUM_CALIBRATION,
-        NUM_SEARCH,
-        NUM_REPORT,
+        segments or NUM_CALIBRATION * times,
+        NUM_SEARCH * times,
+        NUM_REPORT * times,
         seed,
         diligence,
         where,
@@ -457,7 +457,7 @@ def _held_out(subject: _Subject, data: Data, length: int | None, segments: int |
         data,
         subject.tokenizer,
         length=_segment_length(length, subject.model.config, LONGEST_SEGMENT),
-        num_segments=segments or NUM_REPORT,
+        num_segments=segments or NUM_REPORT * interface_of(subject.model.config).segments,
         texts=interface_of(subject.model.config) is not LANGUAGE,
     )
 

@@ -34,7 +34,7 @@ from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
 from anyfit.interface import interface_of
-from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
+from anyfit.pipeline import Fit, num_probed
 from anyfit.quantizers import aqlm
 from anyfit.quantizers.worker import Workers, num_workers
 from anyfit.recipes.base import Nesting, Tuning
@@ -182,7 +182,7 @@ def disk(run: Fit) -> int:
     family = sum(_variants(run, decision) for decision in run.space.decisions) + run.space.fixed_bytes
     blocks = run.architecture.num_blocks(run.checkpoint.skeleton())
     tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
-    probing = (blocks + 2) * min(tokens["search"], NUM_PROBE_SEGMENTS * run.settings.length)
+    probing = (blocks + 2) * min(tokens["search"], num_probed(run.checkpoint.config) * run.settings.length)
     measuring = 2 * (tokens["search"] + tokens["report"])
     return family + 4 * run.checkpoint.config.hidden_size * max(2 * tokens["calibration"], probing, measuring)
 
@@ -223,7 +223,7 @@ class _Rehearsal:
         # Every uniform setting, and an optimum of its size; those of the smallest and the largest are among the finalists, or the same.
         num_configs = NUM_FINALISTS + 2 * max(0, len(run.space.uniforms()) - 2)
         reading = embedding + head + stream.num_blocks * forward
-        probed = NUM_PROBE_SEGMENTS * run.settings.length
+        probed = num_probed(run.checkpoint.config) * run.settings.length
         held_out = tokens["search"] + tokens["report"]
         total = encoding + tokens["calibration"] / each * (embedding + stream.num_blocks * calibrating)
         backward, probes = 2 * reading + stream.num_blocks * gradients, num_probes(run.space.decisions)

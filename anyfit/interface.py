@@ -25,6 +25,8 @@ class Interface(ABC):
     task: str
     auto: str
     output: str
+    segments = 1
+    """How many times as many of them are read where each is one answer, and not as many as it has tokens."""
 
     @abstractmethod
     def tensors(self, segments: Tensor) -> dict[str, Tensor]:
@@ -69,7 +71,7 @@ class Language(Interface):
 class Texts(Interface):
     """An encoder: tokens, int64 (segments, length), with `PADDING` after the end of a text, to hidden states, (segments, length, hidden)."""
 
-    task, auto, output = "embedding", "AutoModel", "last_hidden_state"
+    task, auto, output, segments = "embedding", "AutoModel", "last_hidden_state", 8
 
     def tensors(self, segments: Tensor) -> dict[str, Tensor]:
         """What stands in place of the padding no text can see."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.architectures import architecture_of
 from anyfit.architectures.base import Architecture
@@ -63,7 +63,7 @@ from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, decided,
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
-"""Search segments that sensitivities are measured on."""
+"""Search segments that sensitivities are measured on, of a language model."""
 STATES = "states"
 """The journal's folder of hidden states; what a killed run left there is of no use."""
 
@@ -314,7 +314,7 @@ class Fit:
         path = store.folder / "table.json"
         if self.group.told(path.exists()):
             return Table.load(path)
-        tokens, sensitivity = self.segments.search[:NUM_PROBE_SEGMENTS], sensitivities.get(self.recipe.score)
+        tokens, sensitivity = self.segments.search[: num_probed(self.checkpoint.config)], sensitivities.get(self.recipe.score)
         if self.structures:
             dense = CutTarget.of(self.target).dense(self.source)
             table = structured_table(self.elastic(store), store, self.structures, dense, sensitivity, tokens, self.progress)
@@ -432,6 +432,11 @@ class Fit:
         for name in ("table.json", STATES, CALIBRATION, TRAINING, RESULT, *WORK):
             remove(journal.folder / name)
         journal.finish()
+
+
+def num_probed(config: PretrainedConfig) -> int:
+    """Search segments that sensitivities are measured on."""
+    return NUM_PROBE_SEGMENTS * interface_of(config).segments
 
 
 def nesting(names: list[str]) -> list[str]:

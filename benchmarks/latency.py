@@ -10,17 +10,20 @@ import argparse
 import random
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
+import torch
 from table import Row, finish
 from transformers import PretrainedConfig, PreTrainedModel
 
+from anyfit import network
+from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
-from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Setting, Shape
+from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Setting
 from anyfit.costs.probes import probe, shape_of
 from anyfit.costs.stopwatch import Clock, measure, pinned, sizes
 from anyfit.progress import to_stderr
+from anyfit.structure.cutting import Kept, cut
 from anyfit.targets import targets
 from anyfit.zoo import MODEL
 
@@ -29,13 +32,10 @@ UNIFORM = ((2, 256), (1, 512), (1, 128))
 NUM_MIXED = 2
 
 
-def cut(config: PretrainedConfig, shape: Shape, blocks: list[tuple[int, int]]) -> PreTrainedModel:
+def smaller(config: PretrainedConfig, blocks: list[tuple[int, int]]) -> PreTrainedModel:
     """The network with so many groups and such a width in each block."""
-    model = probe(config, shape)
-    for index, (groups, width) in enumerate(blocks):
-        other = probe(config, replace(shape, groups=groups, width=width))
-        model.model.layers[index] = other.model.layers[index]
-    return model
+    model = network.frame(config, trust_remote_code=False)
+    return cut(model, architecture_of(model), [Kept(torch.arange(groups), torch.arange(width)) for groups, width in blocks])
 
 
 def main() -> int:
@@ -61,7 +61,7 @@ def main() -> int:
             rows.append(Row((name, "uncut", f"{table.whole[name]:.2f}", "", "")))
             for about, blocks in networks.items():
                 with tempfile.TemporaryDirectory() as folder:
-                    share = clock.share(stopwatch.ready(cut(config, shape, blocks), name, setting, 1, Path(folder)))
+                    share = clock.share(stopwatch.ready(smaller(config, blocks), name, setting, 1, Path(folder)))
                 modules = [module for groups, width in blocks for module in ((ATTENTION, groups), (FEED_FORWARD, width))]
                 predicted, found = table.predict(name, modules), share * table.whole[name]
                 off = predicted / found - 1

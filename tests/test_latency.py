@@ -11,11 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from anyfit import cli, measuring
+from anyfit.architectures import architecture_of
 from anyfit.core.errors import UserError
 from anyfit.costs import stopwatch
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape
 from anyfit.costs.probes import VOCABULARY, probe, shape_of
 from anyfit.costs.stopwatch import Stopwatch, sizes
+from anyfit.interface import interface_of
 from anyfit.structure import levels
 from anyfit.targets.torch_stopwatch import TorchStopwatch, _fill
 from anyfit.testing.models import save_tiny, tiny_model
@@ -114,8 +116,8 @@ def test_what_cannot_be_timed_is_refused_before_anything_is_built():
             stopwatch.measure(fake, config, "fake", **given)
     with pytest.raises(UserError, match="phase"):
         Setting(1, 1, "sleep")
-    with pytest.raises(UserError, match="gpt2"):
-        shape_of(tiny_model("gpt2").config)
+    with pytest.raises(UserError, match="bloom"):
+        shape_of(tiny_model("bloom").config)
     with pytest.raises(UserError, match="no stopwatch"):
         measuring.measure(target="llama.cpp")
 
@@ -125,6 +127,21 @@ def test_widths_form_a_ladder_of_multiples_down_from_the_uncut_one():
     ladder = sizes(replace(SHAPE, width=1000), FEED_FORWARD)
     assert ladder[0] == 1000 and ladder[-1] == 32 and all(width % 32 == 0 for width in ladder[1:])
     assert ladder == sorted(set(ladder), reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_kinds_whose_config_cannot_be_told_sizes_are_cut_to_them(kind):
+    config = tiny_model(kind).config
+    shape = shape_of(config)
+    assert (shape.hidden, shape.head_dim, shape.queries, shape.groups, shape.width, shape.blocks) == (256, 64, 1, 4, 512, 2)
+    model = probe(config, replace(shape, groups=3, width=96))
+    architecture = architecture_of(model)
+    shapes = {weight.role: weight.shape for weight in architecture.weights(model) if weight.block == 1}
+    assert shapes["o"] == (256, 192) and shapes["down"] == (256, 96) and shapes["up"] == (96, 256)
+    nothing = probe(config, shape, ())
+    _fill(nothing)
+    with torch.no_grad():
+        assert interface_of(config)(nothing, torch.arange(24).reshape(2, 12)).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -27,6 +27,8 @@ Run = Callable[[], object]
 
 SECONDS, ROUNDS = 1.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
+LONG, FEWEST = 6.0, 7
+"""A network that takes so many seconds is timed in so many rounds, though."""
 
 
 class Stopwatch(ABC):
@@ -121,7 +123,7 @@ class Clock:
         self._took(run)
         gc.disable()
         try:
-            while len(ratios) < ROUNDS or self._now() - began < SECONDS:
+            while len(ratios) < (FEWEST if self._now() - began > LONG else ROUNDS) or self._now() - began < SECONDS:
                 reference = self._took(self._run)
                 self._times.append(reference)
                 ratios.append(self._took(run) / reference)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "transformers": "transformers"}
 """What the hub calls the library that loads a target's models."""
+_PIPELINES = {"language": "text-generation", "embedding": "feature-extraction"}
+"""What the hub calls that which models of a task are for."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -38,6 +40,7 @@ def model_card(family: Family, point: Point, file_name: str, *, dense: bool = Fa
         "quality": point.report,
         "expected": family.expected(point.predicted),
         "file_name": file_name,
+        "task": family.original.report.task,
         "shares": summary.shares(family.space, point.config),
         "roles": _roles(family, point.config),
         "front_matter": _front_matter(family, target),
@@ -53,7 +56,7 @@ def model_card(family: Family, point: Point, file_name: str, *, dense: bool = Fa
 
 def _front_matter(family: Family, target: str) -> str:
     """YAML by way of JSON, which is YAML: no name can break out of its string."""
-    fields: dict[str, Any] = {"pipeline_tag": "text-generation"}
+    fields: dict[str, Any] = {"pipeline_tag": _PIPELINES[family.original.report.task]}
     if target in _LIBRARIES:
         fields["library_name"] = _LIBRARIES[target]
     if _HUB_ID.fullmatch(family.original.name):

@@ -27,4 +27,4 @@ def task_of(config: PretrainedConfig) -> Task:
 
 def quality_from_json(data: Mapping[str, Any]) -> Quality:
     """Figures as they were written, of whichever task."""
-    return tasks.get(data.get("task", "language")).quality.from_json(data)
+    return tasks.get(data.get("task", "language")).quality.from_json(data)  # families of earlier versions are all of language models

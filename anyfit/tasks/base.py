@@ -32,6 +32,7 @@ class Quality(ABC):
     num_tokens: int
     num_segments: int
 
+    task: ClassVar[str]
     distance: ClassVar[str]
     """What the model's distance from the original is called."""
     about: ClassVar[str]
@@ -62,7 +63,7 @@ class Quality(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """NaN, which JSON hasn't, becomes null."""
-        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()}
+        return {"task": self.task} | {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -86,7 +87,6 @@ class Reference(ABC):
 class Task(ABC):
     """Stateless."""
 
-    name: str
     quality: type[Quality]
 
     @abstractmethod

@@ -34,6 +34,7 @@ class Quality(base.Quality):
     distance_median: float
     distance_p99: float
 
+    task = "embedding"
     distance = "1 - cosine"
     about = "mean of one less the cosine of a text's embedding and the original's"
 
@@ -63,9 +64,6 @@ class Quality(base.Quality):
             Figure(f"{self.distance}, median", "0", f"{self.distance_median:.3g}"),
             Figure(f"{self.distance}, 99th percentile", "0", f"{self.distance_p99:.3g}"),
         ]
-
-    def to_json(self) -> dict[str, object]:
-        return {"task": "embedding", **super().to_json()}
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,6 @@ def _quality(found: Tensor, segments: Tensor) -> Quality:
 
 
 class Embedding(Task):
-    name = "embedding"
     quality = Quality
 
     def reference(self, outputs: PreTrainedModel | Outputs, segments: Tensor, *, kept_bytes: int = KEPT_BYTES) -> Reference:

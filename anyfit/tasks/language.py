@@ -42,6 +42,7 @@ class Quality(base.Quality):
     top1: float
     top1_stderr: float
 
+    task = "language"
     distance = "KL to the original"
     about = "mean KL divergence of the next token, nats"
 
@@ -244,7 +245,6 @@ def _stderr(values: Tensor, num_segments: int) -> float:
 
 
 class Language(Task):
-    name = "language"
     quality = Quality
 
     def reference(self, outputs: PreTrainedModel | Outputs, segments: Tensor, *, kept_bytes: int = KEPT_BYTES) -> Reference:
