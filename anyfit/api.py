@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anyfit import devices, estimates
-from anyfit.calibration import generated
+from anyfit.calibration import generated, pictures
 from anyfit.calibration.data import PURPOSES, Segments, held_out, is_named, load
 from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
@@ -145,7 +145,8 @@ def prepare(
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
     `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes.
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
-    `segments`: how many calibrate (default 128, of an encoder's texts 1024). `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
+    `segments`: how many calibrate (default 128, of an encoder's texts or pictures 1024).
+    `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
@@ -244,15 +245,17 @@ def _segments(
     model: Callable[[], PreTrainedModel],
     progress: Progress,
 ) -> Segments:
-    tokenizer, length, seed = checkpoint.tokenizer(), settings.length, settings.seed
-    texts = interface_of(checkpoint.config) is not LANGUAGE
-    if is_named(data, SELF) and texts:
+    counts = dict(zip(PURPOSES, (settings.num_calibration, settings.num_search, settings.num_report), strict=True))
+    interface = interface_of(checkpoint.config)
+    if is_named(data, SELF) and interface is not LANGUAGE:
         raise DataError(
-            f"{checkpoint.name} is an encoder, which writes no text to calibrate with.",
-            remedy="Name texts such as it will read, with --data: JSONL of one a line, text files, or hf:NAME.",
+            f"{checkpoint.name} is an encoder, which writes nothing to calibrate with.",
+            remedy="Name what it will read, with --data: JSONL of a text a line, text files, or hf:NAME; of a network of pictures, these.",
         )
+    if not interface.words:
+        return pictures.load(data, checkpoint.folder, checkpoint.config, counts, seed=settings.seed)
+    tokenizer, length, seed = checkpoint.tokenizer(), settings.length, settings.seed
     if is_named(data, SELF):
-        counts = dict(zip(PURPOSES, (settings.num_calibration, settings.num_search, settings.num_report), strict=True))
         return generated.generated(model, tokenizer, counts, length=length, seed=seed, progress=progress)
     return load(
         data,
@@ -262,7 +265,7 @@ def _segments(
         num_search=settings.num_search,
         num_report=settings.num_report,
         seed=seed,
-        texts=texts,
+        texts=interface is not LANGUAGE,
     )
 
 
@@ -483,6 +486,10 @@ def _data(data: Data, *, embedded: bool) -> str | Path | Sequence[str | Path]:
 
 
 def _segment_length(length: int | None, config: PretrainedConfig, longest: int) -> int:
+    if (only := interface_of(config).length(config)) is not None:
+        if length not in (None, only):
+            raise UserError(f"This network reads {only} positions, not {length}.", remedy="Leave out --length.")
+        return only
     context = int(getattr(config, "max_position_embeddings", longest))
     if length is None:
         return min(longest, context)

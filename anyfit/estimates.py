@@ -181,7 +181,7 @@ def disk(run: Fit) -> int:
     """The family, and the hidden states of the stage that has the most of them."""
     family = sum(_variants(run, decision) for decision in run.space.decisions) + run.space.fixed_bytes
     blocks = run.architecture.num_blocks(run.checkpoint.skeleton())
-    tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
+    tokens = {name: run.segments.num_segments(name) * run.settings.length for name in PURPOSES}
     probing = (blocks + 2) * min(tokens["search"], num_probed(run.checkpoint.config) * run.settings.length)
     measuring = 2 * (tokens["search"] + tokens["report"])
     return family + 4 * run.checkpoint.config.hidden_size * max(2 * tokens["calibration"], probing, measuring)
@@ -201,7 +201,7 @@ class _Rehearsal:
 
     def seconds(self) -> float:
         run, stream, peak = self.run, self.stream, Peak()
-        tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
+        tokens = {name: run.segments.num_segments(name) * run.settings.length for name in PURPOSES}
         sizes = Counter[int]()
         for weight in run.weights:
             if weight.block is not None:
@@ -219,7 +219,7 @@ class _Rehearsal:
         head = self._head(into)
         kept = sum(task_of(run.checkpoint.config).memory(tokens[name], run.checkpoint.config) for name in ("search", "report"))
         self.memory = max(self.memory, peak.bytes_ + kept)
-        each = self.tokens.numel()
+        each = len(self.tokens) * run.settings.length
         # Every uniform setting, and an optimum of its size; those of the smallest and the largest are among the finalists, or the same.
         num_configs = NUM_FINALISTS + 2 * max(0, len(run.space.uniforms()) - 2)
         reading = embedding + head + stream.num_blocks * forward

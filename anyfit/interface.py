@@ -1,4 +1,5 @@
-"""What goes into a network and what comes out of it: tokens and logits, or texts of several lengths and what an encoder makes of them.
+"""What goes into a network and what comes out of it: tokens and logits, texts of several lengths and what an encoder makes of them,
+pictures and the logits of their classes.
 
 Everywhere else a network reads `segments`, one tensor whose first dimension counts what is read: here they become the arguments of
 transformers' classes.
@@ -6,6 +7,7 @@ transformers' classes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +27,10 @@ class Interface(ABC):
     task: str
     auto: str
     output: str
+    words = True
+    """Whether tokens are read, and there is a tokenizer."""
+    free: tuple[int, ...] = (0, 1)
+    """Dimensions of segments that an exported graph leaves open."""
     segments = 1
     """How many times as many of them are read where each is one answer, and not as many as it has tokens."""
 
@@ -39,6 +45,10 @@ class Interface(ABC):
     @abstractmethod
     def width(self, config: PretrainedConfig) -> int:
         """Numbers that come out for each position."""
+
+    def length(self, config: PretrainedConfig) -> int | None:
+        """Positions of every segment, where the network can't read others."""
+        return None
 
     @abstractmethod
     def example(self, config: PretrainedConfig, segments: int, length: int) -> Tensor:
@@ -69,7 +79,7 @@ class Language(Interface):
 
 
 class Texts(Interface):
-    """An encoder: tokens, int64 (segments, length), with `PADDING` after the end of a text, to hidden states, (segments, length, hidden)."""
+    """An encoder: tokens, int64 (segments, length), with `PADDING` after a text's end, to hidden states, (segments, length, hidden)."""
 
     task, auto, output, segments = "embedding", "AutoModel", "last_hidden_state", 8
 
@@ -89,8 +99,36 @@ def present(segments: Tensor) -> Tensor:
     return segments != PADDING
 
 
-LANGUAGE, TEXTS = Language(), Texts()
-_BY_KIND: Mapping[str, Interface] = {"bert": TEXTS}
+class Pictures(Interface):
+    """Pictures, float32 (segments, channels, height, width), to the logits of their classes, (segments, classes)."""
+
+    task, auto, output, segments = "classes", "AutoModelForImageClassification", "logits", 8
+    words, free = False, (0,)
+
+    def tensors(self, segments: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": segments}
+
+    def width(self, config: PretrainedConfig) -> int:
+        return int(config.num_labels)
+
+    def length(self, config: PretrainedConfig) -> int:
+        """Patches, and one position for the class."""
+        height, width = size(config)
+        return height // config.patch_size * (width // config.patch_size) + 1
+
+    def example(self, config: PretrainedConfig, segments: int, length: int) -> Tensor:
+        shape = (segments, config.num_channels, *size(config))
+        return (torch.arange(math.prod(shape), dtype=torch.float32) % 251 / 125 - 1).reshape(shape)
+
+
+def size(config: PretrainedConfig) -> tuple[int, int]:
+    """Height and width of the pictures that a network reads."""
+    given = config.image_size
+    return (int(given), int(given)) if isinstance(given, int) else (int(given[0]), int(given[1]))
+
+
+LANGUAGE, TEXTS, PICTURES = Language(), Texts(), Pictures()
+_BY_KIND: Mapping[str, Interface] = {"bert": TEXTS, "vit": PICTURES}
 """Kinds that are no language models, by the `model_type` of their configuration."""
 
 

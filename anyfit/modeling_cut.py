@@ -29,10 +29,11 @@ class Layout:
     that read it; in a network without shared keys, a head.
 
     `attention`, `feed_forward`: paths below the block of the modules that are those halves; the latter is None where no module holds
-    the feed-forward's matrices and nothing else. The output projection of an attention may stand outside it. `by_group`: the rows of a fused q, k, v are all of the first group, then all of the second, and
-    so on, rather than all of q, then of k, then of v. `head_dim`: what the attention calls the width of a head. `counts`: attributes of
-    the attention that hold a size, and which: "groups", "heads" or "width", the columns of the output projection. `reads_config`: its
-    forward asks its config for the number of heads. `channels`: what the config calls the number of channels.
+    the feed-forward's matrices and nothing else. The output projection of an attention may stand outside it.
+    `by_group`: the rows of a fused q, k, v are all of the first group, then all of the second, and so on, rather than all of q, then of
+    k, then of v. `head_dim`: what the attention calls the width of a head. `counts`: attributes of the attention that hold a size, and
+    which: "groups", "heads" or "width", the columns of the output projection. `reads_config`: its forward asks its config for the number
+    of heads. `channels`: what the config calls the number of channels.
     """
 
     attention: str
@@ -154,7 +155,7 @@ def cut_attention(block: nn.Module, paths: Mapping[str, str], layout: Layout, gr
         replace(block, paths["o"], Constant(bias(block, paths["o"])))
         return
     if not len(groups):
-        removed = NoAttention(paths["o"].rpartition(".")[2], bias(block, paths["o"]), attention.layer_idx)
+        removed = NoAttention(paths["o"].rpartition(".")[2], bias(block, paths["o"]), getattr(attention, "layer_idx", 0))
         replace(block, layout.attention, removed)
         return
     rows = attention_rows(whole, layout, groups)

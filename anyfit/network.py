@@ -197,12 +197,13 @@ def _require_known(folder: Path, config: PretrainedConfig, raw: Mapping[str, obj
 
 
 def _require_bare(folder: Path, config: PretrainedConfig, auto: str) -> None:
-    """An encoder as it is used for embeddings: what comes after it would be lost."""
+    """An encoder as its class is made: what else comes after it would be lost."""
     named = list(config.architectures or ())
-    if getattr(config, "is_decoder", False) or any(not name.endswith("Model") for name in named):
+    wanted = auto.removeprefix("Auto").partition("For")[2] or "Model"
+    if getattr(config, "is_decoder", False) or any(not name.endswith(wanted) for name in named):
         raise ModelError(
-            f"{folder} is a {config.model_type} with a head of its own ({', '.join(named)}), and anyfit compresses the encoder alone.",
-            remedy=f"Save that: {auto}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and the tokenizer beside it.",
+            f"{folder} is a {config.model_type} of another kind ({', '.join(named)}) than anyfit compresses ({auto}).",
+            remedy=f"Save that kind: {auto}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), the other files beside it.",
         )
 
 

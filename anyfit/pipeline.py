@@ -391,7 +391,8 @@ class Fit:
             with written_aside(folder / file.name) as aside:
                 shutil.copyfile(file, aside)
         store.write_tensors(PASSTHROUGH, self.source.passthrough)
-        store.write_tensors(TEXT, {name: getattr(self.segments, name).int() for name in PURPOSES})
+        kept = {name: getattr(self.segments, name) for name in PURPOSES}
+        store.write_tensors(TEXT, {name: own if own.is_floating_point() else own.int() for name, own in kept.items()})
 
     def manifest(self, store: Store, table: Table, original: Original, points: list[Point]) -> Manifest:
         gained = gains(store) or {}

@@ -24,12 +24,12 @@ from anyfit.family.family import Family, with_points
 from anyfit.family.manifest import NAME, Point
 from anyfit.family.store import REFINED, Store, refined_file, stored_matrices
 from anyfit.finalists import refined
+from anyfit.interface import LANGUAGE, interface_of
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.report.page import write as write_page
 from anyfit.targets import targets
-from anyfit.interface import LANGUAGE, interface_of
 from anyfit.tasks.base import Quality
 from anyfit.tasks.language import Reference, measure
 from anyfit.tuning.refining import Refinery, Settings

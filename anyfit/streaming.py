@@ -31,6 +31,8 @@ from anyfit.interface import interface_of
 
 TOKENS_AT_ONCE = 1024
 """Of whole segments, at least one. Fixed, so that results don't depend on the memory at hand."""
+PICTURES_AT_ONCE = 8
+"""Of some hundred patches each; fixed, too."""
 ROWS_AT_ONCE = 4096
 """Of the embedding or the head, read together."""
 RELEASED = 1 << 22
@@ -100,13 +102,13 @@ class States:
 
 
 def num_batches(segments: int, length: int) -> int:
-    """How many `batches` make for so many segments."""
+    """How many `batches` make for so many segments of tokens."""
     return -(-segments // max(1, TOKENS_AT_ONCE // length))
 
 
 def batches(tokens: Tensor) -> list[slice]:
-    """Segments that go through a block together, for tokens (segments, length)."""
-    at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    """Segments that go through a block together, for tokens (segments, length) or pictures."""
+    at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1]) if tokens.ndim == 2 else PICTURES_AT_ONCE
     return [slice(start, min(start + at_once, len(tokens))) for start in range(0, len(tokens), at_once)]
 
 
@@ -225,7 +227,7 @@ class Stream:
         """The inputs of every block, and the last one's outputs."""
         found = [self.embedded(tokens, numbers)]
         for index in range(self.num_blocks):
-            found.append(self.states(tokens.shape[1], found[-1].width))
+            found.append(self.states(found[-1].length, found[-1].width))
             self.advance(index, tokens, found[-2], numbers, found[-1])
         return found
 
@@ -239,9 +241,10 @@ class Stream:
         reads."""
         self._know_blocks()
         with self._outer(numbers):
-            yield lambda hidden: self._run(
-                torch.zeros(hidden.shape[:2], dtype=torch.int64), _Job(self.num_blocks, hidden, numbers, logits=logits)
-            )
+            yield lambda hidden: self._run(self._example(*hidden.shape[:2]), _Job(self.num_blocks, hidden, numbers, logits=logits))
+
+    def _example(self, segments: int, length: int) -> Tensor:
+        return self.interface.example(self.model.config, segments, length)
 
     def states(self, length: int, width: int) -> States:
         """A new file of hidden states, which goes with the object."""
@@ -312,8 +315,9 @@ class Stream:
         for index in range(self.num_blocks):
             block = self.model.get_submodule(self.architecture.block.format(i=index))
             block.forward = partial(self._turn, index, block.forward)
-        embedding = self.model.get_submodule(self.architecture.embedding)
-        embedding.forward = partial(self._look_up, embedding, embedding.forward)
+        if self.architecture.embedding is not None:
+            embedding = self.model.get_submodule(self.architecture.embedding)
+            embedding.forward = partial(self._look_up, embedding, embedding.forward)
         if self.architecture.head is not None:
             head = self.model.get_submodule(self.architecture.head)
             head.forward = partial(self._multiply, head)
@@ -336,7 +340,7 @@ class Stream:
         """See whether blocks of this class answer in tuples, so that others can pass on as they do: ask the first, with one token."""
         if self._in_tuples is not None:
             return
-        token = torch.zeros(1, 1, dtype=torch.int64)
+        token = self._example(1, 1)
         with torch.no_grad(), self.embedding(self.original) as embed:
             hidden = embed(token)
         with torch.no_grad(), self.block(0, self.original):

@@ -66,7 +66,10 @@ class Probe:
 
     def accuracy(self, model: PreTrainedModel) -> float:
         """Logistic regression on what this model makes of the training sentences, right on the others."""
-        inputs, labels = (torch.cat(parts) for parts in zip(*((self._embedded(model, rows), _labels(rows)) for rows in (self.train, self.dev)), strict=True))
+        inputs, labels = (
+            torch.cat(parts)
+            for parts in zip(*((self._embedded(model, rows), _labels(rows)) for rows in (self.train, self.dev)), strict=True)
+        )
         train = slice(0, len(self.train))
         mean, std = inputs[train].mean(0), inputs[train].std(0).clamp_min(1e-6)
         inputs = torch.cat([(inputs - mean) / std, torch.ones(len(inputs), 1)], 1)
@@ -119,16 +122,23 @@ def retained(subject: Subject, assets: Path, environments: Path | None) -> Secti
             right = [probe.accuracy(rival.model) for rival in rivals]
             best = all(cosines[0] >= c and right[0] >= a for c, a in zip(cosines, right, strict=True)) and taken[0] <= SAME * min(taken)
             for index, rival in enumerate(rivals):
-                cells = (f"{faster:g}x", rival.name, f"{taken[index]:.2f} ({whole / taken[index]:.2f}x)", f"{cosines[index]:.4f}", f"{right[index]:.1%}")
+                cells = (
+                    f"{faster:g}x",
+                    rival.name,
+                    f"{taken[index]:.2f} ({whole / taken[index]:.2f}x)",
+                    f"{cosines[index]:.4f}",
+                    f"{right[index]:.1%}",
+                )
                 rows.append(Row(cells, None if index else best))
     remarks = [
         f"{subject.name} in {table.device.runtime}, {THREADS} thread, batch {setting[0]}, {setting[1]} tokens. Cosine: mean agreement of "
-        f"embeddings with the original's on {len(text)} held-out sentences. SST-2: a logistic regression on embeddings of {NUM_TRAIN} sentences, "
-        f"right on {NUM_DEV} others (standard error {100 * 0.4 / NUM_DEV**0.5:.1f} points). One shot: nothing is trained.",
-        "Uniform: the best of this family's settings that keep the same share everywhere, repaired by the same least squares. Torch-Pruning: "
-        "heads and channels by its group magnitude, with one ratio for each layer or one threshold for all, whichever is closer; the width "
-        "of the network stays, as embeddings of another size couldn't be compared. Each is the largest within the predicted time that was "
-        f"asked for. anyfit's row holds where neither figure is below another's, and it takes at most {SAME - 1:.0%} longer than the fastest.",
+        f"embeddings with the original's on {len(text)} held-out sentences. SST-2: a logistic regression on embeddings of {NUM_TRAIN} "
+        f"sentences, right on {NUM_DEV} others (standard error {100 * 0.4 / NUM_DEV**0.5:.1f} points). One shot: nothing is trained.",
+        "Uniform: the best of this family's settings that keep the same share everywhere, repaired by the same least squares. "
+        "Torch-Pruning: heads and channels by its group magnitude, with one ratio for each layer or one threshold for all, whichever is "
+        "closer; the width of the network stays, as embeddings of another size couldn't be compared. Each is the largest within the "
+        "predicted time that was asked for. anyfit's row holds where no figure is below another's, and it takes at most "
+        f"{SAME - 1:.0%} longer than the fastest.",
         *([] if environments else ["Torch-Pruning wasn't run: its environment wasn't named."]),
     ]
     return Section("What is kept at equal time", ("asked for", "", "ms", "cosine", "SST-2"), rows, remarks)
@@ -142,7 +152,10 @@ def _rivals(family: Family, table: LatencyTable, faster: float, peers: Sequence[
     found = [Rival("anyfit", family.extract(point.config), family.size(point))]
     found.append(Rival(f"uniform ({uniform.uniform})", family.extract(uniform.config), family.size(uniform)))
     reference = task_of(family.source.config).reference(family.extract(family.space.largest()), family.text()["search"])
-    within = [max((p for p in peers if p.predicted <= budget and p.name.endswith(scope)), key=lambda p: p.predicted, default=None) for scope in SCOPES]
+    within = [
+        max((p for p in peers if p.predicted <= budget and p.name.endswith(scope)), key=lambda p: p.predicted, default=None)
+        for scope in SCOPES
+    ]
     closest = min((p for p in within if p), key=lambda p: reference.loss(p.model), default=None)
     return [*found, *([closest] if closest else [])]
 
@@ -158,14 +171,32 @@ def _peers(subject: Subject, environments: Path, out: Path, table: LatencyTable)
     """Everything that the peer's program makes of the network, in its own environment."""
     python, checkpoint = (environments / PEER / "bin" / "python").absolute(), subject.checkpoint()
     out.mkdir()
-    command = [str(python), "-m", f"peers.{PEER}", "--model", str(checkpoint.folder.absolute()), "--out", str(out), "--ratios", json.dumps(RATIOS)]
+    command = [
+        str(python),
+        "-m",
+        f"peers.{PEER}",
+        "--model",
+        str(checkpoint.folder.absolute()),
+        "--out",
+        str(out),
+        "--ratios",
+        json.dumps(RATIOS),
+    ]
     variables = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     subprocess.run(command, check=True, cwd=out, env=variables)
     found = []
     for path in sorted(out.glob("*.safetensors")):
         scope, _, ratio = path.stem.partition("-")
         model = _cut_as(checkpoint.load(), load_file(path))
-        found.append(Rival(f"Torch-Pruning {float(ratio):.0%}, one for each {scope}" if scope == "layer" else f"Torch-Pruning {float(ratio):.0%} of the {scope}", model, _predicted(model, table)))
+        found.append(
+            Rival(
+                f"Torch-Pruning {float(ratio):.0%}, one for each {scope}"
+                if scope == "layer"
+                else f"Torch-Pruning {float(ratio):.0%} of the {scope}",
+                model,
+                _predicted(model, table),
+            )
+        )
     return found
 
 
@@ -173,7 +204,11 @@ def _cut_as(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrained
     """The network with these tensors, cut to what they leave of its blocks."""
     architecture, kept = architecture_of(model), []
     for index, own in enumerate(sizes(model, architecture)):
-        paths = {role: f"{architecture.block.format(i=index)}.{path}.weight" for _, group in architecture.groups(index) for role, path in group.items()}
+        paths = {
+            role: f"{architecture.block.format(i=index)}.{path}.weight"
+            for _, group in architecture.groups(index)
+            for role, path in group.items()
+        }
         groups, channels = len(tensors[paths["q"]]) // (own.heads * own.head_dim), len(tensors[paths["up"]])
         kept.append(Kept(torch.arange(groups), torch.arange(channels)))
     cut(model, architecture, kept)

@@ -222,8 +222,8 @@ def _kept(subject: Subject, family: Family, table: LatencyTable, points: Mapping
     ]
     remark = (
         f"{subject.name} in {table.device.runtime}, {THREADS} thread: {whole:.3f} ms whole, {table.rest('F32'):.3f} ms of them "
-        f"outside attention and feed-forward; whole, {named(family.original.report)} {shown(family.original.report)}. Times are medians, all "
-        "models taking turns. A row holds where the measured speed-up is at least the one that was asked for. Nothing is trained."
+        f"outside attention and feed-forward; {named(family.original.report)} {shown(family.original.report)} as it is. Times are medians, "
+        "all models taking turns. A row holds where the measured speed-up is at least the one that was asked for. Nothing is trained."
     )
     header = ("asked for", "predicted ms", "measured ms", "predicted against measured", "measured speed-up", named(family.original.report))
     return Section(f"The speed that was asked for: batch {setting.batch}, {setting.sequence} tokens", header, rows, [remark])
@@ -326,9 +326,9 @@ def essential(bench: Bench) -> Section:
     rows.append(Row((f"free, within {WITHIN:.0%}", *(f"{free[kind]:.0%}" for kind in scores)), free["magnitude"] >= free["random"]))
     rows.append(Row(("knee", *(f"{1 - DENSITIES[knees[kind]]:.0%}" for kind in scores))))
     remark = (
-        f"{bench.about}; {named(original)}. Masks of all matrices in the blocks, nothing trained: magnitude in one pool of all weights, Wanda "
-        "row by row, and chance. The knee is the point furthest from the line between the ends, of the logarithm of the perplexity, or of "
-        "the cosine. Rows of patterns hold where Wanda is no worse than magnitude, and magnitude no worse than chance. Zeros alone "
+        f"{bench.about}; {named(original)}. Masks of all matrices in the blocks, nothing trained: magnitude in one pool of all weights, "
+        "Wanda row by row, and chance. The knee is the point furthest from the line between the ends, of the logarithm of the perplexity, "
+        "or of the cosine. Rows of patterns hold where Wanda is no worse than magnitude, and magnitude no worse than chance. Zeros alone "
         "save neither bytes nor time."
     )
     return Section("Essential sparsity", ("weights removed", *scores), rows, [remark])

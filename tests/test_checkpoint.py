@@ -55,10 +55,10 @@ def shard(folder: Path) -> list[str]:
 @pytest.mark.usefixtures("same_random_state")
 def test_equals_from_pretrained(model_type: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = save_tiny(tmp_path / model_type, model_type)
-    tokens = torch.arange(40).reshape(2, 20)
     with torch.inference_mode():
         original = type(tiny_model(model_type)).from_pretrained(folder, dtype=torch.float32).eval()
         interface = interface_of(original.config)
+        tokens = interface.example(original.config, 2, 20)
         expected = interface(original, tokens)
         capfd.readouterr()
         checkpoint = Checkpoint.open(folder)

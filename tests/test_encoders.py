@@ -155,17 +155,17 @@ def test_drawn_gradients_have_the_curvature_of_the_loss() -> None:
 
 
 def test_what_an_encoder_cannot_do_is_refused(model: Path, sentences: Path, family: Family, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="writes no text"):
+    with pytest.raises(DataError, match="writes nothing"):
         anyfit.fit(model, output=tmp_path / "x.family", target="transformers", **ASKED)
     with pytest.raises(UserError, match="no language model"):
         anyfit.fit(model, output=tmp_path / "x.family", data=sentences, target="transformers", recipe="llm-qfa", length=LENGTH)
     with pytest.raises(UserError, match="says nothing by itself"):
         anyfit.evaluate(model, data=sentences, length=LENGTH)
     found = anyfit.evaluate(family.path, budget="70%", data=sentences, against=model, length=LENGTH)
-    assert 0 < found.quality.loss < 2 and found.quality.num_segments == 32
+    assert 0 < found.quality.loss < 2 and found.quality.num_segments == 120
     config = BertConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     BertForMaskedLM(config).save_pretrained(tmp_path / "masked")
-    with pytest.raises(ModelError, match="AutoModel.from_pretrained"):
+    with pytest.raises(ModelError, match=r"AutoModel\.from_pretrained"):
         anyfit.fit(tmp_path / "masked", output=tmp_path / "x.family", data=sentences)
 
 

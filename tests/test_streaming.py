@@ -43,6 +43,8 @@ def test_outputs_are_those_of_the_whole_network(name: str, tmp_path: Path) -> No
     stream, tokens = streamed(save_tiny(tmp_path / "model", name.split()[0], **KINDS[name]), tmp_path / "states"), text()
     if stream.interface is not LANGUAGE:
         tokens[::3, 100:] = PADDING
+    if not stream.interface.words:
+        tokens = stream.interface.example(stream.model.config, 20, 0)
     with torch.inference_mode():
         expected = stream.interface(stream.stored.load(), tokens)
     assert torch.equal(stream.predictions(tokens, stream.original)(tokens), expected)

@@ -18,5 +18,7 @@ BERT = Architecture(
     ),
     embedding="embeddings.word_embeddings",
     head=None,
-    layout=Layout("attention.self", None, head_dim="attention_head_size", counts={"num_attention_heads": "heads", "all_head_size": "width"}),
+    layout=Layout(
+        "attention.self", None, head_dim="attention_head_size", counts={"num_attention_heads": "heads", "all_head_size": "width"}
+    ),
 )

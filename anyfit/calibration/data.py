@@ -40,7 +40,8 @@ class Pending:
 
 
 class Segments:
-    """Tokens by purpose, each (segments, length) int64. `description` says what the text was, `notes` what to know."""
+    """Tokens by purpose, each (segments, length) int64, or pictures, (segments, channels, height, width) float32. `description` says what
+    they were, `notes` what to know."""
 
     def __init__(
         self,
@@ -70,12 +71,9 @@ class Segments:
         """Hash of the tokens themselves."""
         content = hashlib.sha256()
         for tokens in (self.calibration, self.search, self.report):
-            content.update(f"{tuple(tokens.shape)}".encode() + tokens.numpy().astype("<i8").tobytes())
+            numbers = tokens.numpy().astype("<f4" if tokens.is_floating_point() else "<i8")
+            content.update(f"{tuple(tokens.shape)}".encode() + numbers.tobytes())
         return content.hexdigest()
-
-    def num_tokens(self, purpose: str) -> int:
-        """How many there are, without making any."""
-        return math.prod(self._given[purpose].shape)
 
     def num_segments(self, purpose: str) -> int:
         """How many there are, without making any."""

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from anyfit.core.errors import UserError
 from anyfit.costs.latency import ATTENTION, KINDS, Device, LatencyTable, Setting, Shape, cores
 from anyfit.costs.probes import probe, shape_of
+from anyfit.interface import interface_of
 from anyfit.progress import Progress, Silent
 from anyfit.structure.levels import widths
 
@@ -69,6 +70,7 @@ def measure(
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
     _require(stopwatch, setting, formats, threads, config)
     shape = shape_of(config, trust_remote_code=trust_remote_code)
+    setting = replace(setting, sequence=interface_of(config).length(config) or setting.sequence)
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
     ladder = [(kind, size) for kind in KINDS for size in sizes(shape, kind)]

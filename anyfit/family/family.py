@@ -210,8 +210,9 @@ class Family:
         )
 
     def text(self) -> dict[str, torch.Tensor]:
-        """The tokens that were calibrated with and measured on: `calibration`, `search`, `report`, int64 (segments, length)."""
-        return {name: tokens.long() for name, tokens in self._store.tensors(TEXT).items()}
+        """What was calibrated with and measured on: `calibration`, `search`, `report`, int64 (segments, length), or pictures."""
+        found = self._store.tensors(TEXT)
+        return {name: own if own.is_floating_point() else own.long() for name, own in found.items()}
 
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
         """An ordinary transformers model in float32, with the very values that an exported file holds."""

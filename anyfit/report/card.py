@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "transformers": "transformers"}
 """What the hub calls the library that loads a target's models."""
-_PIPELINES = {"language": "text-generation", "embedding": "feature-extraction"}
+_PIPELINES = {"language": "text-generation", "embedding": "feature-extraction", "classes": "image-classification"}
 """What the hub calls that which models of a task are for."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

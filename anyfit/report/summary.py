@@ -77,7 +77,10 @@ def described(family: Family, point: Point) -> str:
         return costs + f"expected {distance} {family.expected(point.predicted):.3g} (this very mix was not measured)"
     quality = point.report
     own, refined = quality.own, ", refined" if point.refined else ""
-    return costs + f"measured {quality.distance} {plus_minus(quality.loss, quality.loss_stderr)}{f', {own[0]} {own[1]}' if own else ''}{refined}"
+    return (
+        costs
+        + f"measured {quality.distance} {plus_minus(quality.loss, quality.loss_stderr)}{f', {own[0]} {own[1]}' if own else ''}{refined}"
+    )
 
 
 def kind(point: Point) -> str:

@@ -2,8 +2,9 @@
 
 To second order the divergence that an output error d of one matrix causes is ½ dᵀ F d, with F the mean of
 g gᵀ over labels drawn from the network's own distribution and g the gradient of their log-likelihood by the
-outputs; of what has no labels, over directions that are drawn (`tasks.base.Task.pull`). With F taken as isotropic, the sensitivity is ½ mean |g|² / outputs. A table that is looked up has
-no product to hook; such units are measured as in `anyfit.scores.kl`.
+outputs; of what has no labels, over directions that are drawn (`tasks.base.Task.pull`). With F taken as
+isotropic, the sensitivity is ½ mean |g|² / outputs. A table that is looked up has no product to hook; such
+units are measured as in `anyfit.scores.kl`.
 
 The pass goes back block after block, each run again from its inputs, so that its time grows with the number of blocks
 and its memory doesn't.

@@ -61,8 +61,8 @@ def structures(model: PreTrainedModel, architecture: Architecture, weights: Iter
 @dataclass(frozen=True)
 class Pruning:
     """What a space of structures is made of. `weights`: all matrices that may be decided about; `formats`: those that each may have, the
-    storage's dense one first; `outside`: whether what isn't in the blocks is decided about, too; `length`: tokens of a sequence, and `causal`:
-    whether each sees only those before it, for the multiply-adds of attention."""
+    storage's dense one first; `outside`: whether what isn't in the blocks is decided about, too; `length`: tokens of a sequence, and
+    `causal`: whether each sees only those before it, for the multiply-adds of attention."""
 
     source: Source
     architecture: Architecture

@@ -177,8 +177,8 @@ def _hollow(model: PreTrainedModel) -> dict[str, str]:
 
 def _exported(model: PreTrainedModel) -> Any:
     """What torch makes of it, as onnx_ir keeps a model."""
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     interface = interface_of(model.config)
+    sizes = {dim: torch.export.Dim(("batch", "sequence")[dim]) for dim in interface.free}
     example = interface.tensors(interface.example(model.config, *_EXAMPLE))
     try:
         with network.quiet(), _quiet_exporter(), torch.no_grad():

@@ -121,7 +121,8 @@ def read(
     interface = interface_of(config)
     with tempfile.TemporaryDirectory() as folder:
         save_file({name: tensor.contiguous() for name, tensor in interface.tensors(tokens).items()}, Path(folder, "in.safetensors"))
-        arguments = [str(path), f"{folder}/in.safetensors", f"{folder}/out", PROBE, str(torch.get_num_threads())]
+        probe = PROBE if interface.words else ""
+        arguments = [str(path), f"{folder}/in.safetensors", f"{folder}/out", probe, str(torch.get_num_threads())]
         arguments += ["trust" if trust else "no", interface.auto, interface.output, *([plugin] if plugin else [])]
         # -P keeps anyfit's own folder, where the program lies, from being searched for modules
         command = [sys.executable, "-P", transformers_reader.__file__, *arguments]
@@ -142,17 +143,19 @@ def compare(
     own = {name: transformers_reader.digest(parameter) for name, parameter in parameters.items()}
     wrong = sorted(name for name, digest in own.items() if report["digests"].get(name) != digest)
     difference = float((expected - outputs).abs().max())
-    same_tokens = report["text"] == source.tokenizer()(PROBE)["input_ids"]
+    interface = interface_of(source.config)
     complaints = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in report["complaints"].items())
     loaded = "loaded in another process, every parameter equal to the bit"
+    tokenizers = (_same_tokens(report, source),) if interface.words else ()
     return (
         Check(
             "transformers", not wrong and not complaints, f"differ: {', '.join(wrong[:5])} {complaints}" if wrong or complaints else loaded
         ),
-        Check(interface_of(source.config).output, difference <= OUTPUTS_BAR, f"largest difference {difference:.1e} (bar {OUTPUTS_BAR:.0e})"),
-        Check(
-            "tokenizer",
-            same_tokens,
-            "loads and reads a probe text as the original's does" if same_tokens else "reads a probe text otherwise",
-        ),
+        Check(interface.output, difference <= OUTPUTS_BAR, f"largest difference {difference:.1e} (bar {OUTPUTS_BAR:.0e})"),
+        *tokenizers,
     )
+
+
+def _same_tokens(report: Mapping[str, Any], source: Source) -> Check:
+    same = report["text"] == source.tokenizer()(PROBE)["input_ids"]
+    return Check("tokenizer", same, "loads and reads a probe text as the original's does" if same else "reads a probe text otherwise")

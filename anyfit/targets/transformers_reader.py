@@ -3,7 +3,7 @@
 Usage: python transformers_reader.py FOLDER INPUTS OUTPUT TEXT THREADS TRUST AUTO ANSWER [PLUGIN]. INPUTS is a safetensors file with
 what the network reads, by name, TRUST "trust" or anything else, AUTO transformers' class that loads it, ANSWER what that calls what comes
 out, PLUGIN a module to import first. Writes OUTPUT.safetensors (`outputs`) and
-OUTPUT.json: a hash of each parameter, the tokens of TEXT, the names that the loader missed or had left over, and whether
+OUTPUT.json: a hash of each parameter, the tokens of TEXT unless it is empty, the names that the loader missed or had left over, and whether
 anyfit was imported.
 """
 
@@ -59,14 +59,19 @@ def read(
     digests = additive(model)
     with torch.no_grad():
         outputs = getattr(model.eval()(**inputs), answer)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     report = {
         "digests": digests | {name: digest(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)},
-        "text": tokenizer(text)["input_ids"],
+        "text": _tokens(folder, text, trust_remote_code=trust_remote_code) if text else [],
         "complaints": {kind: sorted(map(str, names)) for kind, names in found.items() if names},
         "anyfit": any(name.partition(".")[0] == "anyfit" for name in sys.modules),
     }
     return report, outputs
+
+
+def _tokens(folder: str | Path, text: str, *, trust_remote_code: bool) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    found: list[int] = tokenizer(text)["input_ids"]
+    return found
 
 
 def main(folder: str, inputs: str, output: str, text: str, threads: str, trust: str, auto: str, answer: str, *plugins: str) -> None:

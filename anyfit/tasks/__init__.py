@@ -16,6 +16,7 @@ tasks: Registry[Task] = Registry(
     {
         "language": "anyfit.tasks.language:TASK",
         "embedding": "anyfit.tasks.embedding:TASK",
+        "classes": "anyfit.tasks.classes:TASK",
     },
 )
 

@@ -63,7 +63,9 @@ class Quality(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """NaN, which JSON hasn't, becomes null."""
-        return {"task": self.task} | {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()}
+        return {"task": self.task} | {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

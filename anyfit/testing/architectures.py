@@ -179,6 +179,8 @@ def _matrix(parameter: Tensor, weight: Weight) -> Tensor:
 
 def _tokens(model: PreTrainedModel) -> Tensor:
     """Where texts may have padding, some have."""
+    if not interface_of(model.config).words:
+        return interface_of(model.config).example(model.config, 2, 0)
     tokens = torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     if interface_of(model.config) is not LANGUAGE:
         tokens[1, 17:] = PADDING

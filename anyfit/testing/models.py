@@ -40,6 +40,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": HIDDEN, "init_std": HIDDEN**-0.5},
     "phi3": {**_GROUPED, "original_max_position_embeddings": POSITIONS},
     "bert": {"intermediate_size": 512, "pad_token_id": 0},
+    "vit": {"intermediate_size": 512, "image_size": 32, "patch_size": 8, "num_labels": 10},
 }
 MODEL_TYPES = tuple(_FAMILIES)
 """Every kind that `tiny_model` is sized for. Other kinds of transformers work where they know the common names."""
@@ -105,6 +106,8 @@ def save_tiny(folder: Path | str, model_type: str = "llama", **overrides: Any) -
     folder = Path(folder)
     model = tiny_model(model_type, **overrides)
     model.save_pretrained(folder)
+    if not interface_of(model.config).words:
+        return folder
     tokenizer = tiny_tokenizer(model.config.vocab_size)
     if interface_of(model.config) is not LANGUAGE:  # an encoder's puts tokens around every text
         around = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])

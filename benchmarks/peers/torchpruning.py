@@ -26,7 +26,9 @@ def pruned(folder: Path, ratio: float, *, everywhere: bool) -> nn.Module:
     """The network with this share of its heads and channels removed, or that share of all of them where not `everywhere` the same."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     layers = model.encoder.layer
-    heads = {getattr(layer.attention.self, name): model.config.num_attention_heads for layer in layers for name in ("query", "key", "value")}
+    heads = {
+        getattr(layer.attention.self, name): model.config.num_attention_heads for layer in layers for name in ("query", "key", "value")
+    }
     kept = [module for layer in layers for module in (layer.attention.output.dense, layer.output.dense)]
     tokens = torch.arange(1000, 1016)[None]
     pruner = tp.pruner.BasePruner(
