@@ -145,7 +145,7 @@ def prepare(
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
     `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes.
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
-    `segments`: how many calibrate (default 128, of an encoder's texts or pictures 1024).
+    `segments`: how many calibrate (default 128, of an encoder's texts or pictures 512).
     `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """

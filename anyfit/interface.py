@@ -81,7 +81,7 @@ class Language(Interface):
 class Texts(Interface):
     """An encoder: tokens, int64 (segments, length), with `PADDING` after a text's end, to hidden states, (segments, length, hidden)."""
 
-    task, auto, output, segments = "embedding", "AutoModel", "last_hidden_state", 8
+    task, auto, output, segments = "embedding", "AutoModel", "last_hidden_state", 4
 
     def tensors(self, segments: Tensor) -> dict[str, Tensor]:
         """What stands in place of the padding no text can see."""
@@ -102,7 +102,7 @@ def present(segments: Tensor) -> Tensor:
 class Pictures(Interface):
     """Pictures, float32 (segments, channels, height, width), to the logits of their classes, (segments, classes)."""
 
-    task, auto, output, segments = "classes", "AutoModelForImageClassification", "logits", 8
+    task, auto, output, segments = "classes", "AutoModelForImageClassification", "logits", 4
     words, free = False, (0,)
 
     def tensors(self, segments: Tensor) -> dict[str, Tensor]:

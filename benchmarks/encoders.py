@@ -32,8 +32,9 @@ FASTER = (1.5, 2.0)
 SAME = 1.02
 """Times as long, at most, as who is compared."""
 PEER = "torchpruning"
-RATIOS = tuple(round(0.05 * step, 2) for step in range(1, 19))
-SCOPES = ("layer", "network")
+RATIOS = tuple(round(0.02 * step, 2) for step in range(13, 32))
+SCOPES = {"layer": "each layer", "network": "of all"}
+"""What its ratio is of."""
 NUM_TRAIN, NUM_DEV, DECAY = 4000, 3000, 1e-3
 
 
@@ -105,31 +106,31 @@ def _labels(rows: Sequence[tuple[str, int]]) -> Tensor:
 def retained(subject: Subject, assets: Path, environments: Path | None) -> Section:
     """At each speed-up: the searched network, the best uniform one and the peer's best, all within the same predicted time."""
     setting = subject.settings[0]
-    with families(subject, *setting) as (family, table, folder):
-        original, text = family.extract(family.space.largest()), family.text()["report"]
-        reference = task_of(family.source.config).reference(original, text)
-        probe = Probe.read(assets / "nlp-eval", family.source.tokenizer())
-        peers = _peers(subject, environments, folder / PEER, table) if environments else []
-        rows = [Row(("", "the original", "", "1", f"{probe.accuracy(original):.1%}"))]
-        for faster in FASTER:
-            rivals = _rivals(family, table, faster, peers)
-            for number, rival in enumerate(rivals):
-                _written(family, rival, folder / f"{faster}-{number}")
-            write(family, family.space.largest(), folder / f"{faster}-whole")
-            places = [folder / f"{faster}-{number}" for number in ("whole", *range(len(rivals)))]
-            whole, *taken = side_by_side(family, places, *setting)
-            cosines = [1 - reference.loss(rival.model) for rival in rivals]
-            right = [probe.accuracy(rival.model) for rival in rivals]
-            best = all(cosines[0] >= c and right[0] >= a for c, a in zip(cosines, right, strict=True)) and taken[0] <= SAME * min(taken)
-            for index, rival in enumerate(rivals):
-                cells = (
-                    f"{faster:g}x",
-                    rival.name,
-                    f"{taken[index]:.2f} ({whole / taken[index]:.2f}x)",
-                    f"{cosines[index]:.4f}",
-                    f"{right[index]:.1%}",
-                )
-                rows.append(Row(cells, None if index else best))
+    family, table, folder = families(subject, *setting)
+    original, text = family.extract(family.space.largest()), family.text()["report"]
+    reference = task_of(family.source.config).reference(original, text)
+    probe = Probe.read(assets / "nlp-eval", family.source.tokenizer())
+    peers = _peers(subject, environments, folder / PEER, table) if environments else {}
+    rows = [Row(("", "the original", "", "1", f"{probe.accuracy(original):.1%}"))]
+    for faster in FASTER:
+        rivals = _rivals(family, table, faster, peers)
+        for number, rival in enumerate(rivals):
+            _written(family, rival, folder / f"{faster}-{number}")
+        write(family, family.space.largest(), folder / f"{faster}-whole")
+        places = [folder / f"{faster}-{number}" for number in ("whole", *range(len(rivals)))]
+        whole, *taken = side_by_side(family, places, *setting)
+        cosines = [1 - reference.loss(rival.model) for rival in rivals]
+        right = [probe.accuracy(rival.model) for rival in rivals]
+        best = all(cosines[0] >= c and right[0] >= a for c, a in zip(cosines, right, strict=True)) and taken[0] <= SAME * min(taken)
+        for index, rival in enumerate(rivals):
+            cells = (
+                f"{faster:g}x",
+                rival.name,
+                f"{taken[index]:.2f} ({whole / taken[index]:.2f}x)",
+                f"{cosines[index]:.4f}",
+                f"{right[index]:.1%}",
+            )
+            rows.append(Row(cells, None if index else best))
     remarks = [
         f"{subject.name} in {table.device.runtime}, {THREADS} thread, batch {setting[0]}, {setting[1]} tokens. Cosine: mean agreement of "
         f"embeddings with the original's on {len(text)} held-out sentences. SST-2: a logistic regression on embeddings of {NUM_TRAIN} "
@@ -144,20 +145,23 @@ def retained(subject: Subject, assets: Path, environments: Path | None) -> Secti
     return Section("What is kept at equal time", ("asked for", "", "ms", "cosine", "SST-2"), rows, remarks)
 
 
-def _rivals(family: Family, table: LatencyTable, faster: float, peers: Sequence[Rival]) -> list[Rival]:
+def _rivals(family: Family, table: LatencyTable, faster: float, peers: Mapping[Path, float]) -> list[Rival]:
     """anyfit's first; of the peer's the closest to the original of those that are predicted to take no longer."""
     point = family.select(f"{faster:g}x")
     budget = family.space.costs(family.space.largest())["ms"] / faster
     uniform = min((p for p in family.points if p.uniform and family.size(p) <= budget), key=lambda p: p.search.loss)
     found = [Rival("anyfit", family.extract(point.config), family.size(point))]
     found.append(Rival(f"uniform ({uniform.uniform})", family.extract(uniform.config), family.size(uniform)))
-    reference = task_of(family.source.config).reference(family.extract(family.space.largest()), family.text()["search"])
-    within = [
-        max((p for p in peers if p.predicted <= budget and p.name.endswith(scope)), key=lambda p: p.predicted, default=None)
-        for scope in SCOPES
-    ]
-    closest = min((p for p in within if p), key=lambda p: reference.loss(p.model), default=None)
-    return [*found, *([closest] if closest else [])]
+    largest = family.extract(family.space.largest())
+    reference = task_of(family.source.config).reference(largest, family.text()["search"])
+    rivals = []
+    for scope, about in SCOPES.items():
+        within = {path: ms for path, ms in peers.items() if ms <= budget and path.name.startswith(scope)}
+        if within:
+            path = max(within, key=lambda path: within[path])
+            model = cut_as(family.extract(family.space.largest()), load_file(path))
+            rivals.append(Rival(f"Torch-Pruning ({path.stem.partition('-')[2]}, {about})", model, within[path]))
+    return [*found, *sorted(rivals, key=lambda rival: reference.loss(rival.model))[:1]]
 
 
 def _written(family: Family, rival: Rival, path: Path) -> None:
@@ -167,48 +171,22 @@ def _written(family: Family, rival: Rival, path: Path) -> None:
     CutTarget.of(targets.get(family.target)).write_cut(path, family.source, Cut(rival.model, {}, nothing))
 
 
-def _peers(subject: Subject, environments: Path, out: Path, table: LatencyTable) -> list[Rival]:
-    """Everything that the peer's program makes of the network, in its own environment."""
+def _peers(subject: Subject, environments: Path, out: Path, table: LatencyTable) -> dict[Path, float]:
+    """Everything that the peer's program makes of the network, in its own environment, with the milliseconds that each should take."""
     python, checkpoint = (environments / PEER / "bin" / "python").absolute(), subject.checkpoint()
     out.mkdir()
-    command = [
-        str(python),
-        "-m",
-        f"peers.{PEER}",
-        "--model",
-        str(checkpoint.folder.absolute()),
-        "--out",
-        str(out),
-        "--ratios",
-        json.dumps(RATIOS),
-    ]
+    options = ["--model", str(checkpoint.folder.absolute()), "--out", str(out), "--ratios", json.dumps(RATIOS)]
     variables = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run(command, check=True, cwd=out, env=variables)
-    found = []
-    for path in sorted(out.glob("*.safetensors")):
-        scope, _, ratio = path.stem.partition("-")
-        model = _cut_as(checkpoint.load(), load_file(path))
-        found.append(
-            Rival(
-                f"Torch-Pruning {float(ratio):.0%}, one for each {scope}"
-                if scope == "layer"
-                else f"Torch-Pruning {float(ratio):.0%} of the {scope}",
-                model,
-                _predicted(model, table),
-            )
-        )
-    return found
+    subprocess.run([str(python), "-m", f"peers.{PEER}", *options], check=True, cwd=out, env=variables)
+    return {path: _predicted(cut_as(checkpoint.load(), load_file(path)), table) for path in sorted(out.glob("*.safetensors"))}
 
 
-def _cut_as(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+def cut_as(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     """The network with these tensors, cut to what they leave of its blocks."""
     architecture, kept = architecture_of(model), []
     for index, own in enumerate(sizes(model, architecture)):
-        paths = {
-            role: f"{architecture.block.format(i=index)}.{path}.weight"
-            for _, group in architecture.groups(index)
-            for role, path in group.items()
-        }
+        block = architecture.block.format(i=index)
+        paths = {role: f"{block}.{path}.weight" for _, group in architecture.groups(index) for role, path in group.items()}
         groups, channels = len(tensors[paths["q"]]) // (own.heads * own.head_dim), len(tensors[paths["up"]])
         kept.append(Kept(torch.arange(groups), torch.arange(channels)))
     cut(model, architecture, kept)

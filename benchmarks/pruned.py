@@ -7,8 +7,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ Qualities = Mapping[Config, Quality]
 
 THREADS, ROUNDS, SECONDS = 1, 31, 20.0
 """Rounds of everything that is timed side by side; a third of them where they take longer than this."""
-NUM_SENTENCES, LENGTH, NUM_CALIBRATION = 2000, 32, 1024
-"""Sentences of each kind, tokens of each at most, and how many calibrate."""
+NUM_SENTENCES, LENGTH = 2000, 32
+"""Sentences of each kind, and tokens of each at most."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def minilm(folder: Path, assets: Path, work: Path) -> Subject:
     drawn = [rng.sample([s for s in kind if len(s.split()) >= 4], NUM_SENTENCES) for kind in (reviews, encyclopedia)]
     path = work / "sentences.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for kind in drawn for text in kind), encoding="utf-8")
-    wishes = {"data": path, "length": LENGTH, "segments": NUM_CALIBRATION}
+    wishes = {"data": path, "length": LENGTH}
     return Subject("all-MiniLM-L6-v2", ((1, 128), (32, 32)), folder, wishes)
 
 
@@ -74,18 +73,22 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-@contextmanager
-def families(
-    subject: Subject, batch: int, sequence: int, formats: tuple[str, ...] | None = None
-) -> Iterator[tuple[Family, LatencyTable, Path]]:
-    """The network pruned for a latency as measured now, and a folder to write its models to."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+_MADE: dict[tuple[str, int, int, tuple[str, ...] | None], tuple[tempfile.TemporaryDirectory[str], Family, LatencyTable]] = {}
+
+
+def families(subject: Subject, batch: int, sequence: int, formats: tuple[str, ...] | None = None) -> tuple[Family, LatencyTable, Path]:
+    """The network pruned for a latency as measured now, once a process, and an empty folder to write its models to."""
+    key = (subject.name, batch, sequence, formats)
+    if key not in _MADE:
+        place = tempfile.TemporaryDirectory()
+        folder = Path(place.name)
         wishes = {"target": "onnxruntime", "formats": formats, "progress": to_stderr()}
         table = measure_latency(subject.model, batch=batch, sequence=sequence, threads=THREADS, **wishes)
         table.write(folder / "latency.json")
         wishes |= {"recipe": "ziplm", "latency": folder / "latency.json", **subject.wishes}
-        yield fit(subject.model, output=folder / "made.family", **wishes), table, folder
+        _MADE[key] = place, fit(subject.model, output=folder / "made.family", **wishes), table
+    place, family, table = _MADE[key]
+    return family, table, Path(tempfile.mkdtemp(dir=place.name))
 
 
 def side_by_side(family: Family, folders: Sequence[Path], batch: int, sequence: int) -> list[float]:

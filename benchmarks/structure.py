@@ -1,6 +1,6 @@
 """Networks with parts left out: exact removal, what it costs in quality, and whether a latency that was asked for is kept.
 
-python benchmarks/structure.py [--only SECTION] [--minilm FOLDER --assets FOLDER --environments FOLDER]
+python benchmarks/structure.py [--only SECTION ...] [--minilm FOLDER --assets FOLDER --environments FOLDER]
 
 With `--minilm`, the folder of all-MiniLM-L6-v2, the sections are about that encoder and go to a page of their own.
 """
@@ -190,17 +190,17 @@ def quarter(bench: Bench) -> Section:
 
 
 def speed(subject: Subject, batch: int, sequence: int) -> list[Section]:
-    """Speed-ups asked for against those measured; searched sizes against uniform ones at equal time; an encoder's against a peer's."""
-    with families(subject, batch, sequence) as (family, table, folder):
-        whole = family.space.costs(family.space.largest())["ms"]
-        points = {f"{target:g}x": family.select(f"{target:g}x") for target in TARGETS}
-        uniform = [p for p in family.points if p.uniform and 1.2 < whole / family.size(p) < 3.2]
-        uniform = uniform[:: max(1, len(uniform) // 5)][:5]
-        searched = [family.select(f"ms <= {family.size(point):.6f}") for point in uniform]
-        taken = timed(family, [*points.values(), *uniform, *searched], folder, batch, sequence)
-        quality = qualities(family, [*points.values(), *uniform, *searched])
-        sections = [_kept(subject, family, table, points, taken, quality)]
-        return [*sections, _beaten(f"batch {batch}, {sequence} tokens", uniform, searched, taken, quality)]
+    """Speed-ups asked for against those measured; searched sizes against uniform ones at equal time."""
+    family, table, folder = families(subject, batch, sequence)
+    whole = family.space.costs(family.space.largest())["ms"]
+    points = {f"{target:g}x": family.select(f"{target:g}x") for target in TARGETS}
+    uniform = [p for p in family.points if p.uniform and 1.2 < whole / family.size(p) < 3.2]
+    uniform = uniform[:: max(1, len(uniform) // 5)][:5]
+    searched = [family.select(f"ms <= {family.size(point):.6f}") for point in uniform]
+    taken = timed(family, [*points.values(), *uniform, *searched], folder, batch, sequence)
+    quality = qualities(family, [*points.values(), *uniform, *searched])
+    sections = [_kept(subject, family, table, points, taken, quality)]
+    return [*sections, _beaten(f"batch {batch}, {sequence} tokens", uniform, searched, taken, quality)]
 
 
 def _kept(subject: Subject, family: Family, table: LatencyTable, points: Mapping[str, Point], taken: Taken, quality: Qualities) -> Section:
@@ -255,31 +255,31 @@ def _beaten(where: str, uniform: list[Point], searched: list[Point], taken: Take
 def joint() -> Section:
     """Structure and formats together against either alone, within two budgets."""
     subject = default()
-    with families(subject, *subject.settings[0], JOINT_FORMATS) as (family, table, _):
-        space, rows = family.space, []
-        whole = space.costs(space.largest())
-        kinds = {
-            "structure alone": lambda d, c: format_of(c.name) == "F32",
-            "formats alone": lambda d, c: d.axis == FORMAT or c.name.startswith(f"{_widest(d)} "),
-        }
-        solvers = {
-            kind: Solver(
-                replace(space, decisions=tuple(replace(d, choices=tuple(c for c in d.choices if fits(d, c))) for d in space.decisions)),
-                family.manifest.table,
-            )
-            for kind, fits in kinds.items()
-        }
-        reference = task_of(family.source.config).reference(family.extract(space.largest()), family.text()["report"])
-        for faster, share in JOINT_BUDGETS:
-            budget = family.budget([f"ms <= {whole['ms'] / faster:.6f}", f"{share * whole['bytes']:.0f} B"])
-            found = {"together": family.select(budget).config}
-            for kind, solver in solvers.items():
-                with suppress(BudgetError):
-                    found[kind] = solver.solve(budget)
-            kls = {kind: reference.loss(family.extract(config)) for kind, config in found.items()}
-            alone = [kls[kind] for kind in kinds if kind in kls]
-            cells = (f"{faster:g}x, {share:.0%}", *(f"{kls[kind]:.4f}" if kind in kls else "not possible" for kind in (*kinds, "together")))
-            rows.append(Row(cells, kls["together"] <= min(alone, default=float("inf"))))
+    family, table, _ = families(subject, *subject.settings[0], JOINT_FORMATS)
+    space, rows = family.space, []
+    whole = space.costs(space.largest())
+    kinds = {
+        "structure alone": lambda d, c: format_of(c.name) == "F32",
+        "formats alone": lambda d, c: d.axis == FORMAT or c.name.startswith(f"{_widest(d)} "),
+    }
+    solvers = {
+        kind: Solver(
+            replace(space, decisions=tuple(replace(d, choices=tuple(c for c in d.choices if fits(d, c))) for d in space.decisions)),
+            family.manifest.table,
+        )
+        for kind, fits in kinds.items()
+    }
+    reference = task_of(family.source.config).reference(family.extract(space.largest()), family.text()["report"])
+    for faster, share in JOINT_BUDGETS:
+        budget = family.budget([f"ms <= {whole['ms'] / faster:.6f}", f"{share * whole['bytes']:.0f} B"])
+        found = {"together": family.select(budget).config}
+        for kind, solver in solvers.items():
+            with suppress(BudgetError):
+                found[kind] = solver.solve(budget)
+        kls = {kind: reference.loss(family.extract(config)) for kind, config in found.items()}
+        alone = [kls[kind] for kind in kinds if kind in kls]
+        cells = (f"{faster:g}x, {share:.0%}", *(f"{kls[kind]:.4f}" if kind in kls else "not possible" for kind in (*kinds, "together")))
+        rows.append(Row(cells, kls["together"] <= min(alone, default=float("inf"))))
     remark = (
         f"The embedded default in {table.device.runtime}, {THREADS} thread; formats {', '.join(JOINT_FORMATS)}. Both budgets hold: as many "
         "times as fast as the whole network in float32, and a share of its bytes. KL to the original on the report split."
@@ -358,8 +358,8 @@ def _knee(heights: list[float]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    names = ("exactness", "quarter", "speed", "retained", "joint", "essential")
-    parser.add_argument("--only", choices=names, default=None)
+    names = ("exactness", "quarter", "speed", "retained", "batch", "joint", "essential")
+    parser.add_argument("--only", choices=names, nargs="+", default=None)
     parser.add_argument("--minilm", type=Path, help="the folder of all-MiniLM-L6-v2")
     parser.add_argument("--assets", type=Path, help="a folder with nlp-eval and text, for all-MiniLM-L6-v2")
     parser.add_argument("--environments", type=Path, help="the peers' own environments")
@@ -370,12 +370,13 @@ def main() -> int:
         subject = minilm(given.minilm, given.assets, Path(work)) if given.minilm else default()
         # The recursion knows no network; structure with formats is shown on the default, what a task keeps on the encoder.
         others = ("exactness", "joint") if given.minilm else ("retained",)
-        wanted = [name for name in names if (name == given.only if given.only else name not in others)]
+        wanted = [name for name in names if (name in given.only if given.only else name not in others)]
         bench = Bench.made(subject) if {"quarter", "essential"} & set(wanted) else None
         works: dict[str, Callable[[], Iterable[Section]]] = {
             "exactness": lambda: [exactness()],
             "quarter": lambda: [quarter(bench)] if bench else [],
-            "speed": lambda: [section for setting in subject.settings for section in speed(subject, *setting)],
+            "speed": lambda: speed(subject, *subject.settings[0]),
+            "batch": lambda: speed(subject, *subject.settings[1]),
             "retained": lambda: [retained(subject, given.assets, given.environments)],
             "joint": lambda: [joint()],
             "essential": lambda: [essential(bench)] if bench else [],

@@ -69,7 +69,8 @@ class Quality(ABC):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(**{f.name: math.nan if data[f.name] is None else data[f.name] for f in fields(cls)})
+        values: dict[str, Any] = {f.name: math.nan if data[f.name] is None else data[f.name] for f in fields(cls)}
+        return cls(**values)
 
 
 class Reference(ABC):
