@@ -27,7 +27,7 @@ from anyfit.costs.probes import shape_of
 from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
-from anyfit.interface import LANGUAGE, interface_of
+from anyfit.interface import LANGUAGE, PICTURES, interface_of
 from anyfit.measuring import latencies
 from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
@@ -409,17 +409,18 @@ def evaluate(
     if tasks:
         from anyfit.tasks.harness import run as run_tasks
 
-        results = run_tasks(opened.model, opened.tokenizer, list(tasks))
+        results = run_tasks(opened.model, opened.tokenizer(), list(tasks))
     return Evaluation(opened.name, described, quality, original, results)
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to be measured. `kept`: the text that its family reports on."""
+    """A model to be measured. `folder`: where what belongs to its original lies; `kept`: the text that its family reports on."""
 
     name: str
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    folder: Path
     embedded: bool
     kept: Tensor | None = None
 
@@ -432,18 +433,17 @@ def _open_subject(subject: str | Path | None, budget: str | Iterable[str] | None
             raise UserError(f"{path} is a family: which of its models?", remedy="Say --budget.")
         point = family.select(budget)
         model = family.extract(point.config)
-        return _Subject(
-            f"{path} at {family.budget(budget)}", model, family.source.tokenizer(), family.original.embedded, family.text()["report"]
-        )
+        name, source = f"{path} at {family.budget(budget)}", family.source
+        return _Subject(name, model, source.tokenizer, source.folder, family.original.embedded, family.text()["report"])
     if budget is not None:
         raise UserError(f"{path} is no family, so it has no budget to choose by.", remedy="Leave out --budget, or name a family.")
     if path.suffix == ".gguf":
         from anyfit.targets.llamacpp import read_model
 
         model, tokenizer = read_model(path)
-        return _Subject(str(path), model, tokenizer, embedded=False)
+        return _Subject(str(path), model, lambda: tokenizer, path.parent, embedded=False)
     checkpoint = Checkpoint.open(MODEL if subject is None else subject, trust_remote_code=trust_remote_code)
-    return _Subject(checkpoint.name, checkpoint.load(), checkpoint.tokenizer(), checkpoint.embedded)
+    return _Subject(checkpoint.name, checkpoint.load(), checkpoint.tokenizer, checkpoint.folder, checkpoint.embedded)
 
 
 def _held_out(subject: _Subject, data: Data, length: int | None, segments: int | None) -> tuple[Tensor, str]:
@@ -456,9 +456,11 @@ def _held_out(subject: _Subject, data: Data, length: int | None, segments: int |
             "There is no text to measure on, and what a model writes itself says nothing about it.",
             remedy="Name some with --data: text files, a folder of them, JSONL, or hf:NAME.",
         )
+    if not interface_of(subject.model.config).words:
+        return pictures.held_out(data, subject.folder, subject.model.config, segments or NUM_REPORT * PICTURES.segments)
     return held_out(
         data,
-        subject.tokenizer,
+        subject.tokenizer(),
         length=_segment_length(length, subject.model.config, LONGEST_SEGMENT),
         num_segments=segments or NUM_REPORT * interface_of(subject.model.config).segments,
         texts=interface_of(subject.model.config) is not LANGUAGE,
@@ -467,9 +469,11 @@ def _held_out(subject: _Subject, data: Data, length: int | None, segments: int |
 
 def _original(origin: str | Path, subject: _Subject, trust_remote_code: bool, text: Tensor) -> Reference:
     checkpoint = Checkpoint.open(origin, trust_remote_code=trust_remote_code)
-    theirs, own = checkpoint.config.vocab_size, subject.model.config.vocab_size
-    if theirs != own:
-        raise UserError(f"{subject.name} has {own} tokens and {origin} has {theirs}.", remedy="Name the model that it was made of.")
+    theirs, own = (getattr(config, "vocab_size", config.num_labels) for config in (checkpoint.config, subject.model.config))
+    if theirs != own or checkpoint.config.hidden_size != subject.model.config.hidden_size:
+        raise UserError(
+            f"{subject.name} has {own} tokens or classes and {origin} has {theirs}.", remedy="Name the model that it was made of."
+        )
     return task_of(checkpoint.config).reference(checkpoint.load(), text)
 
 

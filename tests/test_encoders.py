@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 import anyfit
 from anyfit.architectures import architecture_of
 from anyfit.calibration.collect import collect
+from anyfit.calibration.data import PURPOSES, load
 from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.family import Family
@@ -105,6 +106,32 @@ def test_bytes_are_those_predicted(family: Family, tmp_path: Path) -> None:
     made = family.export("75%", tmp_path / "small", check=False)
     written = sum(file.stat().st_size for file in (tmp_path / "small").iterdir() if file.suffix in (".onnx", ".safetensors"))
     assert written == made.bytes_ <= made.point.bytes_ <= 1.01 * made.bytes_
+
+
+def test_running_text_is_cut_into_full_segments(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(tiny_text(3000), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    wanted = {"num_calibration": 20, "num_search": 4, "num_report": 4}
+    found = load(tmp_path / "book.txt", tokenizer, length=LENGTH, texts=True, **wanted)
+    for purpose in PURPOSES:
+        tokens = getattr(found, purpose)
+        assert tokens.shape == (wanted[f"num_{purpose}"], LENGTH) and (tokens != PADDING).all()
+        assert (tokens[:, 0] == 0).all() and (tokens[:, -1] == 1).all() and (tokens[:, 1:-1] > 1).all()
+
+
+def test_what_a_fit_would_take(model: Path, sentences: Path) -> None:
+    plan = anyfit.plan(model, data=sentences, target="transformers", **ASKED)
+    assert plan.smallest_bytes < plan.largest_bytes <= plan.original_bytes and plan.seconds > 0
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "transformers"])
+def test_formats_of_an_encoder(model: Path, sentences: Path, tmp_path: Path, target: str) -> None:
+    pytest.importorskip("onnxscript" if target == "onnxruntime" else "compressed_tensors", reason="needs an extra")
+    wishes = {"length": LENGTH, "segments": 12, "effort": "low", "formats": ("F16", "int8_sym", "int4_sym")}
+    family = anyfit.fit(model, output=tmp_path / "formats.family", data=sentences, target=target, **wishes)
+    made = family.export("30%", tmp_path / "small")
+    assert all(check.passed for check in made.checks), made.checks
+    assert made.point.report is None or made.point.report.loss > 0
 
 
 def test_padding_is_no_part_of_the_statistics(model: Path) -> None:

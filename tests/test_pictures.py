@@ -105,6 +105,28 @@ def test_exported_folders_are_checked_where_they_run(family: Family, tmp_path: P
     assert "image" in (tmp_path / "small" / "README.md").read_text()
 
 
+def test_what_is_written_is_measured_on_other_pictures(family: Family, model: Path, photographs: Path) -> None:
+    found = anyfit.evaluate(family.path, budget="80%", data=photographs, against=model)
+    assert found.quality.loss > 0 and found.quality.num_segments == 40 and found.text == "40 pictures"
+    again = anyfit.evaluate(family.path, budget="100%", against=model)
+    assert again.quality.loss == pytest.approx(0, abs=1e-9) and again.quality.num_segments == len(family.text()["report"])
+
+
+def test_what_a_fit_would_take(model: Path, photographs: Path) -> None:
+    plan = anyfit.plan(model, data=photographs, target="transformers", **ASKED)
+    assert plan.smallest_bytes < plan.largest_bytes <= plan.original_bytes and plan.seconds > 0
+
+
+def test_formats_of_a_network_of_pictures(model: Path, photographs: Path, tmp_path: Path) -> None:
+    """Its classifier is decided, too: it reads one position of each picture."""
+    pytest.importorskip("onnxscript", reason="needs anyfit[onnxruntime]")
+    wishes = {"segments": 12, "effort": "low", "formats": ("F32", "int8_sym", "int4_sym")}
+    family = anyfit.fit(model, output=tmp_path / "formats.family", data=photographs, target="onnxruntime", **wishes)
+    assert any(decision.unit.name == "classifier.weight" for decision in family.space.decisions)
+    made = family.export("50%", tmp_path / "small")
+    assert all(check.passed for check in made.checks), made.checks
+
+
 def test_drawn_gradients_have_the_curvature_of_the_loss() -> None:
     hidden, matrix = torch.randn(1, 2, 4), torch.randn(4, 5)
 

@@ -45,6 +45,13 @@ def load(
     return Segments(**drawn, description=f"{len(files)} pictures", notes=tuple(notes))
 
 
+def held_out(data: str | Path | Sequence[str | Path], folder: Path, config: PretrainedConfig, number: int) -> tuple[Tensor, str]:
+    """At most so many pictures for measuring only, (pictures, channels, height, width), with a description. Raises as `load` does."""
+    files = _find(data)
+    chosen = [files[index] for index in np.random.default_rng(0).permutation(len(files))[:number].tolist()]
+    return torch.stack([read(file, folder, config) for file in chosen]), f"{len(chosen)} pictures"
+
+
 def read(file: Path, folder: Path, config: PretrainedConfig) -> Tensor:
     """One picture, (channels, height, width) float32. Raises `DataError` for what isn't one."""
     height, width = size(config)
