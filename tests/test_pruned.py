@@ -236,7 +236,7 @@ def test_tensors_of_several_types_are_not_rounded(text: Path, tmp_path: Path) ->
     family = fitted(folder, text, tmp_path / "mixed.family")
     made = family.export("70%", tmp_path / "small")
     assert all(check.passed for check in made.checks), made.checks
-    assert family.point(family.space.largest()).plain_kl == 0
+    assert family.point(family.space.largest()).plain_loss == 0
 
 
 def test_refining_is_about_formats(family: Family) -> None:
