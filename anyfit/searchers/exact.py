@@ -14,7 +14,7 @@ from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Space
 from anyfit.scores.table import Table
-from anyfit.searchers.knapsack import Hull, optimum, surrogate
+from anyfit.searchers.knapsack import GAP, Hull, optimum
 from anyfit.searchers.problem import Problem
 
 _SLACKS = (0.0, 1e-6)
@@ -57,21 +57,17 @@ class Solver:
         require(problem.space, budget)
         sizes, left = problem.limits(budget)
         for row, (cost, _) in enumerate(budget.limits):
-            found = optimum(problem.unit, problem.score, sizes[[row]], left[[row]], self._hulls[cost])
+            found = optimum(problem.unit, problem.score, sizes[row], float(left[row]), self._hulls[cost])
             # The optimum under one limit that keeps the others too is the optimum under all.
             if (sizes[:, found].sum(1) <= left).all():
                 break
         else:
-            both = Hull.of(problem.unit, problem.score, surrogate(sizes, left)[0])
-            if (sizes[:, both.start].sum(1) <= left).all():
-                found = optimum(problem.unit, problem.score, sizes, left, both)
-            else:
-                found = self._opposed(sizes, left, budget)
+            found = self._together(sizes, left, budget)
         assert (sizes[:, found].sum(1) <= left).all(), "the solver left its limits"
         return problem.config(found)
 
-    def _opposed(self, sizes: np.ndarray, left: np.ndarray, budget: Budget) -> np.ndarray:
-        """The optimum under limits of which what is lightest for one is heavy for another: a mixed-integer programme, (units,)."""
+    def _together(self, sizes: np.ndarray, left: np.ndarray, budget: Budget) -> np.ndarray:
+        """The optimum under several limits, none of which implies the others: a mixed-integer programme, (units,)."""
         problem = self.problem
         num, units = len(problem.unit), len(problem.space.decisions)
         one_each = csr_array((np.ones(num), (problem.unit, np.arange(num))), shape=(units, num))
@@ -82,7 +78,7 @@ class Solver:
                 constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes / scale[:, None], -np.inf, left / scale - slack)],
                 integrality=np.ones(num),
                 bounds=Bounds(0, 1),
-                options={"mip_rel_gap": 0},
+                options={"mip_rel_gap": GAP},
             )
             if solved.x is None:
                 break
