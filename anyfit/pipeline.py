@@ -39,7 +39,9 @@ from anyfit.family.manifest import NAME, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
 from anyfit.finalists import WORK, Finalists
 from anyfit.formats.nested import held
-from anyfit.importance import importances
+from anyfit.importance import importances, saliencies
+from anyfit.importance.sparsity import pooled
+from anyfit.masking import Masking
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import Quantizer
@@ -50,6 +52,8 @@ from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
 from anyfit.structure.levels import Structure
+from anyfit.structure.masks import Mask, menu
+from anyfit.structure.masks import space as masked_space
 from anyfit.structure.space import Measured, Pruning, structures
 from anyfit.structuring import Structuring
 from anyfit.structuring import table as structured_table
@@ -150,9 +154,16 @@ class Fit:
         return bool(self.structures) and weight.block is None and not self.settings.formats
 
     @cached_property
+    def kept_weights(self) -> dict[Mask, dict[str, int]]:
+        """{mask: {matrix: weights that it keeps}} of masks that are of the whole network together. Reads all of its matrices."""
+        shares = [mask for mask in menu(self.recipe.masks) if mask.group is None and saliencies.get(mask.score).pooled]
+        return pooled(((w.name, self.checkpoint.read(w.name)) for w in self.weights if w.block is not None), shares)
+
+    @cached_property
     def space(self) -> Space:
         if not self.structures:
-            return self.target.space(self.source, self.weights, self.settings.formats)
+            dense = self.target.space(self.source, self.weights, self.settings.formats)
+            return masked_space(dense, self.recipe.masks, self.kept_weights) if self.recipe.masks else dense
         storage = CutTarget.of(self.target).storage(self.source, self.settings.formats)
         formats = list(dict.fromkeys([storage.dense, *self.settings.formats]))
         found = Pruning(
@@ -247,22 +258,10 @@ class Fit:
 
     def calibration_pass(self, store: Store, stream: Stream, tokens: Tensor) -> CalibrationPass:
         """What makes the variants of this run's space with these tokens, (segments, length)."""
+        shared = (stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer)
         if self.recipe.pruning is not None:
-            importance = importances.get(self.recipe.pruning)
-            return Structuring(
-                stream,
-                self.space,
-                store,
-                tokens,
-                self.progress,
-                self.group,
-                self.target,
-                self.source,
-                self.quantizer,
-                self.structures,
-                importance,
-            )
-        return Encoding(stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer)
+            return Structuring(*shared, self.structures, importances.get(self.recipe.pruning))
+        return Masking(*shared, self.kept_weights) if self.recipe.masks else Encoding(*shared)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -350,7 +349,7 @@ class Fit:
             self.progress,
         )
         points, references = finalists.points(), finalists.references
-        if self.effort.refines and self.group.first and not self.structures:
+        if self.effort.refines and self.group.first and not (self.structures or self.recipe.masks):
             refinery = self._refinery(references["search"])
             points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
         original = Original(

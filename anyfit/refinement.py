@@ -67,9 +67,10 @@ def refine(
     "cpu", "cuda" or "auto". `family` is up to date afterwards.
     """
     progress, where = progress or Silent(), devices.device(device)
-    if family.pruned:
+    if family.pruned or family.masked:
         raise UserError(
-            f"{family.path} was pruned by {family.manifest.recipe}, and refining is about formats.", remedy="Refine a family of formats."
+            f"{family.path} was {'masked' if family.masked else 'pruned'} by {family.manifest.recipe}, and refining is about formats.",
+            remedy="Refine a family of formats.",
         )
     chosen = family.select_unrefined(budget)
     if chosen.refined:

@@ -24,20 +24,21 @@ from anyfit import Family, fit
 from anyfit.api import prepare
 from anyfit.calibration.collect import collect
 from anyfit.calibration.statistics import DAMPING
-from anyfit.core.config import FORMAT, WIDTH, Config, format_of
+from anyfit.core.config import FORMAT, SPARSITY, WIDTH, Config, format_of
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Decision
 from anyfit.costs.latency import LatencyTable
 from anyfit.costs.stopwatch import pinned
 from anyfit.family import Point
-from anyfit.importance import importances, sparsity
+from anyfit.importance import importances
 from anyfit.importance.base import Repair
-from anyfit.importance.wanda import weight_scores
 from anyfit.measuring import measure as measure_latency
 from anyfit.modeling_cut import spread
 from anyfit.pipeline import Fit
 from anyfit.progress import Silent, to_stderr
+from anyfit.report import sparsity
 from anyfit.searchers.exact import Solver
+from anyfit.structure.masks import mask_of
 from anyfit.targets import onnxruntime_session
 from anyfit.targets.onnx_graph import LOGITS, TOKENS
 from anyfit.tasks.language import Quality, Reference, measure
@@ -57,11 +58,6 @@ THREADS, ROUNDS = 1, 31
 JOINT_FORMATS = ("F32", "int8_sym", "int4_sym")
 JOINT_BUDGETS = ((1.1, 0.5), (1.2, 0.35), (1.3, 0.3), (1.5, 0.25), (1.8, 0.2))
 """(times as fast, share of the bytes) of the network in float32."""
-DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-PATTERNS = ((2, 4), (4, 8), (1, 2))
-"""(kept, of)."""
-WITHIN = 0.01
-"""Of the dense network's quality, up to which sparsity counts as free."""
 
 
 def exactness() -> Section:
@@ -326,58 +322,54 @@ def _qualities(family: Family, points: list) -> dict[Config, Quality]:
     return {p.config: p.report or measure(family.extract(p.config), reference) for p in {p.config: p for p in points}.values()}
 
 
-def essential(bench: Bench) -> Section:
-    """One-shot masks of single weights: how much is free, and where quality falls off."""
-    names = {weight.name: weight for weight in bench.run.weights if weight.block is not None}
-    moments = bench.statistics(names)
-    matrices = {name: bench.run.model.get_parameter(name).detach() for name in names}
-    scores = {
-        "magnitude": {name: matrix.abs() for name, matrix in matrices.items()},
-        "wanda": {name: weight_scores(matrix, moments[name]) for name, matrix in matrices.items()},
-    }
-    generator = torch.Generator().manual_seed(0)
-    scores["random"] = {name: torch.rand(matrix.shape, generator=generator) for name, matrix in matrices.items()}
-    original, found = bench.reference.quality.perplexity, {}
-    for kind in scores:
-        for density in DENSITIES:
-            if kind == "wanda":
-                masks = {name: sparsity.keep_uniform(own, density) for name, own in scores[kind].items()}
-            else:
-                masks = sparsity.keep_global(scores[kind], density, 0.05)
-            found[kind, f"{1 - density:.0%}"] = _masked(bench, matrices, masks)
-        for keep, group in PATTERNS:
-            masks = {name: sparsity.keep_of_group(own, keep, group) for name, own in scores[kind].items()}
-            assert all((mask.unflatten(-1, (-1, group)).sum(-1) == keep).all() for mask in masks.values()), "an N:M mask isn't exact"
-            found[kind, f"keeps {keep} of {group}"] = _masked(bench, matrices, masks)
+def essential() -> Section:
+    """What the recipe says of the embedded default: how much is free, and where quality falls off."""
+    with tempfile.TemporaryDirectory() as name:
+        family = fit(output=Path(name) / "default.family", recipe="essential-sparsity", target="transformers", progress=to_stderr())
+        found = {curve.score: curve for curve in sparsity.curves(family)}
+        searched = {share: family.select(f"weights <= {1 - share:.0%}") for share in found["wanda"].shares if share}
+        patterns = _patterns_hold(family)
+        mixed = _qualities(family, list(searched.values()))
+    ordered = [found[score] for score in ("magnitude", "wanda", "random")]
     rows = []
-    for what in dict.fromkeys(what for _, what in found):
-        kls = {kind: found[kind, what] for kind in scores}
-        shown = [f"{kls[kind].perplexity:.2f}" for kind in scores]
-        pattern = " of " in what
-        holds = kls["wanda"].perplexity <= kls["magnitude"].perplexity <= kls["random"].perplexity if pattern else None
-        rows.append(Row((what, *shown), holds))
-    knees = {kind: _knee([found[kind, f"{1 - d:.0%}"].perplexity for d in DENSITIES]) for kind in scores}
-    free = {kind: max(1 - d for d in DENSITIES if found[kind, f"{1 - d:.0%}"].perplexity <= (1 + WITHIN) * original) for kind in scores}
-    rows.append(Row((f"free, within {WITHIN:.0%}", *(f"{free[kind]:.0%}" for kind in scores)), free["magnitude"] >= free["random"]))
-    rows.append(Row(("knee", *(f"{1 - DENSITIES[knees[kind]]:.0%}" for kind in scores))))
+    for what, *figures in sparsity.rows(ordered):
+        holds, best = None, ""
+        if " of " in what:
+            magnitude, wanda, chance = map(float, figures)
+            holds = wanda <= magnitude <= chance and patterns
+        elif what.startswith("free"):
+            holds = ordered[0].free >= ordered[2].free
+        elif (share := float(what.rstrip("%")) / 100 if what.endswith("%") else 0.0) in searched:
+            quality = mixed[searched[share].config]
+            best, holds = f"{quality.perplexity:.2f}", quality.kl_mean <= min(curve.shares[share].kl_mean for curve in ordered)
+        rows.append(Row((what, *figures, best), holds))
     remark = (
-        f"The embedded default, perplexity {original:.3f}; masks of all matrices in the blocks, nothing trained: magnitude in one pool "
-        "of all weights, Wanda row by row, and chance. The knee is the point furthest from the line between the ends, of the logarithm of "
-        "the perplexity. Rows of patterns hold where Wanda is no worse than magnitude, and magnitude no worse than chance. Zeros alone "
-        "save neither bytes nor time."
+        f"anyfit fit --recipe essential-sparsity on the embedded default, perplexity {family.original.report.perplexity:.3f}; masks of all "
+        "matrices in the blocks, nothing trained: magnitude in one pool of all weights, Wanda row by row, and chance. Searched: the best "
+        "mix of masks for as many weights, matrix by matrix; it holds where its KL is no worse than that of each mask everywhere. The knee is "
+        "the point furthest from the line between the ends, of the logarithm of the perplexity. Rows of patterns hold where Wanda is no "
+        "worse than magnitude, magnitude no worse than chance, and every group of the extracted networks has exactly as many weights as it "
+        "should. Zeros alone save neither bytes nor time."
     )
-    return Section("Essential sparsity", ("weights removed", *scores), rows, [remark])
+    return Section("Essential sparsity", ("weights removed", "magnitude", "wanda", "random", "searched"), rows, [remark])
 
 
-def _masked(bench: Bench, matrices: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Quality:
-    return bench.with_matrices({name: matrix * masks[name] for name, matrix in matrices.items()})
-
-
-def _knee(values: list[float]) -> int:
-    """The place furthest below the chord of (place, logarithm)."""
-    y = np.log(values)
-    chord = np.linspace(y[0], y[-1], len(y))
-    return int((chord - y).argmax())
+def _patterns_hold(family: Family) -> bool:
+    """Whether every group of the networks that are extracted with a pattern everywhere has as many weights as it should, but for weights
+    that were zero before."""
+    whole = family.extract(family.space.largest())
+    for point in family.points:
+        mask = mask_of(str(point.uniform))
+        if mask is None or mask.group is None:
+            continue
+        network = family.extract(point.config)
+        for decision in (d for d in family.space.decisions if d.axis == SPARSITY):
+            stay, before = (model.get_parameter(decision.unit.name) != 0 for model in (network, whole))
+            counts = stay.unflatten(-1, (-1, mask.group)).sum(-1)
+            possible = before.unflatten(-1, (-1, mask.group)).sum(-1).clamp_max(mask.keep)
+            if not (counts == possible).all():
+                return False
+    return True
 
 
 def main() -> int:
@@ -386,13 +378,13 @@ def main() -> int:
     parser.add_argument("--only", choices=names, default=None)
     only = parser.parse_args().only
     wanted = names if only is None else (only,)
-    bench = Bench.made() if {"quarter", "essential"} & set(wanted) else None
+    bench = Bench.made() if "quarter" in wanted else None
     works: dict[str, Callable[[], Iterable[Section]]] = {
         "exactness": lambda: [exactness()],
         "quarter": lambda: [quarter(bench)] if bench else [],
         "speed": lambda: [section for setting in SETTINGS for section in speed(*setting)],
         "joint": lambda: [joint()],
-        "essential": lambda: [essential(bench)] if bench else [],
+        "essential": lambda: [essential()],
     }
     sections, status = list[Section](), 1
     for name in wanted:  # the page is there as far as it goes, should the next section take too long

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anyfit.core.budget import BITS, BYTES, describe
+from anyfit.core.budget import BITS, BYTES, LATENCY, describe
 from anyfit.core.config import Config
 from anyfit.core.space import Space
+from anyfit.report import sparsity
 
 if TYPE_CHECKING:
     from anyfit.family import Family, Point
@@ -116,7 +117,16 @@ def family_json(family: Family) -> dict[str, Any]:
         "uniform": [point_json(family, point) for point in family.points if point.uniform],
         "coverage": [{"unit": unit, "format": format_, "reason": reason} for unit, format_, reason in family.coverage],
         "notes": list(family.notes),
+        **({"sparsity": sparsity.to_json(family)} if family.masked else {}),
     }
+
+
+def budget_of(family: Family, point: Point) -> str:
+    """What to ask for to get a config of the frontier, as a person types it."""
+    scale, size = family.space.scale, family.size(point)
+    if scale == BYTES:
+        return f"{point.bytes_}B"
+    return f"'{scale} <= {size:g}'" if scale == LATENCY else f"'{scale} <= {size:.0f}'"
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.config import Config
-from anyfit.report import summary
+from anyfit.report import sparsity, summary
 
 if TYPE_CHECKING:
     from anyfit.family import Family, Point
@@ -39,6 +39,12 @@ def frontier(family: Family, chosen: Point | None = None) -> Table:
         )
         _add(table, cells, style="bold" if here else "" if row.frontier else "dim")
     return table
+
+
+def sparsity_table(family: Family) -> Table:
+    """Perplexity with one mask everywhere, by what chose the weights; up to where sparsity is free, and the knee."""
+    found = sparsity.curves(family)
+    return listing(sparsity.rows(found), "weights removed", *(f"perplexity by {curve.score}" for curve in found))
 
 
 def mostly(family: Family, config: Config) -> str:
