@@ -33,6 +33,9 @@ from anyfit.encoding import NUMBERS_AT_ONCE, Encoding, variants, works
 from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
+from anyfit.importance import importances
+from anyfit.importance.base import NetworkImportance
+from anyfit.importance.magnitude import IMPORTANCE as MAGNITUDE
 from anyfit.masking import Masking
 from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
 from anyfit.quantizers import aqlm
@@ -147,7 +150,13 @@ def _whole_matrices(run: Fit) -> int:
 
 def _takes_all(run: Fit) -> bool:
     """Whether some stage has the whole network in memory."""
-    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None
+    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None or _scores_whole(run) is not None
+
+
+def _scores_whole(run: Fit) -> NetworkImportance | None:
+    """The importance, if it looks at the whole network."""
+    found = importances.get(run.recipe.pruning) if run.recipe.pruning else None
+    return found if isinstance(found, NetworkImportance) else None
 
 
 def _in_memory(run: Fit) -> int:
@@ -235,11 +244,16 @@ class _Rehearsal:
             total += probed / each * (reading * (1 + probes / 2) + (backward if probes < len(run.space.decisions) else 0))
         total += held_out / each * (num_configs + 1) * reading
         total += generated.READINGS * run.segments.num_pending / each * reading
+        if (whole := _scores_whole(run)) is not None:
+            text = torch.empty(tokens["calibration"] // run.settings.length, run.settings.length, device="meta")
+            total += whole.readings(run.structures, text) * text.numel() / each * reading
         return total + (_more_effort(run, tokens) + _training(run)) / each * reading
 
     def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:
         """Seconds to make all variants."""
         made = self.run.calibration_pass(self.store, self.stream, self.tokens)
+        if isinstance(made, Structuring):  # what the whole network says of its structures is counted by itself
+            made = replace(made, importance=lambda _: MAGNITUDE)
         if isinstance(made, Structuring | Masking):
             return self._pruned(made, weights, moments)
         assert isinstance(made, Encoding)

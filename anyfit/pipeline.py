@@ -40,6 +40,7 @@ from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, De
 from anyfit.finalists import WORK, Finalists
 from anyfit.formats.nested import held
 from anyfit.importance import importances, saliencies
+from anyfit.importance.base import Importance, NetworkImportance
 from anyfit.importance.sparsity import pooled
 from anyfit.masking import Masking
 from anyfit.progress import Progress
@@ -67,6 +68,8 @@ from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
 """Search segments that sensitivities are measured on."""
+SCORED = "scored.safetensors"
+"""The journal's file of what each structure costs, by an importance that looks at the whole network."""
 STATES = "states"
 """The journal's folder of hidden states; what a killed run left there is of no use."""
 
@@ -112,6 +115,7 @@ class Fit:
         self.effort = settings.effort
         self.device = device(settings.device)
         self._stream: Stream | None = None
+        self._scored: dict[str, Tensor] = {}
 
     @property
     def key(self) -> dict[str, Any]:
@@ -254,14 +258,33 @@ class Fit:
 
     def encode(self, store: Store) -> None:
         """Every variant of every matrix. One factorisation per distinct input, shared by all its matrices."""
+        self.scored(store)
         self.calibration_pass(store, self.stream(store), self.segments.calibration).run()
 
     def calibration_pass(self, store: Store, stream: Stream, tokens: Tensor) -> CalibrationPass:
         """What makes the variants of this run's space with these tokens, (segments, length)."""
         shared = (stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer)
         if self.recipe.pruning is not None:
-            return Structuring(*shared, self.structures, importances.get(self.recipe.pruning))
+            return Structuring(*shared, self.structures, lambda name: self._importance(store, name))
         return Masking(*shared, self.kept_weights) if self.recipe.masks else Encoding(*shared)
+
+    def _importance(self, store: Store, matrix: str) -> Importance:
+        """Of the structures that a matrix reads."""
+        found = importances.get(self.recipe.pruning or "")
+        return found.of(self.scored(store)[matrix]) if isinstance(found, NetworkImportance) else found
+
+    def scored(self, store: Store) -> dict[str, Tensor]:
+        """What each structure costs, by the matrix that reads it, where the importance looks at the whole network; else nothing."""
+        found = importances.get(self.recipe.pruning or "") if self.recipe.pruning else None
+        if not isinstance(found, NetworkImportance):
+            return {}
+        if not self._scored:
+            if self.group.first and not (store.folder / SCORED).exists():
+                made = found.scores(self.model, self.architecture, self.structures, self.segments.calibration, self.progress)
+                store.write_tensors(SCORED, made)
+            self.group.wait()
+            self._scored = store.tensors(SCORED)
+        return self._scored
 
     @property
     def quantizer(self) -> Quantizer:
@@ -314,7 +337,9 @@ class Fit:
         tokens, sensitivity = self.segments.search[:NUM_PROBE_SEGMENTS], sensitivities.get(self.recipe.score)
         if self.structures:
             dense = CutTarget.of(self.target).dense(self.source)
-            table = structured_table(self.elastic(store), store, self.structures, dense, sensitivity, tokens, self.progress)
+            table = structured_table(
+                self.elastic(store), store, self.structures, dense, sensitivity, tokens, self.scored(store), self.progress
+            )
         else:
             errors = self.errors(store)
             table = Table(sensitivity.measure(self.elastic(store), tokens, errors, self.progress), errors)
@@ -424,7 +449,7 @@ class Fit:
         manifest = with_points(manifest, manifest.points, hashes)
         write_json(journal.folder / NAME, manifest.to_json())
         write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        for name in ("table.json", STATES, CALIBRATION, TRAINING, RESULT, *WORK):
+        for name in ("table.json", SCORED, STATES, CALIBRATION, TRAINING, RESULT, *WORK):
             remove(journal.folder / name)
         journal.finish()
 

@@ -346,7 +346,7 @@ def essential() -> Section:
     remark = (
         f"anyfit fit --recipe essential-sparsity on the embedded default, perplexity {family.original.report.perplexity:.3f}; masks of all "
         "matrices in the blocks, nothing trained: magnitude in one pool of all weights, Wanda row by row, and chance. Searched: the best "
-        "mix of masks for as many weights, matrix by matrix; it holds where its KL is no worse than that of each mask everywhere. The knee is "
+        "mix of masks for as many weights, matrix by matrix; it holds where its KL is no worse than any one mask's everywhere. The knee is "
         "the point furthest from the line between the ends, of the logarithm of the perplexity. Rows of patterns hold where Wanda is no "
         "worse than magnitude, magnitude no worse than chance, and every group of the extracted networks has exactly as many weights as it "
         "should. Zeros alone save neither bytes nor time."

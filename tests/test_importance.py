@@ -16,7 +16,9 @@ from anyfit.importance.wanda import weight_scores
 from anyfit.structure.masks import Mask
 from anyfit.testing.importance import check_importance
 
-OBS: Importance = importances.get("obs")
+OBS = importances.get("obs")
+assert isinstance(OBS, Importance)
+OF_MATRICES = {name: found for name in importances if isinstance(found := importances.get(name), Importance)}
 
 
 def layer(outputs: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -99,7 +101,7 @@ def test_of_near_duplicates_one_stays() -> None:
     total = float(((weight @ moments) * weight).sum())
 
     def lost(name: str) -> tuple[int, float]:
-        found = importances.get(name).ladder(weight, moments, 1)
+        found = OF_MATRICES[name].ladder(weight, moments, 1)
         return 32 - len({index // 2 for index in found.order[:32].tolist()}), squared_error(weight - found.level(32), moments) / total
 
     assert lost("obs")[0] == 0 and lost("obs")[1] < 0.002
@@ -109,7 +111,7 @@ def test_of_near_duplicates_one_stays() -> None:
 
 def test_methods_come_in_the_order_of_what_they_know() -> None:
     weight, moments = layer(128, 256)
-    left = {name: importances.get(name).ladder(weight, moments, 1).level(128) for name in importances}
+    left = {name: importance.ladder(weight, moments, 1).level(128) for name, importance in OF_MATRICES.items()}
     errors = {name: squared_error(weight - level, moments) for name, level in left.items()}
     assert errors["obs"] < min(errors["magnitude_repaired"], errors["wanda_repaired"])
     assert max(errors["magnitude_repaired"], errors["wanda_repaired"]) < errors["wanda"] < errors["magnitude"]
@@ -161,7 +163,7 @@ def test_of_weights_that_are_all_alike_each_matrix_keeps_its_share() -> None:
     matrices = {"a": torch.ones(3, 8), "b": -torch.ones(2, 8), "c": torch.full((4, 8), 0.5)}
     (counts,) = pooled(matrices.items(), [Mask("magnitude", 30)]).values()
     assert counts["c"] == round(FLOOR * 32) and sum(counts.values()) == round(0.3 * 72)
-    assert abs(counts["a"] * 2 - counts["b"] * 3) <= 3
+    assert abs(counts["a"] - 12) <= 1 >= abs(counts["b"] - 8)
     assert keep_of_group(torch.ones(1, 8), 1, 4).tolist() == [[True, False, False, False] * 2]
     assert (keep_uniform(torch.rand(37, 64, generator=torch.Generator().manual_seed(0)), 0.3).sum(1) == round(0.3 * 64)).all()
 

@@ -71,7 +71,7 @@ def test_names_say_what_is_kept() -> None:
 def test_one_mask_everywhere_is_the_papers(family: Family, model: Path) -> None:
     """All magnitudes in one pool: what is kept of any matrix is no smaller than what is removed of any other."""
     found = originals(model)
-    network = family.extract("keep 60% by magnitude F32")
+    network = family.extract("magnitude60% F32")
     kept = {name: network.get_parameter(name) != 0 for name in found}
     total = sum(mask.numel() for mask in kept.values())
     assert sum(int(mask.sum()) for mask in kept.values()) == round(0.6 * total)
@@ -79,7 +79,7 @@ def test_one_mask_everywhere_is_the_papers(family: Family, model: Path) -> None:
     least = min(float(found[name].abs()[kept[name]].min()) for name in found)
     most = max(float(found[name].abs()[~kept[name]].max()) for name in found if not kept[name].all())
     assert least >= most * (1 - 2**-7)
-    assert family.space.costs(family.space.uniform("keep 60% by magnitude F32"))[WEIGHTS] == round(0.6 * total)
+    assert family.space.costs(family.space.uniform("magnitude60% F32"))[WEIGHTS] == round(0.6 * total)
 
 
 @pytest.mark.parametrize("score", saliencies)
@@ -100,7 +100,7 @@ def test_rows_keep_what_weighs_most_for_their_inputs(family: Family, model: Path
 
     run = prepare(model, data=text, **ASKED)  # type: ignore[arg-type]
     seen = collect(run.model, run.architecture, run.weights, run.segments.calibration, progress=Silent())
-    network = family.extract("keep 40% by wanda F32")
+    network = family.extract("wanda40% F32")
     for weight in run.weights:
         if weight.block is not None:
             matrix, norms = network.get_parameter(weight.name).detach(), seen[str(weight.input)].diagonal.sqrt()
@@ -115,14 +115,14 @@ def test_budgets_are_of_weights_and_members_are_written(family: Family, tmp_path
     costs = family.space.costs(point.config)
     assert costs[WEIGHTS] <= 0.55 * family.space.costs(family.space.largest())[WEIGHTS]
     assert point.bytes_ == family.point(family.space.largest()).bytes_
-    for budget, folder in (("weights <= 55%", "mixed"), ("keep 2 of 4 by wanda F32", "pattern")):
+    for budget, folder in (("weights <= 55%", "mixed"), ("wanda2of4 F32", "pattern")):
         made = family.export(budget, tmp_path / folder)
         assert all(check.passed for check in made.checks) and "masks" in [check.name for check in made.checks]
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         inside = [p for name, p in loaded.named_parameters() if ".layers." in name and p.ndim == 2]
         assert sum(int((p != 0).sum()) for p in inside) == family.space.costs(made.point.config)[WEIGHTS]
     assert all(((p != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all() for p in inside)
-    family.save("keep 2 of 4 by wanda F32", tmp_path / "extracted")
+    family.save("wanda2of4 F32", tmp_path / "extracted")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "extracted")
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in loaded.named_parameters())
 
@@ -174,10 +174,10 @@ def test_rows_that_no_pattern_fits_stay_whole(text: Path, tmp_path: Path) -> Non
     folder = save_tiny(tmp_path / "odd", intermediate_size=130)
     run = prepare(folder, data=text, **ASKED)  # type: ignore[arg-type]
     down = next(d for d in run.space.decisions if d.unit.name.endswith("0.mlp.down_proj.weight"))
-    assert "keep 2 of 4 by wanda F32" in down.refused and "keep 1 of 2 by wanda F32" not in down.refused
-    config = run.space.uniform("keep 2 of 4 by wanda F32")
+    assert "wanda2of4 F32" in down.refused and "wanda1of2 F32" not in down.refused
+    config = run.space.uniform("wanda2of4 F32")
     assert config[down.key] == "F32"
-    assert {name for (unit, _), name in config.items() if ".layers." in unit and "down_proj" not in unit} == {"keep 2 of 4 by wanda F32"}
+    assert {name for (unit, _), name in config.items() if ".layers." in unit and "down_proj" not in unit} == {"wanda2of4 F32"}
 
 
 def test_masks_are_kept_as_bits(family: Family) -> None:

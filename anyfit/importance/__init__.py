@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from anyfit.core.registry import Registry
 
 if TYPE_CHECKING:
-    from anyfit.importance.base import Importance
+    from anyfit.importance.base import Importance, NetworkImportance
     from anyfit.importance.sparsity import Saliency
 
-importances: Registry[Importance] = Registry(
+importances: Registry[Importance | NetworkImportance] = Registry(
     "importance",
     {
         "obs": "anyfit.importance.obs:IMPORTANCE",
@@ -18,6 +18,9 @@ importances: Registry[Importance] = Registry(
         "magnitude_repaired": "anyfit.importance.magnitude:REPAIRED",
         "wanda": "anyfit.importance.wanda:IMPORTANCE",
         "wanda_repaired": "anyfit.importance.wanda:REPAIRED",
+        "taylor": "anyfit.importance.taylor:IMPORTANCE",
+        "taylor_repaired": "anyfit.importance.taylor:REPAIRED",
+        "trajectory": "anyfit.importance.trajectory:IMPORTANCE",
     },
 )
 

@@ -13,6 +13,7 @@ recipes: Registry[Recipe] = Registry(
         "hessian-aware": "anyfit.recipes.hessian_aware:RECIPE",
         "llm-qfa": "anyfit.recipes.llm_qfa:RECIPE",
         "matquant": "anyfit.recipes.matquant:RECIPE",
+        "optin": "anyfit.recipes.optin:RECIPE",
         "pv-tuning": "anyfit.recipes.pv_tuning:RECIPE",
         "qat": "anyfit.recipes.qat:RECIPE",
         "rtn": "anyfit.recipes.rtn:RECIPE",

@@ -12,7 +12,7 @@ RECIPE = Recipe(
         "side. anyfit show draws quality against sparsity, and says up to where it is free and where the knee is. Choose it to see how "
         "compressible a network is, and as what any cleverer method has to beat. Zeros are stored as any number is: what is written "
         "is no smaller, and faster only where a runtime skips zeros, so budgets are of weights (weights <= 50%). Members are asked "
-        "for by name, too (--budget 'keep 2 of 4 by wanda F32'), and matrices may be masked differently where that is better. Differs from "
+        "for by name, too (--budget 'wanda2of4 F32'), and matrices may be masked differently where that is better. Differs from "
         "the paper in a floor of 5 % of each matrix, and in saying what is kept of a group, where the paper says what is zeroed."
     ),
     score="kl",

@@ -20,7 +20,7 @@ SHARES = (90, 80, 70, 60, 50, 40, 30)
 PATTERNS = ((2, 4), (4, 8), (1, 2))
 """(kept, of so many that lie side by side in a row)."""
 PERCENT = 100
-_NAME = re.compile(r"keep ([0-9]+)(%| of [0-9]+) by (\S+) (\S+)")
+_NAME = re.compile(r"([a-z_]+)([0-9]+)(%|of[0-9]+) (\S+)")
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Mask:
 
     def __str__(self) -> str:
         """Without the score."""
-        return f"{self.keep}%" if self.group is None else f"{self.keep} of {self.group}"
+        return f"{self.keep}%" if self.group is None else f"{self.keep}of{self.group}"
 
     def choice(self, format_: str) -> str:
         """The name of a choice."""
-        return f"keep {self} by {self.score} {format_}"
+        return f"{self.score}{self} {format_}"
 
     def refuses(self, columns: int) -> str | None:
         """Why rows of this length can't have it; None where they can."""
@@ -62,7 +62,7 @@ def mask_of(choice: str) -> Mask | None:
     match = _NAME.fullmatch(choice)
     if match is None:
         return None
-    return Mask(match[3], int(match[1]), None if match[2] == "%" else int(match[2].removeprefix(" of ")))
+    return Mask(match[1], int(match[2]), None if match[3] == "%" else int(match[3].removeprefix("of")))
 
 
 def menu(scores: Iterable[str]) -> Iterator[Mask]:
