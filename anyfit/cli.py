@@ -197,6 +197,9 @@ def show(
     if chosen:
         document["chosen"] = summary.point_json(opened, chosen) | {"formats": chosen.config.chosen}
         shown += [f"\n{opened.budget(budget or [])}: {summary.described(opened, chosen)}", tables.layers(opened, chosen.config)]
+        if opened.pruned:
+            document["chosen"]["removed"] = summary.removed(opened.space, chosen.config)
+            shown += filter(None, [summary.removed_in_words(opened.space, chosen.config)])
     shown += ["", tables.sparsity_table(opened)] if opened.masked else []
     if opened.coverage:
         shown += ["", tables.refusals(opened.coverage)]

@@ -13,6 +13,7 @@ from anyfit.core.files import written_aside
 from anyfit.report import sparsity, summary
 from anyfit.report.charts import Axis, Box, Label, floored, place
 from anyfit.report.summary import Row
+from anyfit.structure.levels import worded
 
 if TYPE_CHECKING:
     from anyfit.family import Family
@@ -178,7 +179,7 @@ def _data(family: Family, rows: list[Row]) -> dict[str, Any]:
     names = list(bits)
     keys = [decision.key for decision in family.space.decisions]
     return {
-        "formats": names,
+        "formats": [worded(name) for name in names],
         "bits": [round(bits[name], 4) for name in names],
         "weights": [decision.unit.num_weights for decision in family.space.decisions],
         "rows": [

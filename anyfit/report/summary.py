@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anyfit.core.budget import BITS, BYTES, LATENCY, describe
-from anyfit.core.config import Config
+from anyfit.core.config import HEADS, Config
 from anyfit.core.space import Space
 from anyfit.report import sparsity
+from anyfit.structure.levels import kept_of, worded
 
 if TYPE_CHECKING:
     from anyfit.family import Family, Point
@@ -56,9 +57,31 @@ def shares(space: Space, config: Config) -> dict[str, float]:
     """The share of the decided weights that each format holds, largest first."""
     counts: Counter[str] = Counter()
     for decision in space.decisions:
-        counts[config[decision.key]] += decision.unit.num_weights
+        counts[worded(config[decision.key])] += decision.unit.num_weights
     total = sum(counts.values())
     return {name: count / total for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+
+
+def removed(space: Space, config: Config) -> dict[str, list[int]]:
+    """Blocks of which a half was removed, by the half; and those of which both were, so that they do nothing."""
+    found: dict[str, list[int]] = {"attention": [], "feed-forward": []}
+    for decision in space.decisions:
+        if kept_of(config[decision.key]) == 0:
+            block = decision.unit.weights[0].block
+            assert block is not None
+            found["attention" if decision.axis == HEADS else "feed-forward"].append(block)
+    return {**found, "block": sorted(set(found["attention"]) & set(found["feed-forward"]))}
+
+
+def removed_in_words(space: Space, config: Config) -> str:
+    """In one line; empty where nothing was removed as a whole."""
+    found = removed(space, config)
+    halves = {half: [str(b) for b in blocks if half == "block" or b not in found["block"]] for half, blocks in found.items()}
+    parts = [
+        f"{'attention' if half == 'attention' else half} of {', '.join(own)}" for half, own in halves.items() if own and half != "block"
+    ]
+    parts += [f"all of {', '.join(halves['block'])}"] if halves["block"] else []
+    return f"Removed from blocks: {'; '.join(parts)}." if parts else ""
 
 
 def refusals(family: Family) -> list[tuple[str, str, list[str]]]:

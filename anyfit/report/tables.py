@@ -12,6 +12,7 @@ from rich.text import Text
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.config import Config
 from anyfit.report import sparsity, summary
+from anyfit.structure.levels import worded
 
 if TYPE_CHECKING:
     from anyfit.family import Family, Point
@@ -58,7 +59,7 @@ def layers(family: Family, config: Config) -> Table:
     cells: dict[int | None, dict[str, str]] = {}
     for decision in family.space.decisions:
         for weight in decision.unit.weights:
-            cells.setdefault(weight.block, {})[weight.role] = config[decision.key]
+            cells.setdefault(weight.block, {})[weight.role] = worded(config[decision.key])
     blocks = sorted(block for block in cells if block is not None)
     roles = list(dict.fromkeys(role for block in blocks for role in cells[block]))
     table = _table("block", *roles)
