@@ -141,10 +141,10 @@ def test_what_is_shown(family: Family) -> None:
         assert curve["shares"][0]["perplexity"] == family.original.report.perplexity
         measured = next(p for p in family.points if p.uniform == Mask(score, 40).choice("F32"))
         assert measured.report is not None and curve["shares"][-1]["perplexity"] == measured.report.perplexity
-        assert [row["keep"] for row in curve["patterns"]] == [2, 4, 1] or len(curve["patterns"]) == 3
+        assert [(row["keep"], row["group"]) for row in curve["patterns"]] == [(4, 8), (2, 4), (1, 2)]
     html = page.render(family)
     assert "Where quality drops off" in html and html.count('class="knee"') == len(found)
-    assert "'weights &lt;= " in html or "weights <= " in html
+    assert r"--budget ${row.budget}" in html and r"weights \u003c= " in html
 
 
 def test_knees_and_what_is_free() -> None:
