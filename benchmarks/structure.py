@@ -31,7 +31,7 @@ from anyfit.costs.latency import LatencyTable
 from anyfit.costs.stopwatch import pinned
 from anyfit.family import Point
 from anyfit.importance import importances
-from anyfit.importance.base import Repair
+from anyfit.importance.base import NetworkImportance, Repair
 from anyfit.measuring import measure as measure_latency
 from anyfit.modeling_cut import spread
 from anyfit.pipeline import Fit
@@ -152,12 +152,15 @@ def quarter(bench: Bench) -> Section:
     found = {name: s for name, s in bench.run.structures.items() if s.axis == WIDTH}
     moments, original = bench.statistics(found), bench.reference.quality.perplexity
     rises, rows = {}, []
-    for importance in ("magnitude", "wanda", "magnitude_repaired", "wanda_repaired", "obs"):
-        matrices, began = {}, time.perf_counter()
+    run = bench.run
+    for importance in ("magnitude", "wanda", "taylor", "magnitude_repaired", "wanda_repaired", "taylor_repaired", "obs"):
+        matrices, began, part = {}, time.perf_counter(), importances.get(importance)
+        whole = isinstance(part, NetworkImportance)
+        scores = part.scores(run.model, run.architecture, found, run.segments.calibration, Silent()) if whole else {}
         for name, structure in found.items():
             kept = round(KEPT * structure.num)
-            ladder = importances.get(importance).ladder(bench.run.model.get_parameter(name).detach(), moments[name], 1)
-            matrices[name] = ladder.level(kept)
+            own = part.of(scores[name]) if whole else part
+            matrices[name] = own.ladder(run.model.get_parameter(name).detach(), moments[name], 1).level(kept)
         seconds = time.perf_counter() - began
         quality = bench.with_matrices(matrices)
         rises[importance] = quality.perplexity - original
