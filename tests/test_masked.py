@@ -187,3 +187,15 @@ def test_masks_are_kept_as_bits(family: Family) -> None:
             tensors = load_file(path)
             dense = tensors["F32"].numel()
             assert sum(t.numel() for t in tensors.values()) == dense + (len(tensors) - 1) * dense // 32
+
+
+def test_plans_know_what_masks_and_scores_take(family: Family, model: Path, text: Path) -> None:
+    asked = {**ASKED, "data": text}
+    found = anyfit.plan(model, budget="weights <= 60%", **asked)  # type: ignore[arg-type]
+    assert found.smallest_bytes == found.largest_bytes == family.points[0].bytes_
+    files = sum(path.stat().st_size for path in (family.path / "variants").iterdir())
+    assert found.seconds > 0 and found.disk_bytes > 0.9 * files
+    with pytest.raises(BudgetError, match="smallest possible is weights <= "):
+        anyfit.plan(model, budget="weights <= 1%", **asked)  # type: ignore[arg-type]
+    by_network, by_matrix = (anyfit.plan(model, **{**asked, "recipe": recipe}) for recipe in ("optin", "ziplm"))  # type: ignore[arg-type]
+    assert by_network.memory_bytes >= 4 * by_network.num_parameters and by_network.seconds > 0 < by_matrix.seconds
