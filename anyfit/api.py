@@ -17,7 +17,7 @@ from anyfit.calibration.data import PURPOSES, Segments, held_out, is_named, load
 from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import BYTES, LATENCY, MACS, Budget
+from anyfit.core.budget import BYTES, LATENCY, MACS, WEIGHTS, Budget
 from anyfit.core.config import format_of
 from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
@@ -27,6 +27,9 @@ from anyfit.costs.probes import shape_of
 from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
+from anyfit.formats.base import CastFormat
+from anyfit.importance import importances
+from anyfit.importance.base import NetworkImportance
 from anyfit.interface import LANGUAGE, PICTURES, interface_of
 from anyfit.measuring import latencies
 from anyfit.pipeline import Fit, Settings
@@ -151,9 +154,9 @@ def prepare(
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
     method = recipes.get(recipe)
-    wanted = _wanted(method, runtime, diligence, formats)
     quantizers.get(method.quantizer)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
+    wanted = _wanted(method, runtime, diligence, formats, checkpoint)
     data = _data(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
     length = _segment_length(length, checkpoint.config, longest)
@@ -187,9 +190,10 @@ def prepare(
     return run
 
 
-def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[str] | None) -> tuple[str, ...]:
+def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The formats to choose from, as named or as the recipe and the target have them. Raises `UserError` for what isn't loaded."""
-    found = method.formats.get(runtime.name, runtime.menu(effort)) if formats is None else tuple(dict.fromkeys(formats))
+    usual = (_own_format(runtime, checkpoint),) if method.masks else method.formats.get(runtime.name, runtime.menu(effort))
+    found = usual if formats is None else tuple(dict.fromkeys(formats))
     loaded = f"It loads: {', '.join(runtime.formats)}."
     if not found and method.pruning is None:
         raise UserError(f"No format was named for {runtime.name}.", remedy=loaded)
@@ -197,7 +201,18 @@ def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[s
         all_formats.get(name)
         if name not in runtime.formats:
             raise UserError(f"{runtime.name} doesn't load the format {name}.", remedy=loaded)
+    if method.masks and (len(found) > 1 or not isinstance(all_formats.get(found[0]), CastFormat)):
+        raise UserError(
+            f"{method.name} masks the numbers of one floating-point format, and {', '.join(found)} was named.",
+            remedy=f"Leave out --formats, or say --formats {_own_format(runtime, checkpoint)}.",
+        )
     return found
+
+
+def _own_format(runtime: Target, checkpoint: Checkpoint) -> str:
+    """The floating-point format of a runtime that is nearest to a network's own type."""
+    own = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(checkpoint.dtype, "F32")
+    return own if own in runtime.formats else "F32"
 
 
 def _require_subject(method: Recipe, run: Fit) -> None:
@@ -208,6 +223,9 @@ def _require_subject(method: Recipe, run: Fit) -> None:
             "tokens diverge by.",
             remedy="Take --recipe gptq or ziplm, and --effort normal.",
         )
+    whole = method.pruning is not None and isinstance(importances.get(method.pruning), NetworkImportance)
+    if whole and interface_of(run.checkpoint.config) is not LANGUAGE:
+        raise UserError(f"{method.name} asks a language model what it loses.", remedy="Take --recipe ziplm.")
     if isinstance(method.training, Nesting):
         nested_sizes(decided(run.space, method.training))
     elif method.training and not decided(run.space, method.training):
@@ -312,7 +330,7 @@ def plan(
     """
     progress = progress or Silent()
     if budget is not None:
-        Budget.parse(budget, original=dict.fromkeys((BYTES, LATENCY, MACS), 1.0))
+        Budget.parse(budget, original=dict.fromkeys((BYTES, LATENCY, MACS, WEIGHTS), 1.0))
     run = prepare(model, progress=progress, **wishes)
     space = run.space
     if budget is not None:

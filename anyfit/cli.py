@@ -197,6 +197,10 @@ def show(
     if chosen:
         document["chosen"] = summary.point_json(opened, chosen) | {"formats": chosen.config.chosen}
         shown += [f"\n{opened.budget(budget or [])}: {summary.described(opened, chosen)}", tables.layers(opened, chosen.config)]
+        if opened.pruned:
+            document["chosen"]["removed"] = summary.removed(opened.space, chosen.config)
+            shown += filter(None, [summary.removed_in_words(opened.space, chosen.config)])
+    shown += ["", tables.sparsity_table(opened)] if opened.masked else []
     if opened.coverage:
         shown += ["", tables.refusals(opened.coverage)]
     if open_:
@@ -423,4 +427,6 @@ def _page(family: Family) -> str:
 def _next(family: Family) -> tuple[str, ...]:
     middle = family.frontier[len(family.frontier) // 2]
     suffix = all_targets.get(family.target).suffix
-    return (f"Next:     anyfit export {family.path} --budget {describe(BYTES, middle.bytes_).replace(' ', '')} -o {family.name}{suffix}",)
+    from anyfit.report import summary
+
+    return (f"Next:     anyfit export {family.path} --budget {summary.budget_of(family, middle)} -o {family.name}{suffix}",)

@@ -23,7 +23,7 @@ from anyfit.calibration.data import PURPOSES
 from anyfit.calibration.saturation import Saturation, saturate
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.budget import BYTES, describe
-from anyfit.core.config import format_of
+from anyfit.core.config import SPARSITY, format_of
 from anyfit.core.errors import UserError
 from anyfit.core.memory import Peak, release
 from anyfit.core.space import Decision
@@ -33,7 +33,11 @@ from anyfit.encoding import NUMBERS_AT_ONCE, Encoding, variants, works
 from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
+from anyfit.importance import importances
+from anyfit.importance.base import NetworkImportance
+from anyfit.importance.magnitude import IMPORTANCE as MAGNITUDE
 from anyfit.interface import interface_of
+from anyfit.masking import Masking
 from anyfit.pipeline import Fit, num_probed
 from anyfit.quantizers import aqlm
 from anyfit.quantizers.worker import Workers, num_workers
@@ -140,7 +144,7 @@ def _surely(run: Fit) -> int:
 
 def _whole_matrices(run: Fit) -> int:
     """Bytes of what is encoded at once because its rows share something: more than a rehearsal on some of the rows shows."""
-    if run.structures:
+    if run.structures or run.recipe.masks:
         return 0
     sizes = [d.unit.weights[0].num_weights for d in run.space.decisions if any(all_formats.get(c.name).whole for c in d.choices)]
     return aqlm.BYTES_A_NUMBER * sum(sorted(sizes)[-num_workers(run.device) :])
@@ -148,7 +152,13 @@ def _whole_matrices(run: Fit) -> int:
 
 def _takes_all(run: Fit) -> bool:
     """Whether some stage has the whole network in memory."""
-    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None
+    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None or _scores_whole(run) is not None
+
+
+def _scores_whole(run: Fit) -> NetworkImportance | None:
+    """The importance, if it looks at the whole network."""
+    found = importances.get(run.recipe.pruning) if run.recipe.pruning else None
+    return found if isinstance(found, NetworkImportance) else None
 
 
 def _in_memory(run: Fit) -> int:
@@ -169,6 +179,8 @@ def _in_memory(run: Fit) -> int:
 def _variants(run: Fit, decision: Decision) -> int:
     """Bytes of the variants of one unit. Of an attention or a feed-forward only the matrix that reads it has one for each size."""
     structure = run.structures.get(decision.unit.name)
+    if decision.axis == SPARSITY:
+        return decision.choices[0].stored_bytes + (len(decision.choices) - 1) * -(-decision.unit.num_weights // 8)
     if structure is None:
         return sum(decision.choice(name).stored_bytes for name, _ in works(choice.name for choice in decision.choices))
     formats = {name: all_formats.get(name) for name in map(format_of, (choice.name for choice in decision.choices))}
@@ -233,18 +245,24 @@ class _Rehearsal:
             total += probed / each * (reading * (1 + probes / 2) + (backward if probes < len(run.space.decisions) else 0))
         total += held_out / each * (num_configs + 1) * reading
         total += generated.READINGS * run.segments.num_pending / each * reading
+        if (whole := _scores_whole(run)) is not None:
+            text = torch.empty(tokens["calibration"] // run.settings.length, run.settings.length, device="meta")
+            total += whole.readings(run.structures, text) * text.numel() / each * reading
         return total + (_more_effort(run, tokens) + _training(run)) / each * reading
 
     def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:
         """Seconds to make all variants."""
         made = self.run.calibration_pass(self.store, self.stream, self.tokens)
-        if isinstance(made, Structuring):
+        if isinstance(made, Structuring):  # what the whole network says of its structures is counted by itself
+            made = replace(made, importance=lambda _: MAGNITUDE)
+        if isinstance(made, Structuring | Masking):
             return self._pruned(made, weights, moments)
         assert isinstance(made, Encoding)
         return self._encoded(made, weights, moments)
 
-    def _pruned(self, pruning: Structuring, weights: list[Weight], moments: dict[str, Moments]) -> float:
-        """Seconds to prune and encode all blocks: those of one, all that it holds, times their number. No other process takes part."""
+    def _pruned(self, pruning: Structuring | Masking, weights: list[Weight], moments: dict[str, Moments]) -> float:
+        """Seconds to prune or mask all blocks, and encode: those of one, all that it holds, times their number. No other process takes
+        part."""
         alone = replace(pruning, group=ALONE)
         groups = [group for group in alone.groups() if group[0] in weights]
         with self.run.progress.stage(alone.name, 0) as stage, alone.encoder(stage) as encoder:

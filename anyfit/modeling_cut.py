@@ -33,7 +33,9 @@ class Layout:
     `by_group`: the rows of a fused q, k, v are all of the first group, then all of the second, and so on, rather than all of q, then of
     k, then of v. `head_dim`: what the attention calls the width of a head. `counts`: attributes of the attention that hold a size, and
     which: "groups", "heads" or "width", the columns of the output projection. `reads_config`: its forward asks its config for the number
-    of heads. `channels`: what the config calls the number of channels.
+    of heads. `channels`: what the config calls the number of channels. `norms`: by the word for a half, the norm of what that half alone
+    reads, and `norms_after` of what it gives; `norms_first`: the block's attribute that says whether `norms` are what they are, for kinds
+    in which they may also stand elsewhere.
     """
 
     attention: str
@@ -43,6 +45,9 @@ class Layout:
     counts: Mapping[str, str] = field(default_factory=dict)
     reads_config: bool = False
     channels: str = "intermediate_size"
+    norms: Mapping[str, str] = field(default_factory=dict)
+    norms_after: Mapping[str, str] = field(default_factory=dict)
+    norms_first: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,14 @@ class Sizes:
 
 
 class Constant(nn.Module):
-    """What a projection of no columns gives: its bias, or zeros. (..., hidden) to (..., hidden)"""
+    """What a projection of no columns gives: its bias (hidden,), or a zero (), to be added to every token's state."""
 
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.bias = bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        value = hidden_states.new_zeros(()) if self.bias is None else self.bias
-        return value.expand(hidden_states.shape)
+        return hidden_states.new_zeros(()) if self.bias is None else self.bias
 
 
 class NoAttention(nn.Module):
@@ -155,8 +159,9 @@ def cut_attention(block: nn.Module, paths: Mapping[str, str], layout: Layout, gr
         replace(block, paths["o"], Constant(bias(block, paths["o"])))
         return
     if not len(groups):
-        removed = NoAttention(paths["o"].rpartition(".")[2], bias(block, paths["o"]), getattr(attention, "layer_idx", 0))
-        replace(block, layout.attention, removed)
+        left = bias(block, paths["o"])
+        replace(block, layout.attention, NoAttention(paths["o"].rpartition(".")[2], left, getattr(attention, "layer_idx", 0)))
+        remove_norms(block, layout, ATTENTION, left)
         return
     rows = attention_rows(whole, layout, groups)
     for role in rows.keys() & paths.keys():
@@ -180,6 +185,7 @@ def cut_feed_forward(block: nn.Module, paths: Mapping[str, str], layout: Layout,
         select(block.get_submodule(paths["down"]), channels, 1)
         return
     left = bias(block, paths["down"])
+    remove_norms(block, layout, FEED_FORWARD, left)
     if layout.feed_forward is not None:
         replace(block, layout.feed_forward, NoFeedForward(paths["down"].rpartition(".")[2], left))
         return
@@ -187,6 +193,15 @@ def cut_feed_forward(block: nn.Module, paths: Mapping[str, str], layout: Layout,
     for role in ("gate", "up", "gate_up"):
         if role in paths:
             replace(block, paths[role], nn.Identity())
+
+
+def remove_norms(block: nn.Module, layout: Layout, half: str, left: nn.Parameter | None) -> None:
+    """Those that belong to a half that was removed, of which `left` remains. The norm of a zero is a zero, of a bias it isn't the bias."""
+    if layout.norms_first is not None and not getattr(block, layout.norms_first):
+        return
+    paths = [layout.norms.get(half), layout.norms_after.get(half) if left is None else None]
+    for path in filter(None, paths):
+        replace(block, path, nn.Identity())
 
 
 def stated(config: Any, layout: Layout) -> Sizes:

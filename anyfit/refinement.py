@@ -69,9 +69,10 @@ def refine(
     "cpu", "cuda" or "auto". `family` is up to date afterwards.
     """
     progress, where = progress or Silent(), devices.device(device)
-    if family.pruned:
+    if family.pruned or family.masked:
         raise UserError(
-            f"{family.path} was pruned by {family.manifest.recipe}, and refining is about formats.", remedy="Refine a family of formats."
+            f"{family.path} was {'masked' if family.masked else 'pruned'} by {family.manifest.recipe}, and refining is about formats.",
+            remedy="Refine a family of formats.",
         )
     if interface_of(family.source.config) is not LANGUAGE:
         raise UserError(f"{family.original.name} is no language model, and refining is about next tokens.", remedy="Take a larger budget.")

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from encoders import retained
 from pruned import (
@@ -36,22 +35,24 @@ from pruned import (
 from table import Row, Section, finish_page
 from torch import Tensor
 
-from anyfit import Family
+from anyfit import Family, fit
 from anyfit.api import prepare
 from anyfit.calibration.collect import collect
 from anyfit.calibration.statistics import DAMPING
-from anyfit.core.config import FORMAT, WIDTH, format_of
+from anyfit.core.config import FORMAT, SPARSITY, WIDTH, format_of
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Decision
 from anyfit.costs.latency import LatencyTable
 from anyfit.family import Point
-from anyfit.importance import importances, sparsity
-from anyfit.importance.base import Repair
-from anyfit.importance.wanda import weight_scores
+from anyfit.importance import importances
+from anyfit.importance.base import NetworkImportance, Repair
+from anyfit.interface import LANGUAGE, interface_of
 from anyfit.modeling_cut import spread
 from anyfit.pipeline import Fit
-from anyfit.progress import Silent
+from anyfit.progress import Silent, to_stderr
+from anyfit.report import sparsity
 from anyfit.searchers.exact import Solver
+from anyfit.structure.masks import mask_of
 from anyfit.tasks import task_of
 from anyfit.tasks.base import Quality, Reference
 from anyfit.tasks.language import Quality as LanguageQuality
@@ -64,11 +65,6 @@ TARGETS = (1.25, 1.5, 2.0, 3.0)
 JOINT_FORMATS = ("F32", "int8_sym", "int4_sym")
 JOINT_BUDGETS = ((1.1, 0.5), (1.2, 0.35), (1.3, 0.3), (1.5, 0.25), (1.8, 0.2))
 """(times as fast, share of the bytes) of the network in float32."""
-DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-PATTERNS = ((2, 4), (4, 8), (1, 2))
-"""(kept, of)."""
-WITHIN = 0.01
-"""Of the dense network's perplexity, or of one less a cosine, up to which sparsity counts as free."""
 
 
 def exactness() -> Section:
@@ -168,14 +164,18 @@ class Bench:
 def quarter(bench: Bench) -> Section:
     """A quarter of each feed-forward's channels, by every importance."""
     found = {name: s for name, s in bench.run.structures.items() if s.axis == WIDTH}
-    moments, original = bench.statistics(found), bench.reference.quality
+    moments, original, run = bench.statistics(found), bench.reference.quality, bench.run
+    # Taylor's is of what a language model loses.
+    taylor = ("taylor", "taylor_repaired") if interface_of(run.checkpoint.config) is LANGUAGE else ()
     harms, rows = {}, []
-    for importance in ("magnitude", "wanda", "magnitude_repaired", "wanda_repaired", "obs"):
-        matrices, began = {}, time.perf_counter()
+    for importance in ("magnitude", "wanda", "magnitude_repaired", "wanda_repaired", *taylor, "obs"):
+        matrices, began, part = {}, time.perf_counter(), importances.get(importance)
+        whole = isinstance(part, NetworkImportance)
+        scores = part.scores(run.model, run.architecture, found, run.segments.calibration, Silent()) if whole else {}
         for name, structure in found.items():
             kept = round(KEPT * structure.num)
-            ladder = importances.get(importance).ladder(bench.run.model.get_parameter(name).detach(), moments[name], 1)
-            matrices[name] = ladder.level(kept)
+            own = part.of(scores[name]) if whole else part
+            matrices[name] = own.ladder(run.model.get_parameter(name).detach(), moments[name], 1).level(kept)
         seconds = time.perf_counter() - began
         quality = bench.with_matrices(matrices)
         harms[importance] = harm(quality, original)
@@ -292,68 +292,57 @@ def _widest(decision: Decision) -> str:
     return max((c.name.partition(" ")[0] for c in decision.choices), key=lambda name: int(name.lstrip("abcdefghijklmnopqrstuvwxyz")))
 
 
-def essential(bench: Bench) -> Section:
-    """One-shot masks of single weights: how much is free, and where quality falls off."""
-    names = {weight.name: weight for weight in bench.run.weights if weight.block is not None}
-    moments = bench.statistics(names)
-    matrices = {name: bench.run.model.get_parameter(name).detach() for name in names}
-    scores = {
-        "magnitude": {name: matrix.abs() for name, matrix in matrices.items()},
-        "wanda": {name: weight_scores(matrix, moments[name]) for name, matrix in matrices.items()},
-    }
-    generator = torch.Generator().manual_seed(0)
-    scores["random"] = {name: torch.rand(matrix.shape, generator=generator) for name, matrix in matrices.items()}
-    original, found = bench.reference.quality, dict[tuple[str, str], Quality]()
-    for kind in scores:
-        for density in DENSITIES:
-            if kind == "wanda":
-                masks = {name: sparsity.keep_uniform(own, density) for name, own in scores[kind].items()}
-            else:
-                masks = sparsity.keep_global(scores[kind], density, 0.05)
-            found[kind, f"{1 - density:.0%}"] = _masked(bench, matrices, masks)
-        for keep, group in PATTERNS:
-            masks = {name: sparsity.keep_of_group(own, keep, group) for name, own in scores[kind].items()}
-            assert all((mask.unflatten(-1, (-1, group)).sum(-1) == keep).all() for mask in masks.values()), "an N:M mask isn't exact"
-            found[kind, f"keeps {keep} of {group}"] = _masked(bench, matrices, masks)
+def essential(subject: Subject) -> Section:
+    """What the recipe says of a network: how much is free, and where quality falls off."""
+    with tempfile.TemporaryDirectory() as name:
+        wishes = {"recipe": "essential-sparsity", "target": "transformers", "progress": to_stderr(), **subject.wishes}
+        family = fit(subject.model, output=Path(name) / "masked.family", **wishes)
+        found = {curve.score: curve for curve in sparsity.curves(family)}
+        searched = {share: family.select(f"weights <= {1 - share:.0%}") for share in found["wanda"].shares if share}
+        patterns = _patterns_hold(family)
+        mixed = qualities(family, list(searched.values()))
+    ordered = [found[score] for score in ("magnitude", "wanda", "random")]
     rows = []
-    for what in dict.fromkeys(what for _, what in found):
-        kls = {kind: found[kind, what] for kind in scores}
-        pattern = " of " in what
-        holds = kls["wanda"].loss <= kls["magnitude"].loss <= kls["random"].loss if pattern else None
-        rows.append(Row((what, *(shown(kls[kind]) for kind in scores)), holds))
-    knees = {kind: _knee([_height(found[kind, f"{1 - d:.0%}"]) for d in DENSITIES]) for kind in scores}
-    free = {kind: max(1 - d for d in DENSITIES if _free(found[kind, f"{1 - d:.0%}"], original)) for kind in scores}
-    rows.append(Row((f"free, within {WITHIN:.0%}", *(f"{free[kind]:.0%}" for kind in scores)), free["magnitude"] >= free["random"]))
-    rows.append(Row(("knee", *(f"{1 - DENSITIES[knees[kind]]:.0%}" for kind in scores))))
+    for what, *figures in sparsity.rows(ordered):
+        holds, best = None, ""
+        if " of " in what:
+            magnitude, wanda, chance = map(float, figures)
+            holds = wanda <= magnitude <= chance and patterns
+        elif what.startswith("free"):
+            holds = ordered[0].free >= ordered[2].free
+        elif (share := float(what.rstrip("%")) / 100 if what.endswith("%") else 0.0) in searched:
+            quality = mixed[searched[share].config]
+            best, holds = sparsity.shown(quality), quality.loss <= min(curve.shares[share].loss for curve in ordered)
+        rows.append(Row((what, *figures, best), holds))
+    original = family.original.report
     remark = (
-        f"{bench.about}; {named(original)}. Masks of all matrices in the blocks, nothing trained: magnitude in one pool of all weights, "
-        "Wanda row by row, and chance. The knee is the point furthest from the line between the ends, of the logarithm of the perplexity, "
-        "or of the cosine. Rows of patterns hold where Wanda is no worse than magnitude, and magnitude no worse than chance. Zeros alone "
-        "save neither bytes nor time."
+        f"anyfit fit --recipe essential-sparsity; {subject.name}, {sparsity.named(original)}"
+        f"{f' {original.own[1]} whole' if original.own else ''}; masks of all matrices in the blocks, nothing trained: magnitude in one "
+        "pool of all weights, Wanda row by row, and chance. Searched: the best mix of masks for as many weights, matrix by matrix; it holds "
+        "where it is no further from the original than any one mask everywhere. The knee is the point furthest from the line between the "
+        "ends, of the logarithm of the perplexity, or of the distance of embeddings. Rows of patterns hold where Wanda is no worse than "
+        "magnitude, magnitude no worse than chance, and every group of the extracted networks has exactly as many weights as it should. "
+        "Zeros alone save neither bytes nor time."
     )
-    return Section("Essential sparsity", ("weights removed", *scores), rows, [remark])
+    return Section("Essential sparsity", ("weights removed", "magnitude", "wanda", "random", "searched"), rows, [remark])
 
 
-def _masked(bench: Bench, matrices: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Quality:
-    return bench.with_matrices({name: matrix * masks[name] for name, matrix in matrices.items()})
-
-
-def _height(quality: Quality) -> float:
-    """What grows as weights are removed."""
-    return float(np.log(quality.perplexity)) if isinstance(quality, LanguageQuality) else quality.loss
-
-
-def _free(quality: Quality, original: Quality) -> bool:
-    """Whether next to nothing was lost."""
-    most = WITHIN * original.perplexity if isinstance(original, LanguageQuality) else WITHIN
-    return harm(quality, original) <= most
-
-
-def _knee(heights: list[float]) -> int:
-    """The place furthest below the chord."""
-    y = np.array(heights)
-    chord = np.linspace(y[0], y[-1], len(y))
-    return int((chord - y).argmax())
+def _patterns_hold(family: Family) -> bool:
+    """Whether every group of the networks that are extracted with a pattern everywhere has as many weights as it should, but for weights
+    that were zero before."""
+    whole = family.extract(family.space.largest())
+    for point in family.points:
+        mask = mask_of(str(point.uniform))
+        if mask is None or mask.group is None:
+            continue
+        network = family.extract(point.config)
+        for decision in (d for d in family.space.decisions if d.axis == SPARSITY):
+            stay, before = (model.get_parameter(decision.unit.name) != 0 for model in (network, whole))
+            counts = stay.unflatten(-1, (-1, mask.group)).sum(-1)
+            possible = before.unflatten(-1, (-1, mask.group)).sum(-1).clamp_max(mask.keep)
+            if not (counts == possible).all():
+                return False
+    return True
 
 
 def main() -> int:
@@ -371,7 +360,7 @@ def main() -> int:
         # The recursion knows no network; structure with formats is shown on the default, what a task keeps on the encoder.
         others = ("exactness", "joint") if given.minilm else ("retained",)
         wanted = [name for name in names if (name in given.only if given.only else name not in others)]
-        bench = Bench.made(subject) if {"quarter", "essential"} & set(wanted) else None
+        bench = Bench.made(subject) if "quarter" in wanted else None
         works: dict[str, Callable[[], Iterable[Section]]] = {
             "exactness": lambda: [exactness()],
             "quarter": lambda: [quarter(bench)] if bench else [],
@@ -379,7 +368,7 @@ def main() -> int:
             "batch": lambda: speed(subject, *subject.settings[1]),
             "retained": lambda: [retained(subject, given.assets, given.environments)],
             "joint": lambda: [joint()],
-            "essential": lambda: [essential(bench)] if bench else [],
+            "essential": lambda: [essential(subject)],
         }
         sections, status = list[Section](), 1
         page, command = ("structure-minilm", " MINILM=FOLDER ASSETS=FOLDER") if given.minilm else ("structure", "")

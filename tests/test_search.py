@@ -16,6 +16,7 @@ from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.scores.table import Table
 from anyfit.searchers.exact import Solver, hull, solve
+from anyfit.searchers.knapsack import Hull, optimum
 
 
 def random_problem(seed: int, num_units: int = 5, num_choices: int = 4) -> tuple[Space, Table]:
@@ -150,3 +151,39 @@ def test_a_whole_frontier_of_a_large_problem_takes_a_second() -> None:
         score = table.predict(space, config)
         assert space.bytes_(config) <= size
         assert relaxed * (1 - 1e-9) <= score <= points[points[:, 0] <= size, 1].min() * (1 + 1e-9)
+
+
+def test_opposed_limits_of_a_large_problem_take_seconds() -> None:
+    """Sixty units of forty choices, of which the lighter are no faster: the mixed-integer programme is within reach of its relaxation."""
+    rng = np.random.default_rng(4)
+    decisions, errors = [], {}
+    for index in range(60):
+        size, macs = rng.integers(100, 1000, 40).tolist(), rng.integers(100, 1000, 40).tolist()
+        choices = tuple(Choice(f"c{i}", s, s, {"macs": m}) for i, (s, m) in enumerate(zip(size, macs, strict=True)))
+        name = f"unit{index}"
+        decisions.append(Decision(Unit(name, (Weight(name, (10, 100), "q", None),)), choices))
+        errors[name] = {f"c{i}": 1e5 / (s * m) * float(rng.lognormal(0, 0.3)) for i, (s, m) in enumerate(zip(size, macs, strict=True))}
+    space, table = Space(tuple(decisions), 0, 0, 60_000, {"macs": 0.0}), Table(dict.fromkeys(errors, 1.0), errors)
+    budget = Budget((("bytes", 24_000.0), ("macs", 24_000.0)), "both")
+    began = time.process_time()
+    solver = Solver(space, table)
+    score = table.predict(space, solver.solve(budget))
+    assert time.process_time() - began < 20, "it takes one or two seconds; a slow machine is given time"
+    sizes, left = solver.problem.limits(budget)
+    # Weighted together the limits are one that is no stricter; whatever the weights, its optimum is a bound from below.
+    bounds = []
+    for share in np.linspace(0, 1, 21):
+        weight, limit = (np.array([share, 1 - share]) @ rows for rows in (sizes, left))
+        bounds.append(
+            solver.problem.score[
+                optimum(
+                    solver.problem.unit,
+                    solver.problem.score,
+                    weight,
+                    float(limit),
+                    Hull.of(solver.problem.unit, solver.problem.score, weight),
+                )
+            ].sum()
+        )
+    assert max(bounds) <= score * (1 + 1e-9)
+    assert score <= max(bounds) * 1.05

@@ -11,6 +11,7 @@ from jinja2 import TemplateNotFound
 
 from anyfit.report import summary
 from anyfit.report.page import environment
+from anyfit.structure.levels import worded
 from anyfit.targets import targets
 from anyfit.targets.base import Needs
 
@@ -70,7 +71,7 @@ def _roles(family: Family, config: Config) -> list[tuple[str, str]]:
     got: dict[str, Counter[str]] = {}
     for decision in family.space.decisions:
         for weight in decision.unit.weights:
-            got.setdefault(weight.role, Counter())[config[decision.key]] += 1
+            got.setdefault(weight.role, Counter())[worded(config[decision.key])] += 1
     return [(role, ", ".join(f"{name} × {count}" for name, count in counts.most_common())) for role, counts in got.items()]
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from anyfit.core.budget import BYTES, describe
+from anyfit.core.budget import BYTES, LATENCY, WEIGHTS, describe
 from anyfit.core.files import written_aside
-from anyfit.report import summary
+from anyfit.report import sparsity, summary
 from anyfit.report.charts import Axis, Box, Label, floored, place
 from anyfit.report.summary import Row
+from anyfit.structure.levels import worded
 from anyfit.tasks.base import plus_minus
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 1040, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, WIDTH - 16, 16, HEIGHT - 48
+_LABELS = {LATENCY: ("measured latency, ms", 1.0), WEIGHTS: ("weights in the blocks that aren't zero, millions", 1e6)}
+"""Of costs other than bytes: what stands below the chart, and its unit."""
 SIDE = 440
 """Width and height of the square chart of predicted against measured."""
 
@@ -44,8 +47,9 @@ def render(family: Family) -> str:
             split=summary.split(family),
             uniform=uniform,
             bits=family.space.format_bits(),
-            frontier_chart=_frontier_chart(rows, family.space.scale),
+            frontier_chart=_frontier_chart(rows, family.space.scale, named=not family.masked),
             prediction_chart=_prediction_chart(family),
+            sparsity_chart=_sparsity_chart(family),
             grid=_grid(family),
             refusals=summary.refusals(family),
             provenance=summary.flat(family.provenance),
@@ -74,13 +78,10 @@ def _title(row: Row) -> str:
     )
 
 
-def _frontier_chart(rows: list[Row], scale: str) -> dict[str, Any]:
-    """Distance to the original against size, with one standard error each way."""
+def _frontier_chart(rows: list[Row], scale: str, *, named: bool) -> dict[str, Any]:
+    """Distance to the original against size, with one standard error each way. `named`: whether uniform settings have names beside them."""
     lift = floored([row.quality.loss for row in rows])
-    if scale == BYTES:
-        label, per = ("size of the file, GB", 1e9) if rows[-1].size >= 2e9 else ("size of the file, MB", 1e6)
-    else:
-        label, per = "measured latency, ms", 1.0
+    label, per = _LABELS.get(scale, ("size of the file, GB", 1e9) if rows[-1].size >= 2e9 else ("size of the file, MB", 1e6))
     x = Axis.around([row.size / per for row in rows], _LEFT, _RIGHT)
     y = Axis.around([lift(row.quality.loss) for row in rows], _BOTTOM, _TOP, log=True)
     marks: list[dict[str, Any]] = []
@@ -93,7 +94,7 @@ def _frontier_chart(rows: list[Row], scale: str) -> dict[str, Any]:
     return {
         "marks": marks,
         "line": " ".join(f"{m['x']},{m['y']}" for m in marks if m["row"].frontier),
-        "labels": _labels(marks),
+        "labels": _labels(marks) if named else [],
         "x_ticks": [(x.at(v), f"{v:g}") for v in x.ticks()],
         "y_ticks": [(y.at(v), f"{v:g}") for v in y.ticks()],
         "label": label,
@@ -127,6 +128,38 @@ def _prediction_chart(family: Family) -> dict[str, Any] | None:
     }
 
 
+def _sparsity_chart(family: Family) -> dict[str, Any] | None:
+    """Perplexity, or the distance, against the share of the weights that are removed, by what chose them; None where nothing is masked."""
+    found = sparsity.curves(family)
+    if not found:
+        return None
+    points = [(share, sparsity.figure(quality)) for curve in found for share, quality in curve.shares.items()]
+    x = Axis.around([100 * share for share, _ in points], _LEFT, _RIGHT)
+    what = sparsity.named(next(iter(found[0].shares.values())))
+    y = Axis.around([figure for _, figure in points], _BOTTOM, _TOP, log=min(figure for _, figure in points) > 0)
+    lines: list[dict[str, Any]] = []
+    for curve in found:
+        places = [(x.at(100 * share), y.at(sparsity.figure(quality)), share, quality) for share, quality in curve.shares.items()]
+        dots = [
+            (left, top, f"{curve.score}: {share:.0%} removed, {what} {sparsity.shown(quality)}", share == curve.knee)
+            for left, top, share, quality in places
+        ]
+        squares = [
+            (x.at(100 * (1 - mask.density)), y.at(sparsity.figure(quality)), f"{curve.score}: {mask}, {what} {sparsity.shown(quality)}")
+            for mask, quality in curve.patterns.items()
+        ]
+        lines.append({"curve": curve, "line": " ".join(f"{left},{top}" for left, top, *_ in places), "dots": dots, "squares": squares})
+    return {
+        "what": what,
+        "lines": lines,
+        "labels": place([(line["curve"].score, *line["dots"][-1][:2]) for line in lines], [], WIDTH),
+        "x_ticks": [(x.at(v), f"{v:g} %") for v in x.ticks()],
+        "y_ticks": [(y.at(v), f"{v:g}") for v in y.ticks()],
+        "rows": sparsity.rows(found),
+        "box": (WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM),
+    }
+
+
 def _grid(family: Family) -> dict[str, Any]:
     """Cells of the picture of a config: roles down, blocks across, and what stands outside the blocks apart."""
     cells: dict[str, dict[int, tuple[int, str]]] = {}
@@ -148,12 +181,12 @@ def _data(family: Family, rows: list[Row]) -> dict[str, Any]:
     names = list(bits)
     keys = [decision.key for decision in family.space.decisions]
     return {
-        "formats": names,
+        "formats": [worded(name) for name in names],
         "bits": [round(bits[name], 4) for name in names],
         "weights": [decision.unit.num_weights for decision in family.space.decisions],
         "rows": [
             {
-                "bytes": row.point.bytes_,
+                "budget": summary.budget_of(family, row.point),
                 "size": describe(BYTES, row.point.bytes_),
                 "bits": f"{row.point.bits:.2f}",
                 "figures": list(row.quality.columns().items()),

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anyfit.core.budget import BITS, BYTES, describe
-from anyfit.core.config import Config
+from anyfit.core.budget import BITS, BYTES, LATENCY, describe
+from anyfit.core.config import HEADS, Config
 from anyfit.core.space import Space
+from anyfit.report import sparsity
+from anyfit.structure.levels import kept_of, worded
 from anyfit.tasks.base import plus_minus
 
 if TYPE_CHECKING:
@@ -55,9 +57,31 @@ def shares(space: Space, config: Config) -> dict[str, float]:
     """The share of the decided weights that each format holds, largest first."""
     counts: Counter[str] = Counter()
     for decision in space.decisions:
-        counts[config[decision.key]] += decision.unit.num_weights
+        counts[worded(config[decision.key])] += decision.unit.num_weights
     total = sum(counts.values())
     return {name: count / total for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+
+
+def removed(space: Space, config: Config) -> dict[str, list[int]]:
+    """Blocks of which a half was removed, by the half; and those of which both were, so that they do nothing."""
+    found: dict[str, list[int]] = {"attention": [], "feed-forward": []}
+    for decision in space.decisions:
+        if kept_of(config[decision.key]) == 0:
+            block = decision.unit.weights[0].block
+            assert block is not None
+            found["attention" if decision.axis == HEADS else "feed-forward"].append(block)
+    return {**found, "block": sorted(set(found["attention"]) & set(found["feed-forward"]))}
+
+
+def removed_in_words(space: Space, config: Config) -> str:
+    """In one line; empty where nothing was removed as a whole."""
+    found = removed(space, config)
+    halves = {half: [str(b) for b in blocks if half == "block" or b not in found["block"]] for half, blocks in found.items()}
+    parts = [
+        f"{'attention' if half == 'attention' else half} of {', '.join(own)}" for half, own in halves.items() if own and half != "block"
+    ]
+    parts += [f"all of {', '.join(halves['block'])}"] if halves["block"] else []
+    return f"Removed from blocks: {'; '.join(parts)}." if parts else ""
 
 
 def refusals(family: Family) -> list[tuple[str, str, list[str]]]:
@@ -120,7 +144,16 @@ def family_json(family: Family) -> dict[str, Any]:
         "uniform": [point_json(family, point) for point in family.points if point.uniform],
         "coverage": [{"unit": unit, "format": format_, "reason": reason} for unit, format_, reason in family.coverage],
         "notes": list(family.notes),
+        **({"sparsity": sparsity.to_json(family)} if family.masked else {}),
     }
+
+
+def budget_of(family: Family, point: Point) -> str:
+    """What to ask for to get a config of the frontier, as a person types it."""
+    scale, size = family.space.scale, family.size(point)
+    if scale == BYTES:
+        return f"{point.bytes_}B"
+    return f"'{scale} <= {size:g}'" if scale == LATENCY else f"'{scale} <= {size:.0f}'"
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.config import Config
-from anyfit.report import summary
+from anyfit.report import sparsity, summary
+from anyfit.structure.levels import worded
 
 if TYPE_CHECKING:
     from anyfit.family import Family, Point
@@ -39,6 +40,12 @@ def frontier(family: Family, chosen: Point | None = None) -> Table:
     return table
 
 
+def sparsity_table(family: Family) -> Table:
+    """What one mask everywhere comes to, by what chose the weights; up to where sparsity is free, and the knee."""
+    found = sparsity.curves(family)
+    return listing(sparsity.rows(found), "weights removed", *(f"{sparsity.named(curve.shares[0.0])} by {curve.score}" for curve in found))
+
+
 def mostly(family: Family, config: Config) -> str:
     """The two formats that hold the most weights: `Q4_K 61 %, Q3_K 30 %`."""
     shares = list(summary.shares(family.space, config).items())[:2]
@@ -50,7 +57,7 @@ def layers(family: Family, config: Config) -> Table:
     cells: dict[int | None, dict[str, str]] = {}
     for decision in family.space.decisions:
         for weight in decision.unit.weights:
-            cells.setdefault(weight.block, {})[weight.role] = config[decision.key]
+            cells.setdefault(weight.block, {})[weight.role] = worded(config[decision.key])
     blocks = sorted(block for block in cells if block is not None)
     roles = list(dict.fromkeys(role for block in blocks for role in cells[block]))
     table = _table("block", *roles)

@@ -9,12 +9,12 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from anyfit.core.budget import BITS, BYTES, LATENCY, MACS, Budget
+from anyfit.core.budget import BITS, BYTES, LATENCY, MACS, WEIGHTS, Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Space
 from anyfit.scores.table import Table
-from anyfit.searchers.knapsack import Hull, optimum, surrogate
+from anyfit.searchers.knapsack import GAP, Hull, optimum
 from anyfit.searchers.problem import Problem
 
 _SLACKS = (0.0, 1e-6)
@@ -57,21 +57,17 @@ class Solver:
         require(problem.space, budget)
         sizes, left = problem.limits(budget)
         for row, (cost, _) in enumerate(budget.limits):
-            found = optimum(problem.unit, problem.score, sizes[[row]], left[[row]], self._hulls[cost])
+            found = optimum(problem.unit, problem.score, sizes[row], float(left[row]), self._hulls[cost])
             # The optimum under one limit that keeps the others too is the optimum under all.
             if (sizes[:, found].sum(1) <= left).all():
                 break
         else:
-            both = Hull.of(problem.unit, problem.score, surrogate(sizes, left)[0])
-            if (sizes[:, both.start].sum(1) <= left).all():
-                found = optimum(problem.unit, problem.score, sizes, left, both)
-            else:
-                found = self._opposed(sizes, left, budget)
+            found = self._together(sizes, left, budget)
         assert (sizes[:, found].sum(1) <= left).all(), "the solver left its limits"
         return problem.config(found)
 
-    def _opposed(self, sizes: np.ndarray, left: np.ndarray, budget: Budget) -> np.ndarray:
-        """The optimum under limits of which what is lightest for one is heavy for another: a mixed-integer programme, (units,)."""
+    def _together(self, sizes: np.ndarray, left: np.ndarray, budget: Budget) -> np.ndarray:
+        """The optimum under several limits, none of which implies the others: a mixed-integer programme, (units,)."""
         problem = self.problem
         num, units = len(problem.unit), len(problem.space.decisions)
         one_each = csr_array((np.ones(num), (problem.unit, np.arange(num))), shape=(units, num))
@@ -82,7 +78,7 @@ class Solver:
                 constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes / scale[:, None], -np.inf, left / scale - slack)],
                 integrality=np.ones(num),
                 bounds=Bounds(0, 1),
-                options={"mip_rel_gap": 0},
+                options={"mip_rel_gap": GAP},
             )
             if solved.x is None:
                 break
@@ -106,7 +102,7 @@ def require(space: Space, budget: Budget) -> None:
         if cost not in costs:
             raise BudgetError(
                 f"The budget {budget.text!r} bounds {cost}, which are the same for every choice here.",
-                remedy="Fit with a recipe that prunes: anyfit fit --recipe ziplm.",
+                remedy=f"Fit with a recipe for that: anyfit fit --recipe {'essential-sparsity' if cost == WEIGHTS else 'ziplm'}.",
             )
     least = {cost: space.least(cost) for cost, _ in budget.limits}
     if all(least[cost] <= bound for cost, bound in budget.limits):
@@ -122,4 +118,4 @@ def _exactly(cost: str, value: float) -> str:
     """A cost that, typed as a budget, is met."""
     if cost in (BITS, LATENCY):
         return f"{math.ceil(value * 1000) / 1000:.3f} {cost}"
-    return f"{value:.0f} {'MACs' if cost == MACS else 'B'}"
+    return f"weights <= {value:.0f}" if cost == WEIGHTS else f"{value:.0f} {'MACs' if cost == MACS else 'B'}"

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack problem: one choice per unit, least score, total sizes within limits.
+"""The multiple-choice knapsack problem: one choice per unit, least score, total weight within a limit.
 
 The convex hull of every unit's choices, sorted once by what a byte buys, solves the relaxed problem of any
 limit by a look-up: that bounds the best score from below and gives a solution close to it. What is left in
@@ -75,44 +75,28 @@ def _corners(weight: list[float], score: list[float]) -> list[tuple[int, float, 
     return corners
 
 
-def surrogate(sizes: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, float]:
-    """All limits as one that is never stricter: a weight for each choice, and its bound."""
-    if len(sizes) == 1:
-        return sizes[0], float(left[0])
-    scale = np.maximum(left, 1)  # a limit may leave nothing
-    return (sizes / scale[:, None]).sum(0), float((left / scale).sum())
+def optimum(unit: np.ndarray, score: np.ndarray, weight: np.ndarray, limit: float, hull: Hull) -> np.ndarray:
+    """The solution of least score whose `weight` (choices,) sums to at most `limit`.
 
-
-def optimum(unit: np.ndarray, score: np.ndarray, sizes: np.ndarray, left: np.ndarray, hull: Hull) -> np.ndarray:
-    """The solution of least score whose `sizes` (limits, choices) sum to at most `left` (limits,).
-
-    `hull` is that of the weights of `surrogate(sizes, left)`. Its start must be within the limits.
+    `hull` is that of the weights. Its start must be within the limit.
     """
-    weight, bound = surrogate(sizes, left)
     filled = weight[hull.start].sum() + np.cumsum(hull.weight)
-    num_edges = int(np.searchsorted(filled, bound, "right"))
+    num_edges = int(np.searchsorted(filled, limit, "right"))
     price = hull.rate[num_edges] if num_edges < len(hull.rate) else 0.0
     relaxed = hull.solution(num_edges)
-    feasible = relaxed
-    while (sizes[:, feasible].sum(1) > left).any():
-        num_edges -= 1
-        assert num_edges >= 0, "not even the lightest solution is within the limits"
-        feasible = hull.solution(num_edges)
-    slack = bound - weight[relaxed].sum()
-    excess = score[feasible].sum() - score[relaxed].sum() + price * slack
+    slack = limit - weight[relaxed].sum()
+    assert slack >= 0, "not even the lightest solution is within the limit"
     heavier = weight - weight[relaxed][unit]
     search = _Search(
-        sizes=sizes - sizes[:, relaxed][:, unit],
-        left=left - sizes[:, relaxed].sum(1),
         heavier=heavier,
         slack=slack,
         price=price,
         reduced=np.maximum(score - score[relaxed][unit] + price * heavier, 0),
-        tolerance=GAP * abs(score[feasible].sum()),
-        excess=excess,
+        tolerance=GAP * abs(score[relaxed].sum()),
+        excess=price * slack,
     )
     found = search.run(unit)
-    return feasible if found is None else _replaced(relaxed, unit, found)
+    return relaxed if found is None else _replaced(relaxed, unit, found)
 
 
 def _replaced(chosen: np.ndarray, unit: np.ndarray, others: list[int]) -> np.ndarray:
@@ -123,15 +107,13 @@ def _replaced(chosen: np.ndarray, unit: np.ndarray, others: list[int]) -> np.nda
 
 @dataclass
 class _Search:
-    """Dynamic programming over what differs from the relaxed solution; all sizes and scores are relative to it.
+    """Dynamic programming over what differs from the relaxed solution; all weights and scores are relative to it.
 
     `excess` is the score of the best solution known, above the relaxed problem's bound; it falls during the
-    search. A state is a partial solution: `used` (limits, states), `over` (states,), its weight, and `cost`
-    (states,), the reduced costs of its choices. A complete one exceeds the bound by cost + price * (slack - over).
+    search. A state is a partial solution: `over` (states,), its weight, and `cost` (states,), the reduced costs of
+    its choices. A complete one exceeds the bound by cost + price * (slack - over).
     """
 
-    sizes: np.ndarray
-    left: np.ndarray
     heavier: np.ndarray
     slack: float
     price: float
@@ -144,18 +126,17 @@ class _Search:
     def run(self, unit: np.ndarray) -> list[int] | None:
         """The choices that differ from the relaxed solution's in the best solution; None if none is better than `excess`."""
         self._try_pairs(unit)
-        used, over, cost = np.zeros((len(self.left), 1)), np.zeros(1), np.zeros(1)
+        over, cost = np.zeros(1), np.zeros(1)
         for choices, raising, lowering in self._units(unit):
             # The first option leaves the unit as it is.
             num = len(over)
-            used = np.concatenate([used, *(used + self.sizes[:, [c]] for c in choices)], 1)
             over = np.concatenate([over, *(over + self.heavier[c] for c in choices)])
             cost = np.concatenate([cost, *(cost + self.reduced[c] for c in choices)])
             option, parent = np.repeat([-1, *choices], num), np.arange(len(over)) % num
-            if (best := self._better(used, over, cost)) is not None:
+            if (best := self._better(over, cost)) is not None:
                 self._best = self._path(int(parent[best]), int(option[best]))
-            kept = self._kept(used, over, cost, raising, lowering)
-            used, over, cost = used[:, kept], over[kept], cost[kept]
+            kept = self._kept(over, cost, raising, lowering)
+            over, cost = over[kept], cost[kept]
             self._steps.append((parent[kept], option[kept]))
             if not len(kept):
                 break
@@ -171,8 +152,8 @@ class _Search:
         possible = (first == second) | (unit[first] != unit[second])
         first, second = first[possible], second[possible]
         two = first != second
-        used, over, cost = (values[..., first] + two * values[..., second] for values in (self.sizes, self.heavier, self.reduced))
-        if (best := self._better(used, over, cost)) is not None:
+        over, cost = (values[first] + two * values[second] for values in (self.heavier, self.reduced))
+        if (best := self._better(over, cost)) is not None:
             self._best = [int(first[best]), int(second[best])]
 
     def _units(self, unit: np.ndarray) -> Iterator[tuple[np.ndarray, float, float]]:
@@ -197,9 +178,9 @@ class _Search:
         """Choices other than the relaxed ones that could be in a better solution than the best known."""
         return np.flatnonzero((self.reduced < self.excess - self.tolerance) & (self.heavier != 0))
 
-    def _better(self, used: np.ndarray, over: np.ndarray, cost: np.ndarray) -> int | None:
+    def _better(self, over: np.ndarray, cost: np.ndarray) -> int | None:
         """The best of the states that are solutions as they stand, if it is better than what is known."""
-        excess = np.where((used <= self.left[:, None]).all(0), cost + self.price * (self.slack - over), np.inf)
+        excess = np.where(over <= self.slack, cost + self.price * (self.slack - over), np.inf)
         best = int(excess.argmin())
         if excess[best] >= self.excess:
             return None
@@ -214,13 +195,13 @@ class _Search:
             state = int(parents[state])
         return [choice for choice in found if choice >= 0]
 
-    def _kept(self, used: np.ndarray, over: np.ndarray, cost: np.ndarray, raising: float, lowering: float) -> np.ndarray:
+    def _kept(self, over: np.ndarray, cost: np.ndarray, raising: float, lowering: float) -> np.ndarray:
         """The states that a better solution may come from: promising, and not dominated."""
         room = self.slack - over
         with np.errstate(invalid="ignore"):
             ahead = cost + np.where(room >= 0, room * min(self.price, raising), -room * lowering)
         kept = np.flatnonzero(ahead < self.excess - self.tolerance)
-        kept = kept[_undominated(used[:, kept], (cost - self.price * over)[kept])]
+        kept = kept[_undominated(over[kept], (cost - self.price * over)[kept])]
         if len(kept) > _MOST_STATES:
             kept = kept[np.argsort(ahead[kept], kind="stable")[:_MOST_STATES]]
         return kept
@@ -231,16 +212,9 @@ def _later(values: np.ndarray) -> np.ndarray:
     return np.concatenate([np.minimum.accumulate(values[:0:-1])[::-1], [np.inf]])
 
 
-def _undominated(used: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """Places of the states than which no other uses at most as much of every limit and scores at most as much."""
-    if len(used) == 1:
-        order = np.lexsort((score, used[0]))
-        ordered = score[order]
-        lower = np.concatenate([[True], ordered[1:] < np.minimum.accumulate(ordered)[:-1]])[: len(order)]
-        return order[lower]
-    order = np.lexsort((*used, score))
-    kept: list[int] = []
-    for state in order.tolist():
-        if not (used[:, kept] <= used[:, [state]]).all(0).any():
-            kept.append(state)
-    return np.array(kept, int)
+def _undominated(over: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Places of the states than which no other is at most as heavy and scores at most as much."""
+    order = np.lexsort((score, over))
+    ordered = score[order]
+    lower = np.concatenate([[True], ordered[1:] < np.minimum.accumulate(ordered)[:-1]])[: len(order)]
+    return order[lower]

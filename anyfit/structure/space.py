@@ -16,6 +16,7 @@ from anyfit.core.budget import LATENCY, MACS
 from anyfit.core.config import HEADS, Config
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
+from anyfit.modeling_cut import ATTENTION, FEED_FORWARD
 from anyfit.structure.cutting import Kept, cut, sizes
 from anyfit.structure.levels import READERS, Structure, first, kept_of
 
@@ -178,12 +179,14 @@ def kept_structures(found: Mapping[str, Structure], config: Config, order: Calla
 
 
 def _parameters(model: PreTrainedModel, architecture: Architecture, structure: Structure) -> set[str]:
-    """Names of what belongs to an attention or a feed-forward."""
+    """Names of what belongs to an attention or a feed-forward, norms of its own too."""
     layout, index = architecture.layout, structure.reader.block
     assert layout is not None and index is not None
     block = architecture.block.format(i=index)
     module = layout.attention if structure.axis == HEADS else layout.feed_forward
+    half = ATTENTION if structure.axis == HEADS else FEED_FORWARD
     paths = [weight.name.removesuffix(".weight") for weight in structure.weights] + ([] if module is None else [f"{block}.{module}"])
+    paths += [f"{block}.{norms[half]}" for norms in (layout.norms, layout.norms_after) if half in norms]
     return {name for name in _stored(model) if any(name.startswith(f"{path}.") for path in paths)}
 
 

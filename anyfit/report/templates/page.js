@@ -53,7 +53,7 @@
       tile("bits per weight", row.bits), ...row.figures.map(([name, value]) => tile(name, value)),
     );
     document.getElementById("command").textContent = row.frontier
-      ? `anyfit export FAMILY --budget ${row.bytes}B -o OUTPUT`
+      ? `anyfit export FAMILY --budget ${row.budget} -o OUTPUT`
       : `${row.uniform ? "uniform " + row.uniform : "this mix"}: the frontier has one that is no larger and closer to the original`;
     document.getElementById("shares").replaceChildren(...shares(row.choices));
     document.querySelectorAll("[data-unit]").forEach((cell) => {
