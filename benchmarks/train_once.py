@@ -263,7 +263,7 @@ def main() -> int:
     parser.add_argument("--assets", type=Path, default=None, help="a folder with cifar10 and cifar10-resnet, for Double Rounding")
     parser.add_argument("--only", default=None, help="one of sizes, processes, switching, codes, any-precision")
     args = parser.parse_args()
-    settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps), to_stderr()
+    settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps, rate=RATES[0]), to_stderr()
     sections = list[Section]()
     if args.only in (None, "sizes"):
         sections += sizes_sections(settings, progress)

@@ -20,6 +20,6 @@ RECIPE = Recipe(
     ),
     quantizer="gptq",
     score="kl",
-    training=Training(Settings(), "frontier"),
+    training=Training(Settings(rate=6e-3), "frontier"),
     formats=FORMATS,
 )
