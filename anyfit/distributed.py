@@ -104,8 +104,9 @@ class Group:
 
     def shard(self, block: nn.Module) -> None:
         """Keep a part of what isn't trained of a block in each process, whose parameters it has to be in. Parts are put together while the
-        block runs, forth or back, so that all processes run it at the same time from now on. What is trained stays whole: its gradients
-        are `summed`, in an order of their own. On the CPU only: gloo gathers in the machine's own memory."""
+        block runs, forth or back, so that all processes run it at the same time from now on; never in inference mode, as the first pass
+        makes what parts are gathered into. What is trained stays whole: its gradients are `summed`, in an order of their own. On the CPU
+        only: gloo gathers in the machine's own memory."""
         if self.alone:
             return
         from torch.distributed.fsdp import fully_shard

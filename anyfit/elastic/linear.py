@@ -193,10 +193,6 @@ class ElasticNetwork:
                 model.set_submodule(path, self.linears[unit].to(where))
             if block is not None:
                 group.shard(model.get_submodule(architecture.block.format(i=block)))
-        if self.sharded:
-            # The first pass makes what parts are gathered into. Made in inference mode, nothing could be learnt through it.
-            with torch.no_grad():
-                model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
 
     def set(self, config: Mapping[tuple[str, str], str] | Config) -> PreTrainedModel:
         for decision in self.decisions:
