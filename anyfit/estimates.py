@@ -43,6 +43,7 @@ from anyfit.quantizers import aqlm
 from anyfit.quantizers.worker import Workers, num_workers
 from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
+from anyfit.scores.table import Table
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.structure.levels import kept_of
 from anyfit.structuring import Structuring
@@ -172,8 +173,15 @@ def _in_memory(run: Fit) -> int:
     variants = sum(len(decision.choices) * decision.unit.num_weights for decision in decisions)
     # Tuning holds levels, a buffer, squares, values, gradients and what they are made of, of one format at a time.
     each = 12 * model if isinstance(run.recipe.training, (Tuning, Nesting)) else 4 * model + 2 * variants
-    training = each if run.recipe.training else 0
-    return model + max(writing, refining, training)
+    training = model + each if run.recipe.training else 0
+    if run.shards:
+        # Codes and what blocks take are shared out, but for one block at a time; adapters, scales and what is outside are in each process.
+        blocks = Counter[int | None]()
+        for weight in run.weights:
+            blocks[weight.block] += 4 * weight.num_weights * (weight.block is not None)
+        inside = sum(blocks.values())
+        training = 5 * (model - inside) + 3 * max(blocks.values()) + variants + (5 * inside + variants) // run.group.size
+    return max(model + max(writing, refining), training)
 
 
 def _variants(run: Fit, decision: Decision) -> int:
@@ -366,5 +374,6 @@ def _training(run: Fit) -> int:
         formats = {choice.name for decision in decisions for choice in decision.choices}
         return 5 * len(formats) * settings.num_steps * step
     decisions = nested(decisions) if isinstance(how, Nesting) else decisions
-    sampler = samplers.get(how.sampler)(decisions, settings.num_steps, {decision.unit.name: 1.0 for decision in decisions})
+    losses = {d.unit.name: {choice.name: 1 / choice.stored_bytes for choice in d.choices} for d in decisions}
+    sampler = samplers.get(how.sampler)(decisions, settings.num_steps, Table(dict.fromkeys(losses, 1.0), losses))
     return (1 + 3 * len(sampler.draws(0, 0))) * settings.num_steps * step

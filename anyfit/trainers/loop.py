@@ -62,11 +62,13 @@ Tensors = Mapping[str, Tensor]
 
 class Trainable(ABC):
     """What is trained, and what for. `groups`: parameters by name, by the name of their group. `buffers`: what else a step changes, by
-    name; where there are any, all processes do all of the work."""
+    name; where there are any, all processes do all of the work. `sharded`: whether processes can run the network only together, as each
+    holds a part of it."""
 
     objective: Objective
     groups: Mapping[str, Mapping[str, nn.Parameter]]
     buffers: Tensors = MappingProxyType({})
+    sharded = False
 
     @abstractmethod
     def set(self, config: Config) -> None:
@@ -178,7 +180,8 @@ class _Step:
 
     def gradients(self, configs: Sequence[Config]) -> Tensor:
         """Leaves the sum of the gradients of these configs with the parameters. Their losses, (configs,)."""
-        found = self._group.summed(range(len(self._batches)), lambda index: self._of_batch(index, configs))
+        sharded = self._trainable.sharded
+        found = self._group.summed(range(len(self._batches)), lambda index: self._of_batch(index, configs), in_step=sharded)
         for name, value in self._trained.items():
             value.grad = found.get(name)
         return found[_LOSSES]
@@ -192,7 +195,7 @@ class _Step:
         def made(batch: MicroBatch) -> dict[str, Tensor]:
             return {_LOSSES: self._part(batch) * objective.loss(objective.logits(batch), batch)}
 
-        return float(self._group.summed(self._batches, made)[_LOSSES])
+        return float(self._group.summed(self._batches, made, in_step=self._trainable.sharded)[_LOSSES])
 
     def _of_batch(self, index: int, configs: Sequence[Config]) -> dict[str, Tensor]:
         """Gradients of one micro-batch's part of the losses, by parameter, of those that the configs have; and these losses."""
