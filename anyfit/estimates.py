@@ -146,7 +146,7 @@ def _whole_matrices(run: Fit) -> int:
 
 def _takes_all(run: Fit) -> bool:
     """Whether some stage has the whole network in memory."""
-    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None
+    return run.effort.refines or bool(run.segments.num_pending or run.settings.recover) or run.recipe.training is not None
 
 
 def _in_memory(run: Fit) -> int:
@@ -161,7 +161,9 @@ def _in_memory(run: Fit) -> int:
     # Tuning holds levels, a buffer, squares, values, gradients and what they are made of, of one format at a time.
     each = 12 * model if isinstance(run.recipe.training, (Tuning, Nesting)) else 4 * model + 2 * variants
     training = each if run.recipe.training else 0
-    return model + max(writing, refining, training)
+    # Recovery holds what is trained, its gradients, two averages of them, and what they are added up in.
+    recovery = 5 * model if run.settings.recover else 0
+    return model + max(writing, refining, training, recovery)
 
 
 def _variants(run: Fit, decision: Decision) -> int:
@@ -340,7 +342,7 @@ def _training(run: Fit) -> int:
     """Tokens of training, as forward passes: the original's, and three of the network for each config of a step."""
     how = run.recipe.training
     if how is None:
-        return 0
+        return _recovery(run)
     settings = how.settings_for(run.effort)
     decisions, step = decided(run.space, how), settings.batch_size * min(WINDOW, run.settings.length)
     if isinstance(how, Tuning):
@@ -349,3 +351,14 @@ def _training(run: Fit) -> int:
     decisions = nested(decisions) if isinstance(how, Nesting) else decisions
     sampler = samplers.get(how.sampler)(decisions, settings.num_steps, {decision.unit.name: 1.0 for decision in decisions})
     return (1 + 3 * len(sampler.draws(0, 0))) * settings.num_steps * step
+
+
+def _recovery(run: Fit) -> int:
+    """Tokens of cutting and training for one budget after another, as forward passes: three of the network, and the original's; from the
+    second on also those of pruning what was trained."""
+    if not run.settings.recover:
+        return 0
+    assert run.recipe.recovery is not None
+    settings, again = run.recipe.recovery.settings_for(run.effort), len(run.settings.recover) - 1
+    trained = 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
+    return (1 + again) * trained + again * (run.segments.num_tokens("calibration") + NUM_PROBE_SEGMENTS * run.settings.length)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import recovery
 import torch
 from table import Row, Section, finish_page
 from torch import Tensor
@@ -306,6 +307,18 @@ def joint() -> Section:
     return Section("Structure and formats together", ("budgets", *kinds, "together"), rows, [remark])
 
 
+def recovered() -> Iterable[Section]:
+    """What training brings back."""
+    with families(*SETTINGS[0]) as (family, _, folder):
+        yield recovery.recovery(family, folder / "latency.json")
+
+
+def searched() -> Iterable[Section]:
+    """Who says what an error counts."""
+    with families(*SETTINGS[0]) as (family, _, _):
+        yield recovery.searched(family)
+
+
 def _widest(decision: Decision) -> str:
     """The size of a module that keeps all."""
     return max((c.name.partition(" ")[0] for c in decision.choices), key=lambda name: int(name.lstrip("abcdefghijklmnopqrstuvwxyz")))
@@ -382,7 +395,7 @@ def _knee(values: list[float]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    names = ("exactness", "quarter", "speed", "joint", "essential")
+    names = ("exactness", "quarter", "speed", "joint", "recovery", "searched", "essential")
     parser.add_argument("--only", choices=names, default=None)
     only = parser.parse_args().only
     wanted = names if only is None else (only,)
@@ -392,6 +405,8 @@ def main() -> int:
         "quarter": lambda: [quarter(bench)] if bench else [],
         "speed": lambda: [section for setting in SETTINGS for section in speed(*setting)],
         "joint": lambda: [joint()],
+        "recovery": recovered,
+        "searched": searched,
         "essential": lambda: [essential(bench)] if bench else [],
     }
     sections, status = list[Section](), 1

@@ -51,8 +51,8 @@ from anyfit.trainers import loop
 from anyfit.trainers.losses import Divergence
 from anyfit.tuning import pv
 loop.EVERY = 1
-folder, work, logits, tune = Path(sys.argv[3]), [], Divergence.logits, pv.tune
-Divergence.logits = lambda self, batch: (work.extend(batch.samples), logits(self, batch))[1]
+folder, work, outputs, tune = Path(sys.argv[3]), [], Divergence.outputs, pv.tune
+Divergence.outputs = lambda self, batch: (work.extend(batch.samples), outputs(self, batch))[1]
 pv.tune = lambda *rest, **more: (work.append(0), tune(*rest, **more))[1]
 for name, formats in {"llm-qfa": "int4_offset", "double-rounding": "int4_sym", "pv-tuning": "int3_asym"}.items():
     work.clear()

@@ -15,6 +15,7 @@ import torch
 from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
+from anyfit import network
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source, read_config
 from anyfit.core.budget import Budget
@@ -24,7 +25,7 @@ from anyfit.core.files import output_error, refuse_existing, written_aside
 from anyfit.core.space import Space
 from anyfit.elastic.extracted import Extracted
 from anyfit.family.manifest import NAME, Manifest, Original, Point
-from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store
+from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store, refined_file
 from anyfit.progress import Progress, Silent
 from anyfit.report.card import model_card
 from anyfit.searchers.exact import Solver
@@ -216,11 +217,20 @@ class Family:
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
         """An ordinary transformers model in float32, with the very values that an exported file holds."""
         config = budget if isinstance(budget, Config) else self.select(budget).config
+        if self.pruned and self.point(config).refined:
+            return self._recovered(config)
         model = self.source.build(self._decoder(config).matrices(self.space, config))
-        if self.pruned:
-            architecture = architecture_of(model)
-            cut(model, architecture, kept_of_blocks(self._structures, self._kept(config), architecture.num_blocks(model)))
-        return model
+        return self._cut(model, self._kept(config)) if self.pruned else model
+
+    def _recovered(self, config: Config) -> PreTrainedModel:
+        """A network that was cut and trained: all of its numbers are its own, and so is which structures are left, so that sizes are
+        all there is to know of them."""
+        kept = kept_structures(self._structures, config, lambda name: torch.arange(self._structures[name].num))
+        return network.fill(self._cut(self.source.frame(), kept), self.source.folder, self._store.tensors(refined_file(config)))
+
+    def _cut(self, model: PreTrainedModel, kept: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        architecture = architecture_of(model)
+        return cut(model, architecture, kept_of_blocks(self._structures, kept, architecture.num_blocks(model)))
 
     @cached_property
     def _structures(self) -> dict[str, Structure]:

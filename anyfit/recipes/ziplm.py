@@ -1,6 +1,7 @@
 """ZipLM: fewer heads and narrower feed-forwards, as many as a measured latency allows."""
 
-from anyfit.recipes.base import Recipe
+from anyfit.recipes.base import Recipe, Recovery
+from anyfit.trainers.loop import Settings
 
 RECIPE = Recipe(
     name="ziplm",
@@ -17,5 +18,6 @@ RECIPE = Recipe(
     score="kl",
     quantizer="gptq",
     pruning="obs",
+    recovery=Recovery(Settings(rate=1e-3)),
     formats={"transformers": (), "onnxruntime": ()},
 )
