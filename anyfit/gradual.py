@@ -78,7 +78,7 @@ class GradualFit(Fit):
 
     def improved(self, finalists: Finalists, points: list[Point]) -> list[Point]:
         found = {point.config: point for point in super().improved(finalists, points)}
-        member: Member | None = None
+        member: Member | Config = self._best(finalists, points)
         for index in range(len(self.budgets)):
             member, quality = self._member(index, member, finalists)
             point = finalists.point(member.config, found[member.config].uniform if member.config in found else None)
@@ -88,12 +88,28 @@ class GradualFit(Fit):
             found[member.config] = better
         return list(found.values())
 
-    def _member(self, index: int, before: Member | None, finalists: Finalists) -> tuple[Member, dict[str, Quality]]:
-        """The network for one of the budgets, made of the one before or of the original, and its quality on each text."""
+    def _best(self, finalists: Finalists, points: list[Point]) -> Config:
+        """What is pruned, not trained, for the first budget: the exact optimum, unless a config that was measured anyway is closer."""
+        exact = solve(self._dense, finalists.table, self.budgets[0])
+        if self.group.first:
+            finalists.point(exact)
+        self.group.wait()
+        known = {decision.key: {choice.name for choice in decision.choices} for decision in self._dense.decisions}
+        rivals = [
+            p for p in points if self.budgets[0].allows(self.space.costs(p.config)) and all(p.config[key] in known[key] for key in known)
+        ]
+        return min([finalists.point(exact), *rivals], key=lambda point: point.plain_kl).config
+
+    def _member(self, index: int, before: Member | Config, finalists: Finalists) -> tuple[Member, dict[str, Quality]]:
+        """The network for one of the budgets, made of the one before or of a config of the original's parts, and its quality on each
+        text."""
         folder = finalists.store.folder / GRADUAL / str(index)
         store, done = Store(folder), folder / "quality.json"
         if not self.group.told(done.exists()):
-            config, model, kept = self._pruned(index, before, store) if before else self._first(finalists)
+            if isinstance(before, Member):
+                config, model, kept = self._pruned(index, before, store)
+            else:
+                config, model, kept = self._cut(self, self._dense, finalists.store, before)
             self._recovery.run(model, config, self.space.bits(config), store=store, checkpoint="checkpoint.safetensors")
             if self.group.first:
                 tensors = settled(model, self._dtype)
@@ -111,10 +127,6 @@ class GradualFit(Fit):
         tensors = store.tensors("member.safetensors")
         kept = {name.removeprefix(_KEPT): tensors.pop(name) for name in list(tensors) if name.startswith(_KEPT)}
         return Member(Config.from_json(known["config"]), tensors, kept), {n: Quality.from_json(q) for n, q in known["quality"].items()}
-
-    def _first(self, finalists: Finalists) -> tuple[Config, PreTrainedModel, dict[str, Tensor]]:
-        config = solve(self._dense, finalists.table, self.budgets[0])
-        return self._cut(self, self._dense, finalists.store, config)
 
     def _pruned(self, index: int, before: Member, store: Store) -> tuple[Config, PreTrainedModel, dict[str, Tensor]]:
         """A trained network pruned on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,16 @@ from table import Row, Section
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anyfit import Family, fit
+from anyfit import Family
+from anyfit.api import prepare
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config, format_of
-from anyfit.core.effort import Effort
 from anyfit.core.space import Space
 from anyfit.elastic.model import ElasticModel
 from anyfit.family.store import Decoder, Store
 from anyfit.progress import to_stderr
 from anyfit.recipes import recipes
+from anyfit.recipes.base import Recovery as RecoveryRecipe
 from anyfit.recovery import Recovery
 from anyfit.scores.kl import num_probes
 from anyfit.searchers import layer_weights
@@ -34,12 +36,11 @@ from anyfit.trainers.losses import Divergence
 from anyfit.trainers.sampling import Draws
 from anyfit.tuning.refining import windows
 
-BUDGETS = ("1.25x", "1.5x", "1.75x", "2x")
-SHOWN = ("1.5x", "2x")
+BUDGETS = ("1.5x", "2x")
 STATES = 1.0
 """Share of the distance of tokens' states where it is trained for."""
-SEARCHED = ("1.5x", "2x", "3x")
-EVALUATIONS = (9, 50, 150)
+SEARCHED = ("1.5x", "2x")
+EVALUATIONS = (9, 50)
 NUM_FITNESS = 8
 """Segments of the calibration split that searches measure on."""
 
@@ -60,54 +61,64 @@ class Subject:
         """What a budget chooses, cut and trained."""
         point = self.family.select(budget)
         model = self.family.extract(point.config)
-        self._recovery(steps, states).run(
-            model, point.config, point.bits, store=Store(self.latency.parent / f"{budget} {steps} {states}"), checkpoint="checkpoint"
-        )
+        how = self.how(steps, states)
+        with tempfile.TemporaryDirectory() as folder:
+            Recovery(self.original, self.text["calibration"], how, how.settings, to_stderr()).run(
+                model, point.config, point.bits, store=Store(Path(folder)), checkpoint="checkpoint.safetensors"
+            )
         return measure(model, self.reference)
 
-    def _recovery(self, steps: int, states: float) -> Recovery:
-        how = recipes.get("ziplm").recovery
-        assert how is not None
-        settings = replace(how.settings, num_steps=steps)
-        return Recovery(self.original, self.text["calibration"], replace(how, states=states), settings, to_stderr())
+    def how(self, steps: int, states: float) -> RecoveryRecipe:
+        found = recipes.get("ziplm").recovery
+        assert found is not None
+        return replace(found, settings=replace(found.settings, num_steps=steps), states=states)
 
     def of(self, budget: str) -> Quality:
         return measure(self.family.extract(budget), self.reference)
 
 
-def recovery(family: Family, latency: Path) -> Section:
+def recovery(family: Family, latency: Path, steps: int) -> Section:
     """One-shot, trained, and gradual against one step, at equal numbers of training steps in all."""
     subject, how = Subject(family, latency), recipes.get("ziplm").recovery
     assert how is not None
-    steps = how.settings_for(Effort.LOW).num_steps
-    wishes = {"target": "onnxruntime", "formats": ("F32",), "recipe": "ziplm", "latency": latency, "effort": "low"}
-    stepped = fit(output=latency.parent / "stepped.family", recover=BUDGETS, progress=to_stderr(), **wishes)
-    shared = _shared(subject, steps * len(BUDGETS))
+    stepped, shared = _stepped(subject, steps), _shared(subject, steps * len(BUDGETS))
     rows = []
-    for budget in SHOWN:
+    for budget in BUDGETS:
         before, sofar = subject.of(budget), steps * (BUDGETS.index(budget) + 1)
         found = {
             "logits": subject.trained(budget, steps, 0.0),
             "logits and states": subject.trained(budget, steps, STATES),
-            "one step": subject.trained(budget, sofar, how.states),
         }
+        if sofar > steps:
+            found["one step"] = subject.trained(budget, sofar, how.states)
         point = stepped.select(budget)
         gradual = measure(stepped.extract(point.config), subject.reference)
         rows.append(_row(budget, "one shot", 0, before, None))
         rows += [_row(budget, name, steps, found[name], found[name].kl_mean < before.kl_mean) for name in ("logits", "logits and states")]
-        rows.append(_row(budget, "in one step", sofar, found["one step"], None))
-        rows.append(_row(budget, "gradually", sofar, gradual, gradual.kl_mean <= found["one step"].kl_mean))
+        if sofar > steps:
+            rows.append(_row(budget, "in one step", sofar, found["one step"], None))
+            rows.append(_row(budget, "gradually", sofar, gradual, gradual.kl_mean <= found["one step"].kl_mean))
         rows.append(_row(budget, "one network for all sizes", steps * len(BUDGETS), shared(budget), None))
     remark = (
         f"The embedded default, perplexity {family.original.report.perplexity:.2f}; within the predicted latency of onnxruntime, batch 1, "
-        f"128 tokens, one thread. {how.settings.batch_size} windows of {windows(subject.text['calibration']).shape[1]} tokens a step, out of "
+        f"128 tokens, one thread. {how.settings.batch_size} windows of {windows(subject.text['calibration']).shape[1]} tokens a step, of "
         f"{subject.text['calibration'].numel()} tokens; Adam at {how.settings.rate:g}. Gradually: by way of {', '.join(BUDGETS)}, {steps} "
-        "steps each, which makes all of these sizes; in one step: that size alone, in as many steps as the gradual run had come to by "
-        "then. A row of training holds where it is closer to the original than what wasn't trained, the gradual one where it is no further "
+        "steps each, which makes all of these sizes, the first as without states; in one step: that size alone, in as many steps as all of "
+        "them. A row of training holds where it is closer to the original than what wasn't trained, the gradual one where it is no further "
         "than the one step. One network for all sizes: structures in the order in which they go, so that each size is the beginning of the "
         "larger ones, all of them in the same matrices; each step trains the best config for a latency that is drawn."
     )
     return Section("Recovery", ("asked for", "what", "steps", "perplexity", "KL"), rows, [remark])
+
+
+def _stepped(subject: Subject, steps: int) -> Family:
+    """A family with a size for each budget, trained in so many steps and pruned on."""
+    output = subject.latency.parent / "stepped.family"
+    wishes = {"target": "onnxruntime", "recipe": "ziplm", "latency": subject.latency, "progress": to_stderr()}
+    run = prepare(recover=BUDGETS, **wishes)
+    run.recipe = replace(run.recipe, recovery=subject.how(steps, 0.0))
+    run.run(output, restart=True, force=True)
+    return Family.open(output)
 
 
 def _row(budget: str, what: str, steps: int, quality: Quality, holds: bool | None) -> Row:
@@ -154,7 +165,7 @@ class Frontier(Draws):
 
 def _shared(subject: Subject, steps: int) -> Callable[[str], Quality]:
     """Sizes that share their matrices, trained in as many steps in all; the quality at a budget."""
-    family, settings = subject.family, subject._recovery(steps, 0.0).settings
+    family, settings = subject.family, subject.how(steps, 0.0).settings
     model = family.extract(family.space.largest())
     objective = Divergence(model, Reference.of(subject.original, windows(subject.text["calibration"])))
     network = Prefixes(model, objective, family._structures, family._store.order)

@@ -1,6 +1,6 @@
 """Networks with parts left out: exact removal, what it costs in quality, and whether a latency that was asked for is kept.
 
-python benchmarks/structure.py [--only SECTION]
+python benchmarks/structure.py [--only SECTION] [--steps NUMBER]
 """
 
 from __future__ import annotations
@@ -307,10 +307,10 @@ def joint() -> Section:
     return Section("Structure and formats together", ("budgets", *kinds, "together"), rows, [remark])
 
 
-def recovered() -> Iterable[Section]:
+def recovered(steps: int) -> Iterable[Section]:
     """What training brings back."""
     with families(*SETTINGS[0]) as (family, _, folder):
-        yield recovery.recovery(family, folder / "latency.json")
+        yield recovery.recovery(family, folder / "latency.json", steps)
 
 
 def searched() -> Iterable[Section]:
@@ -397,7 +397,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     names = ("exactness", "quarter", "speed", "joint", "recovery", "searched", "essential")
     parser.add_argument("--only", choices=names, default=None)
-    only = parser.parse_args().only
+    parser.add_argument("--steps", type=int, default=200, help="of recovery, for each budget")
+    only, steps = vars(parser.parse_args()).values()
     wanted = names if only is None else (only,)
     bench = Bench.made() if {"quarter", "essential"} & set(wanted) else None
     works: dict[str, Callable[[], Iterable[Section]]] = {
@@ -405,7 +406,7 @@ def main() -> int:
         "quarter": lambda: [quarter(bench)] if bench else [],
         "speed": lambda: [section for setting in SETTINGS for section in speed(*setting)],
         "joint": lambda: [joint()],
-        "recovery": recovered,
+        "recovery": lambda: recovered(steps),
         "searched": searched,
         "essential": lambda: [essential(bench)] if bench else [],
     }

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Generator, Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
@@ -37,7 +36,7 @@ from anyfit.trainers.losses import Both, Divergence, MicroBatch, TokenDistance, 
 from anyfit.trainers.whole import Always, Whole
 
 LENGTH = 32
-BUDGETS = ("macs <= 80%", "macs <= 55%", "macs <= 35%")
+BUDGETS = ("macs <= 40%", "macs <= 30%", "macs <= 20%")
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -86,7 +85,8 @@ def test_a_network_without_predictions_learns_from_states_alone() -> None:
     assert float(padded.loss(padded.outputs(all_of_it), all_of_it).detach()) == pytest.approx(before, rel=1e-5)
     trained(model, objective, 30)
     assert float(objective.loss(objective.outputs(all_of_it), all_of_it)) < 0.7 * before
-    assert float(TokenDistance(original, original, some, mask).loss(objective._run(original, all_of_it), all_of_it)) == 0
+    same = TokenDistance(original, original, some, mask)
+    assert float(same.loss(same.outputs(all_of_it), all_of_it).detach()) == 0
 
 
 def test_both_losses_are_added_up() -> None:
@@ -193,7 +193,7 @@ def test_budgets_between_take_the_best_that_fits(family: Family) -> None:
     """A trained network that is smaller than it need be, or parts of the original that are larger: whichever is closer."""
     small, large = (family.select(budget) for budget in BUDGETS[1::-1])
     assert small.search is not None and large.search is not None
-    chosen = family.select("macs <= 65%")
+    chosen = family.select("macs <= 35%")
     assert chosen.config == small.config or family.expected(chosen.predicted) < small.search.kl_mean
 
 
@@ -235,8 +235,7 @@ def test_killed_and_continued(where: str, model: Path, text: Path, family: Famil
     assert steps[0] == 24 + 14 if where == "training the second" else steps[0] == 24
 
 
-def test_one_size_of_a_finished_family(model: Path, text: Path, family: Family, tmp_path: Path) -> None:
-    """Cut and trained from the original, as the first of several budgets is: the same numbers."""
+def test_one_size_of_a_finished_family(model: Path, text: Path, tmp_path: Path) -> None:
     plain = fitted(model, text, tmp_path / "plain.family")
     before = plain.select(BUDGETS[0])
     made = refine(plain, BUDGETS[0], model=model)
@@ -245,8 +244,6 @@ def test_one_size_of_a_finished_family(model: Path, text: Path, family: Family, 
     point = again.select(BUDGETS[0])
     assert point.refined and point.config == before.config and point.bytes_ == before.bytes_
     assert kl_of(again, point.config) == pytest.approx(made.after.kl_mean, rel=1e-4)
-    files = [load_file(one.path / refined_file(point.config)) for one in (again, family)]
-    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     assert refine(again, BUDGETS[0], model=model).already
     with pytest.raises(UserError, match="the original itself"):
         refine(again, "200%", model=model)
