@@ -241,7 +241,8 @@ def refine(
     device: options.DeviceName = "auto",
     json_: options.Json = False,
 ) -> Answer:
-    """Solve the matrices of one size again for each other: closer to the original at the same bytes, in a minute or so."""
+    """Solve the matrices of one size again for each other: closer to the original at the same bytes, in a minute or so. Of a pruned
+    family, train them: that takes longer."""
     from anyfit.family import Family
     from anyfit.refinement import refine as refined
     from anyfit.report import summary

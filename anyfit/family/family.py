@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -153,20 +153,20 @@ class Family:
         expected to be better: uniform settings, the finalists of the fit and refined configs always compete. Raises
         `BudgetError` where nothing fits.
         """
-        return self._best(budget, self.points)
+        return self._best(budget, _measured)
 
     def select_unrefined(self, budget: str | Iterable[str] | Budget) -> Point:
         """The best config within the budget as if none had been refined: the one to refine."""
-        return self._best(budget, [point for point in self.points if not point.refined])
+        return self._best(budget, lambda point: point.plain_kl)
 
-    def _best(self, budget: str | Iterable[str] | Budget, measured: Iterable[Point]) -> Point:
+    def _best(self, budget: str | Iterable[str] | Budget, measured: Callable[[Point], float]) -> Point:
         budget = self.budget(budget)
         found = self.point(self._solver.solve(budget))
-        rivals = [p for p in measured if budget.allows(self.space.costs(p.config))]
-        best = min(rivals, key=_measured, default=None)
+        rivals = [p for p in self.points if budget.allows(self.space.costs(p.config))]
+        best = min(rivals, key=measured, default=None)
         if best is None or found in rivals:
-            return found if best is None or _measured(found) <= _measured(best) else best
-        return best if _measured(best) <= self.expected(found.predicted) else found
+            return found if best is None or measured(found) <= measured(best) else best
+        return best if measured(best) <= self.expected(found.predicted) else found
 
     def point(self, config: Config) -> Point:
         """What is known of a config: its measured point, or its costs and prediction."""

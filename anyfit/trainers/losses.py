@@ -27,7 +27,8 @@ class MicroBatch:
 @dataclass(frozen=True)
 class Outputs:
     """What a network makes of a batch. `logits` (samples, ..., classes); None of a network without. `states` of tokens, (samples, length,
-    width) each: what enters the first block, and what leaves every block; empty where no loss asks for them."""
+    width) each: what enters the first block, and what leaves every block, the last one's as the final norm leaves it; empty where no
+    loss asks for them."""
 
     logits: Tensor | None = None
     states: tuple[Tensor, ...] = ()
