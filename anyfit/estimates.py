@@ -153,7 +153,12 @@ def _whole_matrices(run: Fit) -> int:
 
 def _takes_all(run: Fit) -> bool:
     """Whether some stage has the whole network in memory."""
-    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None or _scores_whole(run) is not None
+    return (
+        run.effort.refines
+        or bool(run.segments.num_pending or run.settings.recover)
+        or run.recipe.training is not None
+        or _scores_whole(run) is not None
+    )
 
 
 def _scores_whole(run: Fit) -> NetworkImportance | None:
@@ -181,7 +186,9 @@ def _in_memory(run: Fit) -> int:
             blocks[weight.block] += 4 * weight.num_weights * (weight.block is not None)
         inside = sum(blocks.values())
         training = 5 * (model - inside) + 3 * max(blocks.values()) + variants + (5 * inside + variants) // run.group.size
-    return max(model + max(writing, refining), training)
+    # Recovery holds what is trained, its gradients, two averages of them, and what they are added up in.
+    recovery = 5 * model if run.settings.recover else 0
+    return max(model + max(writing, refining, recovery), training)
 
 
 def _variants(run: Fit, decision: Decision) -> int:
@@ -367,7 +374,7 @@ def _training(run: Fit) -> int:
     """Tokens of training, as forward passes: the original's, and three of the network for each config of a step."""
     how = run.recipe.training
     if how is None:
-        return 0
+        return _recovery(run)
     settings = how.settings_for(run.effort)
     decisions, step = decided(run.space, how), settings.batch_size * min(WINDOW, run.settings.length)
     if isinstance(how, Tuning):
@@ -377,3 +384,15 @@ def _training(run: Fit) -> int:
     losses = {d.unit.name: {choice.name: 1 / choice.stored_bytes for choice in d.choices} for d in decisions}
     sampler = samplers.get(how.sampler)(decisions, settings.num_steps, Table(dict.fromkeys(losses, 1.0), losses))
     return (1 + 3 * len(sampler.draws(0, 0))) * settings.num_steps * step
+
+
+def _recovery(run: Fit) -> int:
+    """Tokens of cutting and training for one budget after another, as forward passes: three of the network, and the original's; from the
+    second on also those of pruning what was trained."""
+    if not run.settings.recover:
+        return 0
+    assert run.recipe.recovery is not None
+    settings, again = run.recipe.recovery.settings_for(run.effort), len(run.settings.recover) - 1
+    trained = 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
+    read = run.segments.num_segments("calibration") + num_probed(run.checkpoint.config)
+    return (1 + again) * trained + again * read * run.settings.length

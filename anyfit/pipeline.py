@@ -71,8 +71,9 @@ from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
 """Search segments that sensitivities are measured on, of a language model."""
-SCORED = "scored.safetensors"
-"""The journal's file of what each structure costs, by an importance that looks at the whole network."""
+TABLE, SCORED, GRADUAL = "table.json", "scored.safetensors", "gradual"
+"""In the journal: the additive table, what each structure costs by an importance that looks at the whole network, and the folder of
+`anyfit.gradual`."""
 STATES = "states"
 """The journal's folder of hidden states; what a killed run left there is of no use."""
 
@@ -93,6 +94,8 @@ class Settings:
     device: str = "cpu"
     latency: str | None = None
     """Digest of the table that latencies are taken from."""
+    recover: tuple[str, ...] = ()
+    """Budgets, falling, for which a network is cut and trained, each from the one before."""
 
 
 class Fit:
@@ -351,7 +354,7 @@ class Fit:
 
     def score(self, store: Store) -> Table:
         """The additive table: measured sensitivities times each choice's own output error."""
-        path = store.folder / "table.json"
+        path = store.folder / TABLE
         if self.group.told(path.exists()):
             return Table.load(path)
         tokens, sensitivity = self.segments.search[: num_probed(self.checkpoint.config)], sensitivities.get(self.recipe.score)
@@ -393,12 +396,7 @@ class Fit:
             self.effort,
             self.progress,
         )
-        points, references = finalists.points(), finalists.references
-        if self.effort.refines and self.group.first and not (self.structures or self.recipe.masks):
-            held_out = references["search"]
-            assert isinstance(held_out, Reference)  # api.prepare refuses others
-            refinery = self._refinery(held_out)
-            points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
+        points, references = self.improved(finalists, finalists.points()), finalists.references
         original = Original(
             name=self.checkpoint.name,
             bytes_=self.checkpoint.bytes_,
@@ -410,6 +408,15 @@ class Fit:
             report=references["report"].quality,
         )
         return original, points
+
+    def improved(self, finalists: Finalists, points: list[Point]) -> list[Point]:
+        """The points, some of them with matrices of their own."""
+        if not self.effort.refines or not self.group.first or self.structures or self.recipe.masks:
+            return points
+        held_out = finalists.references["search"]
+        assert isinstance(held_out, Reference)  # api.prepare refuses others
+        store, refinery = finalists.store, self._refinery(held_out)
+        return finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
 
     def _refinery(self, held_out: Reference) -> Refinery:
         return Refinery(self.model, self.architecture, self.quantizer, calibration=self.segments.calibration, held_out=held_out)
@@ -472,7 +479,7 @@ class Fit:
         manifest = with_points(manifest, manifest.points, hashes)
         write_json(journal.folder / NAME, manifest.to_json())
         write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        for name in ("table.json", SCORED, STATES, CALIBRATION, TRAINING, RESULT, *WORK):
+        for name in (TABLE, SCORED, STATES, CALIBRATION, TRAINING, RESULT, GRADUAL, *WORK):
             remove(journal.folder / name)
         journal.finish()
 

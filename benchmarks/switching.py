@@ -20,7 +20,7 @@ from anyfit.elastic.nested import NestedNetwork
 from anyfit.progress import Progress
 from anyfit.trainers.bit_switching import BitSwitching
 from anyfit.trainers.loop import Settings, Trainable, train
-from anyfit.trainers.losses import MicroBatch, Objective
+from anyfit.trainers.losses import MicroBatch, Objective, Outputs
 from anyfit.trainers.sampling import Draws, EverySize
 
 SIZES = (8, 6, 4, 2)
@@ -67,11 +67,11 @@ class Labels(Objective):
     def __init__(self, model: nn.Module, pictures: Pictures) -> None:
         self.model, self._pictures, self.num_samples = model, pictures, len(pictures.some)
 
-    def logits(self, batch: MicroBatch) -> Tensor:
-        return self.model(resnet.augmented(self._pictures.some[batch.samples], torch.Generator().manual_seed(batch.step)))
+    def outputs(self, batch: MicroBatch) -> Outputs:
+        return Outputs(self.model(resnet.augmented(self._pictures.some[batch.samples], torch.Generator().manual_seed(batch.step))))
 
-    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        return functional.cross_entropy(logits, self._pictures.labels[batch.samples])
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        return functional.cross_entropy(outputs.logits, self._pictures.labels[batch.samples])
 
 
 def section(assets: Path, progress: Progress) -> Section:

@@ -52,12 +52,12 @@ from anyfit.trainers import loop
 from anyfit.trainers.losses import Divergence
 from anyfit.tuning import pv
 loop.EVERY = 1
-folder, work, held, logits, tune, make = Path(sys.argv[3]), [], [], Divergence.logits, pv.tune, ElasticNetwork.__init__
+folder, work, held, outputs, tune, make = Path(sys.argv[3]), [], [], Divergence.outputs, pv.tune, ElasticNetwork.__init__
 def made(network, *rest):
     make(network, *rest)
     held.extend(len(variant.codes.to_local() if network.sharded else variant.codes) for variant in network.variants().values())
 ElasticNetwork.__init__ = made
-Divergence.logits = lambda self, batch: (work.extend(batch.samples), logits(self, batch))[1]
+Divergence.outputs = lambda self, batch: (work.extend(batch.samples), outputs(self, batch))[1]
 pv.tune = lambda *rest, **more: (work.append(0), tune(*rest, **more))[1]
 for name, formats in {"llm-qfa": "int4_offset", "double-rounding": "int4_sym", "pv-tuning": "int3_asym"}.items():
     work.clear()

@@ -193,7 +193,7 @@ class _Step:
         objective = self._trainable.objective
 
         def made(batch: MicroBatch) -> dict[str, Tensor]:
-            return {_LOSSES: self._part(batch) * objective.loss(objective.logits(batch), batch)}
+            return {_LOSSES: self._part(batch) * objective.loss(objective.outputs(batch), batch)}
 
         return float(self._group.summed(self._batches, made, in_step=self._trainable.sharded)[_LOSSES])
 
@@ -212,12 +212,13 @@ class _Step:
 
     def _loss(self, index: int, batch: MicroBatch) -> Tensor:
         objective = self._trainable.objective
-        logits = objective.logits(batch)
-        if index in self._teachers:
-            return distilled(logits, self._teachers[index])
+        outputs = objective.outputs(batch)
         if self._settings.distilled:
-            self._teachers[index] = logits.detach()
-        return objective.loss(logits, batch)
+            assert outputs.logits is not None, "what teaches predicts"
+            if index in self._teachers:
+                return distilled(outputs.logits, self._teachers[index])
+            self._teachers[index] = outputs.logits.detach()
+        return objective.loss(outputs, batch)
 
     def _part(self, batch: MicroBatch) -> float:
         return len(batch.samples) / len(self._read)
