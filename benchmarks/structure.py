@@ -39,7 +39,7 @@ from anyfit.pipeline import Fit
 from anyfit.progress import Silent, to_stderr
 from anyfit.searchers.exact import Solver
 from anyfit.targets import onnxruntime_session
-from anyfit.targets.onnx_graph import LOGITS, TOKENS
+from anyfit.targets.onnx_graph import LOGITS
 from anyfit.tasks.language import Quality, Reference, measure
 
 Taken = Mapping[Config, float]
@@ -189,8 +189,9 @@ def families(batch: int, sequence: int, formats: tuple[str, ...] | None = None) 
 def side_by_side(folders: list[Path], batch: int, sequence: int) -> list[float]:
     """Milliseconds of each model, all taking turns: medians of the ratios to the first, times its median."""
     sessions = [onnxruntime_session.opened(folder, threads=THREADS) for folder in folders]
-    feed = {TOKENS: (np.arange(batch * sequence).reshape(batch, sequence) % 2000).astype(np.int64)}
-    runs: list[Callable[[], object]] = [lambda session=session: session.run([LOGITS], feed) for session in sessions]
+    tokens = (np.arange(batch * sequence).reshape(batch, sequence) % 2000).astype(np.int64)
+    feeds = [onnxruntime_session.feed(session, tokens) for session in sessions]
+    runs: list[Callable[[], object]] = [lambda s=s, feed=feed: s.run([LOGITS], feed) for s, feed in zip(sessions, feeds, strict=True)]
     times: list[list[float]] = []
     with pinned(THREADS):
         for _ in range(ROUNDS):

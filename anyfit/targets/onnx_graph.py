@@ -3,6 +3,10 @@
 The exporter sees parameters that all share one zero, so that a network of any size is exported in the memory of its
 graph. They are inputs of the graph while it is simplified, so that nothing is computed of their numbers; whoever
 writes a file says where each one's numbers come from.
+
+Besides tokens a graph reads the keys and values of all tokens before them, and gives back these and the tokens' own: for the first
+tokens they are of length 0. Each block with an attention has its own, under the names that Optimum gave them; of a cut network their
+numbers of heads differ. A network whose cache the exporter can't follow has a graph of tokens alone.
 """
 
 from __future__ import annotations
@@ -10,28 +14,32 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch._subclasses import FakeTensorMode
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from anyfit import network
 from anyfit.checkpoint import Source
 from anyfit.core.errors import RuntimeMissingError
+from anyfit.modeling_cut import NoAttention
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 TOKENS, LOGITS = "input_ids", "logits"
+PAST, PRESENT = "past_key_values", "present"
 _PREFIX = "network."
 _NAME_BYTES = 16
 """What a constant's head and longer names for it take, at most."""
-_EXAMPLE = (2, 16)
-"""Tokens that the exporter follows through the network. No size of 1: it would be taken for a constant."""
+_EXAMPLE, _EXAMPLE_PAST = (2, 16), 5
+"""Tokens that the exporter follows through the network, and how many came before. No size of 1: it would be taken for a constant."""
 
 
 class ExportError(Exception):
@@ -59,7 +67,7 @@ class Graph:
     nodes: tuple[NodeProto, ...]
     constants: tuple[TensorProto, ...]
     frame: GraphProto
-    """Name, inputs (the tokens) and outputs (the logits)."""
+    """Name, inputs (the tokens, and what is remembered of those before) and outputs (the logits, and what is to be remembered)."""
     opset: int
     open: frozenset[str]
 
@@ -69,6 +77,11 @@ class Graph:
         from onnx import GraphProto
 
         return GraphProto(node=self.nodes, initializer=self.constants).SerializeToString(deterministic=True)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it reads keys and values of the tokens before."""
+        return len(self.frame.output) > 1
 
     @property
     def unshared_bytes(self) -> int:
@@ -129,7 +142,9 @@ def _of(network_: _Network) -> Graph:
 
 
 def export(model: PreTrainedModel) -> Graph:
-    """The graph from tokens, int64 (batch, sequence), to logits, float32 (batch, sequence, vocabulary).
+    """The graph from tokens, int64 (batch, sequence), to logits, float32 (batch, sequence, vocabulary), and for block i with an
+    attention from `past_key_values.i.key` and `.value`, float32 (batch, heads, past, numbers), to `present.i.key` and `.value`, past and
+    sequence together.
 
     `model` may have its parameters on the meta device; its ties are restored. Raises `ExportError`, and `RuntimeMissingError` without onnx.
     """
@@ -140,7 +155,13 @@ def export(model: PreTrainedModel) -> Graph:
         raise RuntimeMissingError(error.name or "onnx", "onnxruntime", "Writing ONNX") from error
     model.tie_weights()
     names = _hollow(model)
-    made = _exported(model)
+    remembered = _remembered(model)
+    try:
+        made = _exported(model, remembered)
+    except ExportError:
+        if not remembered:
+            raise
+        made = _exported(model, {})
     for name in names:
         value = made.graph.initializers.pop(_PREFIX + name, None)
         if value is not None:
@@ -151,14 +172,52 @@ def export(model: PreTrainedModel) -> Graph:
 
 
 class _Logits(nn.Module):
-    """From tokens to logits, without a cache."""
+    """From tokens, and the keys and values of those before, to logits and the keys and values of all. `blocks`: whose they are."""
 
-    def __init__(self, network: PreTrainedModel) -> None:
+    def __init__(self, network: PreTrainedModel, blocks: Sequence[int]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.blocks = network, tuple(blocks)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.network(input_ids=input_ids, use_cache=False).logits
+    def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        if not self.blocks:
+            return (self.network(input_ids=input_ids, use_cache=False).logits,)
+        length = past[0].shape[-2]
+        given = dict(zip(self.blocks, zip(past[::2], past[1::2], strict=True), strict=True))
+        layers = [_Layer(length, given.get(index)) for index in range(self.network.config.num_hidden_layers)]
+        logits = network.with_cache(self.network, input_ids, Cache(layers=layers)).logits
+        return logits, *(tensor for index in self.blocks for tensor in (layers[index].keys, layers[index].values))
+
+
+class _Layer(DynamicLayer):
+    """What a block remembers of `length` tokens: keys and values, or nothing where it has no attention. All tokens are kept; where an
+    attention looks back a few only, its mask says so."""
+
+    def __init__(self, length: int, held: tuple[Tensor, Tensor] | None) -> None:
+        super().__init__()
+        self._length, self.is_initialized = length, held is not None
+        self.keys, self.values = held or (None, None)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            return key_states, value_states
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states)
+        return found
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+
+def _remembered(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+    """{block with an attention: heads of its keys and values, numbers in each}; empty where nothing is known of them."""
+    removed = {module.layer_idx for module in model.modules() if isinstance(module, NoAttention)}
+    cache = DynamicCache()
+    try:
+        with network.quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            network.with_cache(model, torch.zeros(_EXAMPLE, dtype=torch.int64), cache)
+    except Exception:  # what a network does without numbers, and how it fails, is each class's own affair
+        return {}
+    shapes = {index: layer.keys.shape for index, layer in enumerate(cache.layers) if layer.keys is not None and index not in removed}
+    return {index: (shape[1], shape[3]) for index, shape in shapes.items() if len(shape) == 4}
 
 
 def _hollow(model: PreTrainedModel) -> dict[str, str]:
@@ -173,20 +232,22 @@ def _hollow(model: PreTrainedModel) -> dict[str, str]:
     return first
 
 
-def _exported(model: PreTrainedModel) -> Any:
+def _exported(model: PreTrainedModel, remembered: Mapping[int, tuple[int, int]]) -> Any:
     """What torch makes of it, as onnx_ir keeps a model."""
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    batch, sequence, before = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
+    names = [(index, part) for index in remembered for part in ("key", "value")]
+    past = [torch.zeros(_EXAMPLE[0], heads, _EXAMPLE_PAST, size) for heads, size in remembered.values() for _ in ("key", "value")]
     try:
         with network.quiet(), _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
-                _Logits(model),
-                (torch.zeros(_EXAMPLE, dtype=torch.int64),),
+                _Logits(model, list(remembered)),
+                (torch.zeros(_EXAMPLE, dtype=torch.int64), past),
                 dynamo=True,
                 verbose=False,
                 optimize=False,
-                input_names=[TOKENS],
-                output_names=[LOGITS],
-                dynamic_shapes=(sizes,),
+                input_names=[TOKENS, *(f"{PAST}.{index}.{part}" for index, part in names)],
+                output_names=[LOGITS, *(f"{PRESENT}.{index}.{part}" for index, part in names)],
+                dynamic_shapes=({0: batch, 1: sequence}, [{0: batch, 2: before} for _ in past]),
             )
     except Exception as error:  # the exporter fails in many ways, and each is a finding about this network
         reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LOGITS_BAR, LOGITS_SHARE = 1e-3, 1e-4
 """Largest difference of a logit where nothing is rounded on the way; where logits are large, this share of the largest."""
 SEGMENTS, LENGTH = 2, 128
+STEPS = 8
+"""Tokens that are also run one after the other."""
 
 
 class _DifferenceError(Exception):
@@ -134,6 +136,13 @@ def _outputs(path: Path, model: Extracted | InMemory, tokens: Tensor) -> str:
     found = f"largest difference of a logit {difference:.1e} (bar {bar:.0e}) in float32"
     if not difference <= bar:
         raise _DifferenceError(found)
+    first = tokens.shape[1] - min(STEPS, tokens.shape[1] // 2)
+    stepped = onnxruntime_session.steps(path, tokens, first)
+    if stepped is not None:
+        difference = float((stepped - expected).abs().max())
+        found += f", {difference:.1e} token by token"
+        if not difference <= bar:
+            raise _DifferenceError(found)
     reference = expected.double().log_softmax(-1)
     fast = onnxruntime_session.logits(path, tokens).double().log_softmax(-1)
     divergence = float((reference.exp() * (reference - fast)).sum(-1).mean())

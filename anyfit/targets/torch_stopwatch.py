@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from anyfit import network
 from anyfit.costs.latency import PREFILL, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
 
@@ -39,9 +39,8 @@ class TorchStopwatch(Stopwatch):
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache | None = None) -> Tensor:
-    # transformers 5.24 gave the argument another name
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return model(tokens, use_cache=cache is not None, **{name: cache}).logits
+    found: Tensor = network.with_cache(model, tokens, cache).logits
+    return found
 
 
 def _fill(model: PreTrainedModel) -> None:
