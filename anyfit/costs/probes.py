@@ -7,14 +7,13 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit import network
 from anyfit.architectures import architecture_of
-from anyfit.architectures.base import Architecture
 from anyfit.core.errors import UserError
-from anyfit.costs.latency import ATTENTION, KINDS, Shape
+from anyfit.costs.latency import ATTENTION, FEED_FORWARD, KINDS, Shape
+from anyfit.structure.cutting import Kept, cut
 
 VOCABULARY = 256
 """Tokens of a network that is timed for its modules: as few as make embedding and head cost nothing."""
@@ -62,27 +61,9 @@ def probe(config: PretrainedConfig, shape: Shape, kept: Collection[str] = KINDS,
             f"The modules of {type(model).__name__} can't be given other sizes by its config.",
             remedy="This version measures kinds like Llama, Mistral, Qwen and Gemma.",
         )
-    for kind in set(KINDS) - set(kept):
-        _leave_out(model, architecture, kind)
+    if set(kept) != set(KINDS):
+        none = torch.arange(0)
+        left = Kept(None if ATTENTION in kept else none, None if FEED_FORWARD in kept else none)
+        with network.quiet():
+            cut(model, architecture, [left] * shape.blocks)
     return model
-
-
-class _Nothing(nn.Module):
-    """In a module's place: adds zero to the hidden states."""
-
-    def __init__(self, *, pair: bool) -> None:
-        super().__init__()
-        self.pair = pair
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        zero: Tensor = torch.zeros(())
-        return (zero, None) if self.pair else zero
-
-
-def _leave_out(model: PreTrainedModel, architecture: Architecture, kind: str) -> None:
-    for index in range(architecture.num_blocks(model)):
-        paths = [path for group, found in architecture.groups(index) if group.startswith(kind) for path in found.values()]
-        names = {path.partition(".")[0] for path in paths if "." in path}
-        assert len(names) == 1, paths
-        block = model.get_submodule(architecture.block.format(i=index))
-        setattr(block, names.pop(), _Nothing(pair=kind == ATTENTION))

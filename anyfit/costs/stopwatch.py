@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,8 @@ class Stopwatch(ABC):
     runtime: str
     formats: tuple[str, ...]
     """Those that run at a speed of their own, the plainest first."""
+    instead: tuple[str, ...] = ()
+    """The kinds of modules of which the smallest runs in the place of one that is left out."""
 
     def refuses(self, setting: Setting) -> str | None:
         """Why it can't time this; None where it can."""
@@ -88,8 +90,19 @@ def measure(
                         shares[kind, size] = clock.share(ready(part, (kind,), name, Path(own)))
                     stage.advance(detail=f"{kind} {size} {name}")
                 whole[name] = clock.whole
-                modules |= {(k, size, name): max(0.0, share - empty) / shape.blocks * clock.whole for (k, size), share in shares.items()}
+                took = {key: max(0.0, share - empty) / shape.blocks * clock.whole for key, share in shares.items()}
+                modules |= {(*key, name): ms for key, ms in _alone(took, stopwatch.instead).items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
+
+
+def _alone(took: Mapping[tuple[str, int], float], instead: Sequence[str]) -> dict[tuple[str, int], float]:
+    """Modules without what had to run beside them, and what runs where one is left out as a module of size 0; by kind and size."""
+    found = dict(took)
+    for kind in instead:
+        least = took[kind, min(size for own, size in took if own == kind)]
+        found |= {key: max(0.0, ms - least) for key, ms in found.items() if key[0] != kind}
+        found[kind, 0] = least
+    return found
 
 
 def sizes(shape: Shape, kind: str) -> list[int]:
