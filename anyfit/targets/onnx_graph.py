@@ -253,6 +253,8 @@ def _exported(model: PreTrainedModel, remembered: Mapping[int, tuple[int, int]])
         reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(reason) from error
     assert program is not None
+    if any(isinstance(value.shape[axis], int) for value in program.model.graph.inputs for axis in (0, len(value.shape) // 2)):
+        raise ExportError("it takes as many texts and tokens as it was exported with, and no others")
     return program.model
 
 
