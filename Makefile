@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 DEMO := out/demo.family
 
-# The quantisers of bench-frontier pin versions of each other's packages, so that each needs an environment of its own.
+# The quantisers of bench-frontier, and bench-structure's peer, pin versions of each other's packages, so that each needs an environment of its own.
 PEER_VENVS := build/peers
 PEER_autoround := auto-round==0.16.1
 PEER_gptqmodel := gptqmodel==7.6.0
 PEER_llmcompressor := llmcompressor==0.14.0.1
 PEER_hqq := hqq==0.2.8.post1
+PEER_torchpruning := torch-pruning==1.6.1
 
 export OMP_NUM_THREADS ?= 2
 
@@ -81,8 +82,9 @@ bench-scale: $(VENV)/.installed $(if $(PEERS),,peers)  ## Memory, time and disk 
 bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random configs.
 	$(BIN)/python benchmarks/scores.py
 
-bench-structure: $(VENV)/.dev  ## Heads and channels taken out: exactness, quality, and whether a speed-up that was asked for is kept.
+bench-structure: $(VENV)/.dev $(if $(MINILM),$(if $(PEERS),,$(PEER_VENVS)/torchpruning/.installed))  ## Heads and channels taken out: exactness, quality, speed. MINILM=FOLDER ASSETS=FOLDER adds an encoder.
 	$(BIN)/python benchmarks/structure.py
+	$(if $(MINILM),$(BIN)/python benchmarks/structure.py --minilm "$(MINILM)" --assets "$(ASSETS)" --environments $(or $(PEERS),$(PEER_VENVS)))
 
 bench-train-once: $(VENV)/.installed  ## One run that trains every size, against a run for each. ASSETS=FOLDER adds Double Rounding.
 	$(BIN)/python benchmarks/train_once.py $(if $(ASSETS),--assets "$(ASSETS)")

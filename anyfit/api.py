@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anyfit import devices, estimates
-from anyfit.calibration import generated
+from anyfit.calibration import generated, pictures
 from anyfit.calibration.data import PURPOSES, Segments, held_out, is_named, load
 from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import BYTES, LATENCY, MACS, Budget
+from anyfit.core.budget import BYTES, LATENCY, MACS, WEIGHTS, Budget
 from anyfit.core.config import format_of
 from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
@@ -27,6 +27,10 @@ from anyfit.costs.probes import shape_of
 from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
+from anyfit.formats.base import CastFormat
+from anyfit.importance import importances
+from anyfit.importance.base import NetworkImportance
+from anyfit.interface import LANGUAGE, PICTURES, interface_of
 from anyfit.measuring import latencies
 from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
@@ -37,7 +41,8 @@ from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
 from anyfit.targets.base import Target
-from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.tasks import task_of
+from anyfit.tasks.base import Quality, Reference
 from anyfit.training import MOST_BITS, decided, nested_sizes
 from anyfit.zoo import DATA, MODEL
 
@@ -143,27 +148,28 @@ def prepare(
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
     `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes.
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
-    `segments`: how many calibrate (default 128). `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
+    `segments`: how many calibrate (default 128, of an encoder's texts or pictures 512).
+    `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
     method = recipes.get(recipe)
-    wanted = _wanted(method, runtime, diligence, formats)
     quantizers.get(method.quantizer)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
+    wanted = _wanted(method, runtime, diligence, formats, checkpoint)
     data = _data(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
     length = _segment_length(length, checkpoint.config, longest)
     where = devices.device(device).type
-    table = None if latency is None else _latencies(latency, checkpoint, target, recipe)
+    table, times = None if latency is None else _latencies(latency, checkpoint, target, recipe), interface_of(checkpoint.config).segments
     settings = Settings(
         target,
         wanted,
         recipe,
         length,
-        segments or NUM_CALIBRATION,
-        NUM_SEARCH,
-        NUM_REPORT,
+        segments or NUM_CALIBRATION * times,
+        NUM_SEARCH * times,
+        NUM_REPORT * times,
         seed,
         diligence,
         where,
@@ -176,7 +182,7 @@ def prepare(
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
     _require_subject(method, run)
-    most = num_batches(run.segments.num_tokens("calibration") // length, length)
+    most = num_batches(run.segments.num_segments("calibration"), length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
     if not any(weight.block is not None for decision in run.space.decisions for weight in decision.unit.weights):
@@ -184,9 +190,10 @@ def prepare(
     return run
 
 
-def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[str] | None) -> tuple[str, ...]:
+def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The formats to choose from, as named or as the recipe and the target have them. Raises `UserError` for what isn't loaded."""
-    found = method.formats.get(runtime.name, runtime.menu(effort)) if formats is None else tuple(dict.fromkeys(formats))
+    usual = (_own_format(runtime, checkpoint),) if method.masks else method.formats.get(runtime.name, runtime.menu(effort))
+    found = usual if formats is None else tuple(dict.fromkeys(formats))
     loaded = f"It loads: {', '.join(runtime.formats)}."
     if not found and method.pruning is None:
         raise UserError(f"No format was named for {runtime.name}.", remedy=loaded)
@@ -194,11 +201,31 @@ def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[s
         all_formats.get(name)
         if name not in runtime.formats:
             raise UserError(f"{runtime.name} doesn't load the format {name}.", remedy=loaded)
+    if method.masks and (len(found) > 1 or not isinstance(all_formats.get(found[0]), CastFormat)):
+        raise UserError(
+            f"{method.name} masks the numbers of one floating-point format, and {', '.join(found)} was named.",
+            remedy=f"Leave out --formats, or say --formats {_own_format(runtime, checkpoint)}.",
+        )
     return found
 
 
+def _own_format(runtime: Target, checkpoint: Checkpoint) -> str:
+    """The floating-point format of a runtime that is nearest to a network's own type."""
+    own = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(checkpoint.dtype, "F32")
+    return own if own in runtime.formats else "F32"
+
+
 def _require_subject(method: Recipe, run: Fit) -> None:
-    """Raises `UserError` where a recipe has nothing to work on among a run's choices."""
+    """Raises `UserError` where a recipe has nothing to work on among a run's choices, or none of what it is about."""
+    if interface_of(run.checkpoint.config) is not LANGUAGE and (method.training or (run.effort.refines and not method.pruning)):
+        raise UserError(
+            f"{run.checkpoint.name} is no language model, and {'training' if method.training else 'high effort'} brings down what next "
+            "tokens diverge by.",
+            remedy="Take --recipe gptq or ziplm, and --effort normal.",
+        )
+    whole = method.pruning is not None and isinstance(importances.get(method.pruning), NetworkImportance)
+    if whole and interface_of(run.checkpoint.config) is not LANGUAGE:
+        raise UserError(f"{method.name} asks a language model what it loses.", remedy="Take --recipe ziplm.")
     if isinstance(method.training, Nesting):
         nested_sizes(decided(run.space, method.training))
     elif method.training and not decided(run.space, method.training):
@@ -223,7 +250,7 @@ def _latencies(path: str | Path, checkpoint: Checkpoint, target: str, recipe: st
         raise UserError(
             f"{path} was measured for {table.target}, not for {target}.", remedy=f"Say --target {table.target}, or measure again."
         )
-    shape = shape_of(checkpoint.config)
+    shape = shape_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
     if table.shape != shape:
         raise UserError(f"{path} was measured for a network of other sizes: {table.shape}, not {shape}.", remedy="Measure this one.")
     return table
@@ -236,9 +263,17 @@ def _segments(
     model: Callable[[], PreTrainedModel],
     progress: Progress,
 ) -> Segments:
+    counts = dict(zip(PURPOSES, (settings.num_calibration, settings.num_search, settings.num_report), strict=True))
+    interface = interface_of(checkpoint.config)
+    if is_named(data, SELF) and interface is not LANGUAGE:
+        raise DataError(
+            f"{checkpoint.name} is an encoder, which writes nothing to calibrate with.",
+            remedy="Name what it will read, with --data: JSONL of a text a line, text files, or hf:NAME; of a network of pictures, these.",
+        )
+    if not interface.words:
+        return pictures.load(data, checkpoint.folder, checkpoint.config, counts, seed=settings.seed)
     tokenizer, length, seed = checkpoint.tokenizer(), settings.length, settings.seed
     if is_named(data, SELF):
-        counts = dict(zip(PURPOSES, (settings.num_calibration, settings.num_search, settings.num_report), strict=True))
         return generated.generated(model, tokenizer, counts, length=length, seed=seed, progress=progress)
     return load(
         data,
@@ -248,6 +283,7 @@ def _segments(
         num_search=settings.num_search,
         num_report=settings.num_report,
         seed=seed,
+        texts=interface is not LANGUAGE,
     )
 
 
@@ -294,7 +330,7 @@ def plan(
     """
     progress = progress or Silent()
     if budget is not None:
-        Budget.parse(budget, original=dict.fromkeys((BYTES, LATENCY, MACS), 1.0))
+        Budget.parse(budget, original=dict.fromkeys((BYTES, LATENCY, MACS, WEIGHTS), 1.0))
     run = prepare(model, progress=progress, **wishes)
     space = run.space
     if budget is not None:
@@ -346,7 +382,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         quality = self.quality.to_json()
         if not self.divergence:
-            quality = {name: quality[name] for name in ("perplexity", "perplexity_stderr", "num_tokens", "num_segments")}
+            quality = {name: value for name, value in quality.items() if name.startswith(("perplexity", "num_"))}
         return {
             "subject": self.subject,
             "text": self.text,
@@ -378,28 +414,31 @@ def evaluate(
     opened = _open_subject(subject, budget, trust_remote_code)
     text, described = _held_out(opened, data, length, segments)
     origin = MODEL if against is None and opened.embedded else against
+    if origin is None and interface_of(opened.model.config) is not LANGUAGE:
+        raise UserError(f"{opened.name} is an encoder, which says nothing by itself.", remedy="Name its original with --against.")
     with progress.stage("evaluate", 1) as stage:
         if origin is None:
-            original, quality = None, Reference.of(opened.model, text).quality
+            original, quality = None, task_of(opened.model.config).reference(opened.model, text).quality
         else:
             reference = _original(origin, opened, trust_remote_code, text)
-            original, quality = reference.quality, measure(opened.model, reference)
+            original, quality = reference.quality, reference.measured(opened.model)
         stage.advance()
     results = None
     if tasks:
         from anyfit.tasks.harness import run as run_tasks
 
-        results = run_tasks(opened.model, opened.tokenizer, list(tasks))
+        results = run_tasks(opened.model, opened.tokenizer(), list(tasks))
     return Evaluation(opened.name, described, quality, original, results)
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to be measured. `kept`: the text that its family reports on."""
+    """A model to be measured. `folder`: where what belongs to its original lies; `kept`: the text that its family reports on."""
 
     name: str
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    folder: Path
     embedded: bool
     kept: Tensor | None = None
 
@@ -412,18 +451,17 @@ def _open_subject(subject: str | Path | None, budget: str | Iterable[str] | None
             raise UserError(f"{path} is a family: which of its models?", remedy="Say --budget.")
         point = family.select(budget)
         model = family.extract(point.config)
-        return _Subject(
-            f"{path} at {family.budget(budget)}", model, family.source.tokenizer(), family.original.embedded, family.text()["report"]
-        )
+        name, source = f"{path} at {family.budget(budget)}", family.source
+        return _Subject(name, model, source.tokenizer, source.folder, family.original.embedded, family.text()["report"])
     if budget is not None:
         raise UserError(f"{path} is no family, so it has no budget to choose by.", remedy="Leave out --budget, or name a family.")
     if path.suffix == ".gguf":
         from anyfit.targets.llamacpp import read_model
 
         model, tokenizer = read_model(path)
-        return _Subject(str(path), model, tokenizer, embedded=False)
+        return _Subject(str(path), model, lambda: tokenizer, path.parent, embedded=False)
     checkpoint = Checkpoint.open(MODEL if subject is None else subject, trust_remote_code=trust_remote_code)
-    return _Subject(checkpoint.name, checkpoint.load(), checkpoint.tokenizer(), checkpoint.embedded)
+    return _Subject(checkpoint.name, checkpoint.load(), checkpoint.tokenizer, checkpoint.folder, checkpoint.embedded)
 
 
 def _held_out(subject: _Subject, data: Data, length: int | None, segments: int | None) -> tuple[Tensor, str]:
@@ -436,20 +474,25 @@ def _held_out(subject: _Subject, data: Data, length: int | None, segments: int |
             "There is no text to measure on, and what a model writes itself says nothing about it.",
             remedy="Name some with --data: text files, a folder of them, JSONL, or hf:NAME.",
         )
+    if not interface_of(subject.model.config).words:
+        return pictures.held_out(data, subject.folder, subject.model.config, segments or NUM_REPORT * PICTURES.segments)
     return held_out(
         data,
-        subject.tokenizer,
+        subject.tokenizer(),
         length=_segment_length(length, subject.model.config, LONGEST_SEGMENT),
-        num_segments=segments or NUM_REPORT,
+        num_segments=segments or NUM_REPORT * interface_of(subject.model.config).segments,
+        texts=interface_of(subject.model.config) is not LANGUAGE,
     )
 
 
 def _original(origin: str | Path, subject: _Subject, trust_remote_code: bool, text: Tensor) -> Reference:
     checkpoint = Checkpoint.open(origin, trust_remote_code=trust_remote_code)
-    theirs, own = checkpoint.config.vocab_size, subject.model.config.vocab_size
-    if theirs != own:
-        raise UserError(f"{subject.name} has {own} tokens and {origin} has {theirs}.", remedy="Name the model that it was made of.")
-    return Reference.of(checkpoint.load(), text)
+    theirs, own = (getattr(config, "vocab_size", config.num_labels) for config in (checkpoint.config, subject.model.config))
+    if theirs != own or checkpoint.config.hidden_size != subject.model.config.hidden_size:
+        raise UserError(
+            f"{subject.name} has {own} tokens or classes and {origin} has {theirs}.", remedy="Name the model that it was made of."
+        )
+    return task_of(checkpoint.config).reference(checkpoint.load(), text)
 
 
 def _inputs(model: str | Path | None, data: Data) -> list[Path]:
@@ -465,6 +508,10 @@ def _data(data: Data, *, embedded: bool) -> str | Path | Sequence[str | Path]:
 
 
 def _segment_length(length: int | None, config: PretrainedConfig, longest: int) -> int:
+    if (only := interface_of(config).length(config)) is not None:
+        if length not in (None, only):
+            raise UserError(f"This network reads {only} positions, not {length}.", remedy="Leave out --length.")
+        return only
     context = int(getattr(config, "max_position_embeddings", longest))
     if length is None:
         return min(longest, context)

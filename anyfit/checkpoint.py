@@ -42,7 +42,7 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "*.model",
 )
-_CONFIG_FILES = ("config.json", "generation_config.json")
+_CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
 _ROWS_AT_A_TIME = 4096
 
 

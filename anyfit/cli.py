@@ -197,6 +197,10 @@ def show(
     if chosen:
         document["chosen"] = summary.point_json(opened, chosen) | {"formats": chosen.config.chosen}
         shown += [f"\n{opened.budget(budget or [])}: {summary.described(opened, chosen)}", tables.layers(opened, chosen.config)]
+        if opened.pruned:
+            document["chosen"]["removed"] = summary.removed(opened.space, chosen.config)
+            shown += filter(None, [summary.removed_in_words(opened.space, chosen.config)])
+    shown += ["", tables.sparsity_table(opened)] if opened.masked else []
     if opened.coverage:
         shown += ["", tables.refusals(opened.coverage)]
     if open_:
@@ -251,7 +255,7 @@ def refine(
         "after": made.after.to_json(),
         "config": made.point.config.to_json(),
     }
-    change = f"KL on the search text {made.before.kl_mean:.3g} before, {made.after.kl_mean:.3g} after"
+    change = f"{made.before.distance} on the search text {made.before.loss:.3g} before, {made.after.loss:.3g} after"
     outcome = "It was refined before." if made.already else change + ("" if made.kept else ": no better, left as it was")
     return Answer(document, (outcome, summary.described(opened, made.point)))
 
@@ -410,10 +414,11 @@ def formats(json_: options.Json = False) -> Answer:
 
 def _headline(family: Family) -> str:
     original = family.original
+    own = original.report.own
     return (
         f"{family.path}: {len(family.frontier)} sizes of {original.name} for {family.target} "
-        f"({original.num_parameters:,} parameters, {describe(BYTES, original.bytes_)} as {original.dtype}, "
-        f"perplexity {original.report.perplexity:.2f})\n"
+        f"({original.num_parameters:,} parameters, {describe(BYTES, original.bytes_)} as {original.dtype}"
+        f"{f', {own[0]} {own[1]}' if own else ''})\n"
     )
 
 
@@ -424,4 +429,6 @@ def _page(family: Family) -> str:
 def _next(family: Family) -> tuple[str, ...]:
     middle = family.frontier[len(family.frontier) // 2]
     suffix = all_targets.get(family.target).suffix
-    return (f"Next:     anyfit export {family.path} --budget {describe(BYTES, middle.bytes_).replace(' ', '')} -o {family.name}{suffix}",)
+    from anyfit.report import summary
+
+    return (f"Next:     anyfit export {family.path} --budget {summary.budget_of(family, middle)} -o {family.name}{suffix}",)

@@ -190,8 +190,8 @@ class CalibrationPass(ABC):
         return self._folder / f"{index}.states"
 
     def _states(self, index: int) -> States:
-        path = self._path(index)
-        return States(path, self.tokens.shape[1], path.stat().st_size // (4 * self._share.numel()))
+        path, width = self._path(index), self.stream.model.config.hidden_size
+        return States(path, path.stat().st_size // (4 * len(self._share) * width), width)
 
 
 @dataclass(frozen=True)

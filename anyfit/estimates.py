@@ -23,7 +23,7 @@ from anyfit.calibration.data import PURPOSES
 from anyfit.calibration.saturation import Saturation, saturate
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.budget import BYTES, describe
-from anyfit.core.config import format_of
+from anyfit.core.config import SPARSITY, format_of
 from anyfit.core.errors import UserError
 from anyfit.core.memory import Peak, release
 from anyfit.core.space import Decision
@@ -33,7 +33,12 @@ from anyfit.encoding import NUMBERS_AT_ONCE, Encoding, variants, works
 from anyfit.family.store import Store
 from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
 from anyfit.formats import formats as all_formats
-from anyfit.pipeline import NUM_PROBE_SEGMENTS, Fit
+from anyfit.importance import importances
+from anyfit.importance.base import NetworkImportance
+from anyfit.importance.magnitude import IMPORTANCE as MAGNITUDE
+from anyfit.interface import interface_of
+from anyfit.masking import Masking
+from anyfit.pipeline import Fit, num_probed
 from anyfit.quantizers import aqlm
 from anyfit.quantizers.worker import Workers, num_workers
 from anyfit.recipes.base import Nesting, Tuning
@@ -41,7 +46,7 @@ from anyfit.scores.kl import num_probes
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.structure.levels import kept_of
 from anyfit.structuring import Structuring
-from anyfit.tasks.language import Reference, kept_bytes, measure
+from anyfit.tasks import task_of
 from anyfit.trainers import samplers
 from anyfit.training import decided, nested
 from anyfit.tuning.refining import WINDOW, Settings
@@ -131,14 +136,15 @@ def _surely(run: Fit) -> int:
     for weight in run.weights:
         sizes[weight.block] += weight.num_weights
     widest = max(weight.shape[1] for weight in run.weights)
-    logits = 4 * run.checkpoint.config.vocab_size * max(TOKENS_AT_ONCE, run.settings.length)
+    config = run.checkpoint.config
+    logits = 4 * interface_of(config).width(config) * max(TOKENS_AT_ONCE, run.settings.length)
     streamed = 2 * 10**9 + 40 * max(sizes.values()) + 60 * widest**2 + 8 * logits + _whole_matrices(run)
     return max(streamed, Peak().bytes_ + _in_memory(run)) if _takes_all(run) else streamed
 
 
 def _whole_matrices(run: Fit) -> int:
     """Bytes of what is encoded at once because its rows share something: more than a rehearsal on some of the rows shows."""
-    if run.structures:
+    if run.structures or run.recipe.masks:
         return 0
     sizes = [d.unit.weights[0].num_weights for d in run.space.decisions if any(all_formats.get(c.name).whole for c in d.choices)]
     return aqlm.BYTES_A_NUMBER * sum(sorted(sizes)[-num_workers(run.device) :])
@@ -146,7 +152,13 @@ def _whole_matrices(run: Fit) -> int:
 
 def _takes_all(run: Fit) -> bool:
     """Whether some stage has the whole network in memory."""
-    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None
+    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None or _scores_whole(run) is not None
+
+
+def _scores_whole(run: Fit) -> NetworkImportance | None:
+    """The importance, if it looks at the whole network."""
+    found = importances.get(run.recipe.pruning) if run.recipe.pruning else None
+    return found if isinstance(found, NetworkImportance) else None
 
 
 def _in_memory(run: Fit) -> int:
@@ -167,6 +179,8 @@ def _in_memory(run: Fit) -> int:
 def _variants(run: Fit, decision: Decision) -> int:
     """Bytes of the variants of one unit. Of an attention or a feed-forward only the matrix that reads it has one for each size."""
     structure = run.structures.get(decision.unit.name)
+    if decision.axis == SPARSITY:
+        return decision.choices[0].stored_bytes + (len(decision.choices) - 1) * -(-decision.unit.num_weights // 8)
     if structure is None:
         return sum(decision.choice(name).stored_bytes for name, _ in works(choice.name for choice in decision.choices))
     formats = {name: all_formats.get(name) for name in map(format_of, (choice.name for choice in decision.choices))}
@@ -179,8 +193,8 @@ def disk(run: Fit) -> int:
     """The family, and the hidden states of the stage that has the most of them."""
     family = sum(_variants(run, decision) for decision in run.space.decisions) + run.space.fixed_bytes
     blocks = run.architecture.num_blocks(run.checkpoint.skeleton())
-    tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
-    probing = (blocks + 2) * min(tokens["search"], NUM_PROBE_SEGMENTS * run.settings.length)
+    tokens = {name: run.segments.num_segments(name) * run.settings.length for name in PURPOSES}
+    probing = (blocks + 2) * min(tokens["search"], num_probed(run.checkpoint.config) * run.settings.length)
     measuring = 2 * (tokens["search"] + tokens["report"])
     return family + 4 * run.checkpoint.config.hidden_size * max(2 * tokens["calibration"], probing, measuring)
 
@@ -194,13 +208,12 @@ class _Rehearsal:
         self.stream = run.streamed(folder / "states")
         length = run.settings.length
         segments = max(1, TOKENS_AT_ONCE // length)
-        generator = torch.Generator().manual_seed(0)
         self.memory = 0
-        self.tokens = torch.randint(run.checkpoint.config.vocab_size, (segments, length), generator=generator)
+        self.tokens = self.stream.interface.example(run.checkpoint.config, segments, length)
 
     def seconds(self) -> float:
         run, stream, peak = self.run, self.stream, Peak()
-        tokens = {name: run.segments.num_tokens(name) for name in PURPOSES}
+        tokens = {name: run.segments.num_segments(name) * run.settings.length for name in PURPOSES}
         sizes = Counter[int]()
         for weight in run.weights:
             if weight.block is not None:
@@ -216,13 +229,13 @@ class _Rehearsal:
         self.memory, peak = peak.bytes_, Peak()
         gradients = _timed(lambda: self._backward(block, states, into))[1]
         head = self._head(into)
-        kept = sum(kept_bytes(tokens[name], run.checkpoint.config.vocab_size) for name in ("search", "report"))
+        kept = sum(task_of(run.checkpoint.config).memory(tokens[name], run.checkpoint.config) for name in ("search", "report"))
         self.memory = max(self.memory, peak.bytes_ + kept)
-        each = self.tokens.numel()
+        each = len(self.tokens) * run.settings.length
         # Every uniform setting, and an optimum of its size; those of the smallest and the largest are among the finalists, or the same.
         num_configs = NUM_FINALISTS + 2 * max(0, len(run.space.uniforms()) - 2)
         reading = embedding + head + stream.num_blocks * forward
-        probed = NUM_PROBE_SEGMENTS * run.settings.length
+        probed = num_probed(run.checkpoint.config) * run.settings.length
         held_out = tokens["search"] + tokens["report"]
         total = encoding + tokens["calibration"] / each * (embedding + stream.num_blocks * calibrating)
         backward, probes = 2 * reading + stream.num_blocks * gradients, num_probes(run.space.decisions)
@@ -232,18 +245,24 @@ class _Rehearsal:
             total += probed / each * (reading * (1 + probes / 2) + (backward if probes < len(run.space.decisions) else 0))
         total += held_out / each * (num_configs + 1) * reading
         total += generated.READINGS * run.segments.num_pending / each * reading
+        if (whole := _scores_whole(run)) is not None:
+            text = torch.empty(tokens["calibration"] // run.settings.length, run.settings.length, device="meta")
+            total += whole.readings(run.structures, text) * text.numel() / each * reading
         return total + (_more_effort(run, tokens) + _training(run)) / each * reading
 
     def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:
         """Seconds to make all variants."""
         made = self.run.calibration_pass(self.store, self.stream, self.tokens)
-        if isinstance(made, Structuring):
+        if isinstance(made, Structuring):  # what the whole network says of its structures is counted by itself
+            made = replace(made, importance=lambda _: MAGNITUDE)
+        if isinstance(made, Structuring | Masking):
             return self._pruned(made, weights, moments)
         assert isinstance(made, Encoding)
         return self._encoded(made, weights, moments)
 
-    def _pruned(self, pruning: Structuring, weights: list[Weight], moments: dict[str, Moments]) -> float:
-        """Seconds to prune and encode all blocks: those of one, all that it holds, times their number. No other process takes part."""
+    def _pruned(self, pruning: Structuring | Masking, weights: list[Weight], moments: dict[str, Moments]) -> float:
+        """Seconds to prune or mask all blocks, and encode: those of one, all that it holds, times their number. No other process takes
+        part."""
         alone = replace(pruning, group=ALONE)
         groups = [group for group in alone.groups() if group[0] in weights]
         with self.run.progress.stage(alone.name, 0) as stage, alone.encoder(stage) as encoder:
@@ -304,9 +323,9 @@ class _Rehearsal:
     def _head(self, final: States) -> float:
         """Seconds to measure what the last block makes of the tokens against the original."""
         predictions = self.stream.predictions(self.tokens, self.stream.original, final)
-        reference = Reference.of(predictions, self.tokens, kept_bytes=0)
+        reference = task_of(self.run.checkpoint.config).reference(predictions, self.tokens, kept_bytes=0)
         other = self.stream.predictions(self.tokens, self.stream.original, final)
-        return _steadily(lambda: measure(other, reference))[1]
+        return _steadily(lambda: reference.measured(other))[1]
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

@@ -25,7 +25,8 @@ from anyfit.scores.table import Table
 from anyfit.searchers.evolution import Fitness, Settings, Stage, evolve
 from anyfit.searchers.exact import Solver, hull
 from anyfit.streaming import Numbers, Predictions
-from anyfit.tasks.language import Quality, Reference, kl, measure
+from anyfit.tasks import quality_from_json, task_of
+from anyfit.tasks.base import Quality, Reference, Task
 from anyfit.tuning.coded import Stored
 from anyfit.tuning.refining import Refinery
 
@@ -35,7 +36,7 @@ of each uniform setting."""
 MOST_TIMES_SMALLER = 1000
 """Than the largest of these sizes is the smallest, should a network of no parts take no time."""
 NEGLIGIBLE = 3e-5
-"""Nats per token: a larger config than the first below this has nothing left to gain."""
+"""Of the loss (nats per token, or one less a cosine): a larger config than the first below this has nothing left to gain."""
 NUM_REFINED = 2
 """Of these budgets, the smallest, whose best configs are refined at high effort: there is most to gain there."""
 EVOLUTION = ((2, 8), (16, 2))
@@ -71,7 +72,11 @@ class Finalists:
     def references(self) -> dict[str, Reference]:
         """The original's predictions on each text."""
         predictions = self._predictions(self.elastic.original)
-        return {name: Reference.of(predictions, tokens) for name, tokens in self.texts.items()}
+        return {name: self._task.reference(predictions, tokens) for name, tokens in self.texts.items()}
+
+    @cached_property
+    def _task(self) -> Task:
+        return task_of(self.elastic.stream.model.config)
 
     def _predictions(self, numbers: Numbers) -> Predictions:
         """Of a network on all texts, which are read in one pass."""
@@ -153,8 +158,8 @@ class Finalists:
     def _fitness(self, num_segments: int) -> Fitness:
         if num_segments not in self._evolving:
             text = self.calibration[:num_segments]
-            self._evolving[num_segments] = Reference.of(self.elastic.stream.predictions(text, self.elastic.original), text)
-        return lambda config: kl(self._network.set(config), self._evolving[num_segments])
+            self._evolving[num_segments] = self._task.reference(self.elastic.stream.predictions(text, self.elastic.original), text)
+        return lambda config: self._evolving[num_segments].loss(self._network.set(config))
 
     def _point(self, config: Config, uniform: str | None) -> Point:
         path = self.store.folder / "points" / f"{config.digest}.json"
@@ -162,7 +167,7 @@ class Finalists:
         if found is None:
             references = self.references
             predictions = self._predictions(self.elastic.numbers(config))
-            found = {name: measure(predictions, reference).to_json() for name, reference in references.items()}
+            found = {name: reference.measured(predictions).to_json() for name, reference in references.items()}
             write_json(path, found)
         return Point(
             config=config,
@@ -170,8 +175,8 @@ class Finalists:
             bits=self.space.bits(config),
             predicted=self.table.predict(self.space, config),
             uniform=uniform,
-            search=Quality.from_json(found["search"]),
-            report=Quality.from_json(found["report"]),
+            search=quality_from_json(found["search"]),
+            report=quality_from_json(found["report"]),
         )
 
     def _refined(self, point: Point, refinery: Refinery, stored: Callable[[Config], list[Stored]]) -> Point:
@@ -180,13 +185,13 @@ class Finalists:
         if found is None:
             with self._network.lent(point.config) as model:
                 made = refinery.refine(model, stored(point.config), self.progress)
-                quality = {name: measure(model, reference) for name, reference in self.references.items()}
+                quality = {name: reference.measured(model) for name, reference in self.references.items()}
             better = refined(point, quality)
             if better.refined:
                 self.store.write_tensors(refined_file(point.config), made.data)
             found = {name: entry.to_json() for name, entry in quality.items()}
             write_json(path, found)
-        return refined(point, {name: Quality.from_json(entry) for name, entry in found.items()})
+        return refined(point, {name: quality_from_json(entry) for name, entry in found.items()})
 
 
 def refined(point: Point, quality: Mapping[str, Quality]) -> Point:
@@ -197,4 +202,4 @@ def refined(point: Point, quality: Mapping[str, Quality]) -> Point:
 
 def _measured(point: Point) -> float:
     assert point.search is not None
-    return point.search.kl_mean
+    return point.search.loss

@@ -1,7 +1,7 @@
-"""Causal language models of which some blocks have fewer heads and narrower feed-forwards than others, or none at all.
+"""Networks of which some blocks have fewer heads and narrower feed-forwards than others, or none at all.
 
 This file needs torch and transformers only: a copy of it lies beside the weights of such a model, with two classes of its
-kind added at the end, and is what `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` runs. The whole
+kind added at the end, and is what `from_pretrained(folder, trust_remote_code=True)` of transformers' own class for them runs. The whole
 network is built first, by its own class and without memory for its numbers, then its blocks are cut to the sizes that
 config.json says in `per_layer_config`, a field of transformers' own. There `skip` names the halves of a block that aren't there.
 """
@@ -28,11 +28,14 @@ class Layout:
     """Where KV groups and feed-forward channels are in the matrices of a block. A KV group is a head of k and v with all heads of q
     that read it; in a network without shared keys, a head.
 
-    `attention`, `feed_forward`: paths below the block of the modules that are those halves; the latter is None where the block holds
-    the feed-forward's matrices itself. `by_group`: the rows of a fused q, k, v are all of the first group, then all of the second, and
-    so on, rather than all of q, then of k, then of v. `head_dim`: what the attention calls the width of a head. `counts`: attributes of
-    the attention that hold a size, and which: "groups", "heads" or "width", the columns of the output projection. `reads_config`: its
-    forward asks its config for the number of heads. `channels`: what the config calls the number of channels.
+    `attention`, `feed_forward`: paths below the block of the modules that are those halves; the latter is None where no module holds
+    the feed-forward's matrices and nothing else. The output projection of an attention may stand outside it.
+    `by_group`: the rows of a fused q, k, v are all of the first group, then all of the second, and so on, rather than all of q, then of
+    k, then of v. `head_dim`: what the attention calls the width of a head. `counts`: attributes of the attention that hold a size, and
+    which: "groups", "heads" or "width", the columns of the output projection. `reads_config`: its forward asks its config for the number
+    of heads. `channels`: what the config calls the number of channels. `norms`: by the word for a half, the norm of what that half alone
+    reads, and `norms_after` of what it gives; `norms_first`: the block's attribute that says whether `norms` are what they are, for kinds
+    in which they may also stand elsewhere.
     """
 
     attention: str
@@ -42,6 +45,9 @@ class Layout:
     counts: Mapping[str, str] = field(default_factory=dict)
     reads_config: bool = False
     channels: str = "intermediate_size"
+    norms: Mapping[str, str] = field(default_factory=dict)
+    norms_after: Mapping[str, str] = field(default_factory=dict)
+    norms_first: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,14 @@ class Sizes:
 
 
 class Constant(nn.Module):
-    """What a projection of no columns gives: its bias, or zeros. (..., hidden) to (..., hidden)"""
+    """What a projection of no columns gives: its bias (hidden,), or a zero (), to be added to every token's state."""
 
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.bias = bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        value = hidden_states.new_zeros(()) if self.bias is None else self.bias
-        return value.expand(hidden_states.shape)
+        return hidden_states.new_zeros(()) if self.bias is None else self.bias
 
 
 class NoAttention(nn.Module):
@@ -85,6 +90,13 @@ class NoAttention(nn.Module):
         return self.get_submodule(self.output)(hidden_states), None
 
 
+class NoHeads(nn.Module):
+    """In the place of an attention without heads whose output projection stands outside it: that is a `Constant` then."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
 class NoFeedForward(nn.Module):
     """In the place of a feed-forward without channels. `output`: the name of its output projection, whose bias remains."""
 
@@ -103,7 +115,7 @@ def sizes(block: nn.Module, paths: Mapping[str, str], layout: Layout) -> Sizes:
     attention = block.get_submodule(layout.attention)
     narrow = block.get_submodule(paths["down"])
     channels = 0 if isinstance(narrow, Constant) else shape(narrow)[1]
-    if isinstance(attention, NoAttention):
+    if isinstance(attention, (NoAttention, NoHeads)):
         return Sizes(0, 0, 0, channels)
     head_dim: int = getattr(attention, layout.head_dim)
     width = shape(block.get_submodule(paths["o"]))[1]
@@ -116,7 +128,7 @@ def is_removed(block: nn.Module, path: str) -> bool:
     """Whether the module at this path below the block was removed with its half."""
     module = block
     for name in path.split("."):
-        if isinstance(module, (NoAttention, NoFeedForward)):
+        if isinstance(module, (NoAttention, NoHeads, NoFeedForward)):
             return True
         module = getattr(module, name, module)
     return isinstance(module, (Constant, nn.Identity))
@@ -142,9 +154,14 @@ def cut_attention(block: nn.Module, paths: Mapping[str, str], layout: Layout, gr
     attention: Any = block.get_submodule(layout.attention)
     if len(groups) == whole.groups:
         return
+    if not len(groups) and not paths["o"].startswith(f"{layout.attention}."):
+        replace(block, layout.attention, NoHeads())
+        replace(block, paths["o"], Constant(bias(block, paths["o"])))
+        return
     if not len(groups):
-        removed = NoAttention(paths["o"].rpartition(".")[2], bias(block, paths["o"]), attention.layer_idx)
-        replace(block, layout.attention, removed)
+        left = bias(block, paths["o"])
+        replace(block, layout.attention, NoAttention(paths["o"].rpartition(".")[2], left, getattr(attention, "layer_idx", 0)))
+        remove_norms(block, layout, ATTENTION, left)
         return
     rows = attention_rows(whole, layout, groups)
     for role in rows.keys() & paths.keys():
@@ -168,6 +185,7 @@ def cut_feed_forward(block: nn.Module, paths: Mapping[str, str], layout: Layout,
         select(block.get_submodule(paths["down"]), channels, 1)
         return
     left = bias(block, paths["down"])
+    remove_norms(block, layout, FEED_FORWARD, left)
     if layout.feed_forward is not None:
         replace(block, layout.feed_forward, NoFeedForward(paths["down"].rpartition(".")[2], left))
         return
@@ -175,6 +193,15 @@ def cut_feed_forward(block: nn.Module, paths: Mapping[str, str], layout: Layout,
     for role in ("gate", "up", "gate_up"):
         if role in paths:
             replace(block, paths[role], nn.Identity())
+
+
+def remove_norms(block: nn.Module, layout: Layout, half: str, left: nn.Parameter | None) -> None:
+    """Those that belong to a half that was removed, of which `left` remains. The norm of a zero is a zero, of a bias it isn't the bias."""
+    if layout.norms_first is not None and not getattr(block, layout.norms_first):
+        return
+    paths = [layout.norms.get(half), layout.norms_after.get(half) if left is None else None]
+    for path in filter(None, paths):
+        replace(block, path, nn.Identity())
 
 
 def stated(config: Any, layout: Layout) -> Sizes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -19,7 +20,6 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -32,12 +32,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging
 
 from anyfit.core.errors import ModelError
+from anyfit.interface import LANGUAGE, interface_of
 
 _TOKENIZER_STARTS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 
 def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """The config of a causal language model. Raises `ModelError` for any other."""
+    """The config of a causal language model, or of another kind that anyfit knows. Raises `ModelError` for any other."""
     raw = _raw_config(folder)
     kind = raw["model_type"]
     if "quantization_config" in raw:
@@ -57,21 +58,21 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(f"{folder / 'config.json'} can't be used: {_reason(error)}", remedy="Correct config.json.") from error
-    _require_causal(folder, config, raw)
+    _require_known(folder, config, raw)
     return config
 
 
 def skeleton(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
     """The network on the meta device, ties in place, in evaluation mode and without gradients."""
     with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        model = _auto(config).from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     return model.eval().requires_grad_(False)
 
 
 def frame(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
     """The network in float32 with its parameters on the meta device and its buffers real, as transformers computes them."""
     with quiet(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32)
+        model = _auto(config).from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
 
@@ -93,11 +94,11 @@ def assemble(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]
     return cast(PreTrainedModel, built.requires_grad_(False))
 
 
-def with_cache(model: PreTrainedModel, tokens: Tensor, cache: Cache | None) -> Any:
-    """What a model gives for tokens (batch, sequence) that come after those of the cache; without one, none is kept."""
+def with_cache(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Any:
+    """What a model gives for tokens (batch, sequence) that come after those of the cache."""
     # transformers 5.24 gave the argument another name
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return model(tokens, use_cache=cache is not None, **{name: cache})
+    return model(tokens, use_cache=True, **{name: cache})
 
 
 def parameter_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str | None]:
@@ -183,8 +184,17 @@ def _raw_config(folder: Path) -> dict[str, object]:
     return raw
 
 
-def _require_causal(folder: Path, config: PretrainedConfig, raw: Mapping[str, object]) -> None:
-    """A decoder that reads text alone: what this version compresses."""
+def _auto(config: PretrainedConfig) -> Any:
+    """transformers' class that makes a network of this kind."""
+    return getattr(transformers, interface_of(config).auto)
+
+
+def _require_known(folder: Path, config: PretrainedConfig, raw: Mapping[str, object]) -> None:
+    """A decoder that reads text alone, or an encoder without a head: what this version compresses."""
+    interface = interface_of(config)
+    if interface is not LANGUAGE:
+        _require_bare(folder, config, interface.auto)
+        return
     if config.get_text_config() is not config:
         raise ModelError(f"{folder} is a {config.model_type} that reads more than text.", remedy="Use a text-only model.")
     auto_map = raw.get("auto_map")
@@ -193,6 +203,17 @@ def _require_causal(folder: Path, config: PretrainedConfig, raw: Mapping[str, ob
     if not known or config.is_encoder_decoder or (tasks and "CausalLM" not in tasks):
         named = ", ".join(config.architectures or [config.model_type])
         raise ModelError(f"{folder} is no causal language model ({named}).", remedy="Use a model that predicts the next token.")
+
+
+def _require_bare(folder: Path, config: PretrainedConfig, auto: str) -> None:
+    """An encoder as its class is made: what else comes after it would be lost."""
+    named = list(config.architectures or ())
+    wanted = auto.removeprefix("Auto").partition("For")[2] or "Model"
+    if getattr(config, "is_decoder", False) or any(not name.endswith(wanted) for name in named):
+        raise ModelError(
+            f"{folder} is a {config.model_type} of another kind ({', '.join(named)}) than anyfit compresses ({auto}).",
+            remedy=f"Save that kind: {auto}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), the other files beside it.",
+        )
 
 
 def _reason(error: Exception) -> str:

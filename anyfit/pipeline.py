@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.architectures import architecture_of
 from anyfit.architectures.base import Architecture
@@ -39,7 +39,11 @@ from anyfit.family.manifest import NAME, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
 from anyfit.finalists import WORK, Finalists
 from anyfit.formats.nested import held
-from anyfit.importance import importances
+from anyfit.importance import importances, saliencies
+from anyfit.importance.base import Importance, NetworkImportance
+from anyfit.importance.sparsity import pooled
+from anyfit.interface import LANGUAGE, interface_of
+from anyfit.masking import Masking
 from anyfit.progress import Progress
 from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import Quantizer
@@ -50,6 +54,8 @@ from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
 from anyfit.streaming import Stream
 from anyfit.structure.levels import Structure
+from anyfit.structure.masks import Mask, menu
+from anyfit.structure.masks import space as masked_space
 from anyfit.structure.space import Measured, Pruning, structures
 from anyfit.structuring import Structuring
 from anyfit.structuring import table as structured_table
@@ -62,7 +68,9 @@ from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, decided,
 from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
-"""Search segments that sensitivities are measured on."""
+"""Search segments that sensitivities are measured on, of a language model."""
+SCORED = "scored.safetensors"
+"""The journal's file of what each structure costs, by an importance that looks at the whole network."""
 STATES = "states"
 """The journal's folder of hidden states; what a killed run left there is of no use."""
 
@@ -108,6 +116,7 @@ class Fit:
         self.effort = settings.effort
         self.device = device(settings.device)
         self._stream: Stream | None = None
+        self._scored: dict[str, Tensor] = {}
 
     @property
     def key(self) -> dict[str, Any]:
@@ -150,9 +159,16 @@ class Fit:
         return bool(self.structures) and weight.block is None and not self.settings.formats
 
     @cached_property
+    def kept_weights(self) -> dict[Mask, dict[str, int]]:
+        """{mask: {matrix: weights that it keeps}} of masks that are of the whole network together. Reads all of its matrices."""
+        shares = [mask for mask in menu(self.recipe.masks) if mask.group is None and saliencies.get(mask.score).pooled]
+        return pooled(((w.name, self.checkpoint.read(w.name)) for w in self.weights if w.block is not None), shares)
+
+    @cached_property
     def space(self) -> Space:
         if not self.structures:
-            return self.target.space(self.source, self.weights, self.settings.formats)
+            dense = self.target.space(self.source, self.weights, self.settings.formats)
+            return masked_space(dense, self.recipe.masks, self.kept_weights) if self.recipe.masks else dense
         storage = CutTarget.of(self.target).storage(self.source, self.settings.formats)
         formats = list(dict.fromkeys([storage.dense, *self.settings.formats]))
         found = Pruning(
@@ -163,6 +179,7 @@ class Fit:
             formats,
             bool(self.settings.formats),
             self.settings.length,
+            interface_of(self.checkpoint.config) is LANGUAGE,
             self._measured(storage.dense),
         )
         return found.space(storage)
@@ -243,26 +260,33 @@ class Fit:
 
     def encode(self, store: Store) -> None:
         """Every variant of every matrix. One factorisation per distinct input, shared by all its matrices."""
+        self.scored(store)
         self.calibration_pass(store, self.stream(store), self.segments.calibration).run()
 
     def calibration_pass(self, store: Store, stream: Stream, tokens: Tensor) -> CalibrationPass:
         """What makes the variants of this run's space with these tokens, (segments, length)."""
+        shared = (stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer)
         if self.recipe.pruning is not None:
-            importance = importances.get(self.recipe.pruning)
-            return Structuring(
-                stream,
-                self.space,
-                store,
-                tokens,
-                self.progress,
-                self.group,
-                self.target,
-                self.source,
-                self.quantizer,
-                self.structures,
-                importance,
-            )
-        return Encoding(stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer)
+            return Structuring(*shared, self.structures, lambda name: self._importance(store, name))
+        return Masking(*shared, self.kept_weights) if self.recipe.masks else Encoding(*shared)
+
+    def _importance(self, store: Store, matrix: str) -> Importance:
+        """Of the structures that a matrix reads."""
+        found = importances.get(self.recipe.pruning or "")
+        return found.of(self.scored(store)[matrix]) if isinstance(found, NetworkImportance) else found
+
+    def scored(self, store: Store) -> dict[str, Tensor]:
+        """What each structure costs, by the matrix that reads it, where the importance looks at the whole network; else nothing."""
+        found = importances.get(self.recipe.pruning or "") if self.recipe.pruning else None
+        if not isinstance(found, NetworkImportance):
+            return {}
+        if not self._scored:
+            if self.group.first and not (store.folder / SCORED).exists():
+                made = found.scores(self.model, self.architecture, self.structures, self.segments.calibration, self.progress)
+                store.write_tensors(SCORED, made)
+            self.group.wait()
+            self._scored = store.tensors(SCORED)
+        return self._scored
 
     @property
     def quantizer(self) -> Quantizer:
@@ -312,10 +336,12 @@ class Fit:
         path = store.folder / "table.json"
         if self.group.told(path.exists()):
             return Table.load(path)
-        tokens, sensitivity = self.segments.search[:NUM_PROBE_SEGMENTS], sensitivities.get(self.recipe.score)
+        tokens, sensitivity = self.segments.search[: num_probed(self.checkpoint.config)], sensitivities.get(self.recipe.score)
         if self.structures:
             dense = CutTarget.of(self.target).dense(self.source)
-            table = structured_table(self.elastic(store), store, self.structures, dense, sensitivity, tokens, self.progress)
+            table = structured_table(
+                self.elastic(store), store, self.structures, dense, sensitivity, tokens, self.scored(store), self.progress
+            )
         else:
             errors = self.errors(store)
             table = Table(sensitivity.measure(self.elastic(store), tokens, errors, self.progress), errors)
@@ -350,8 +376,10 @@ class Fit:
             self.progress,
         )
         points, references = finalists.points(), finalists.references
-        if self.effort.refines and self.group.first and not self.structures:
-            refinery = self._refinery(references["search"])
+        if self.effort.refines and self.group.first and not (self.structures or self.recipe.masks):
+            held_out = references["search"]
+            assert isinstance(held_out, Reference)  # api.prepare refuses others
+            refinery = self._refinery(held_out)
             points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
         original = Original(
             name=self.checkpoint.name,
@@ -387,7 +415,8 @@ class Fit:
             with written_aside(folder / file.name) as aside:
                 shutil.copyfile(file, aside)
         store.write_tensors(PASSTHROUGH, self.source.passthrough)
-        store.write_tensors(TEXT, {name: getattr(self.segments, name).int() for name in PURPOSES})
+        kept = {name: getattr(self.segments, name) for name in PURPOSES}
+        store.write_tensors(TEXT, {name: own if own.is_floating_point() else own.int() for name, own in kept.items()})
 
     def manifest(self, store: Store, table: Table, original: Original, points: list[Point]) -> Manifest:
         gained = gains(store) or {}
@@ -425,9 +454,14 @@ class Fit:
         manifest = with_points(manifest, manifest.points, hashes)
         write_json(journal.folder / NAME, manifest.to_json())
         write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        for name in ("table.json", STATES, CALIBRATION, TRAINING, RESULT, *WORK):
+        for name in ("table.json", SCORED, STATES, CALIBRATION, TRAINING, RESULT, *WORK):
             remove(journal.folder / name)
         journal.finish()
+
+
+def num_probed(config: PretrainedConfig) -> int:
+    """Search segments that sensitivities are measured on."""
+    return NUM_PROBE_SEGMENTS * interface_of(config).segments
 
 
 def nesting(names: list[str]) -> list[str]:

@@ -24,12 +24,14 @@ from anyfit.family.family import Family, with_points
 from anyfit.family.manifest import NAME, Point
 from anyfit.family.store import REFINED, Store, refined_file, stored_matrices
 from anyfit.finalists import refined
+from anyfit.interface import LANGUAGE, interface_of
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.report.page import write as write_page
 from anyfit.targets import targets
-from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.tasks.base import Quality
+from anyfit.tasks.language import Reference, measure
 from anyfit.tuning.refining import Refinery, Settings
 from anyfit.zoo import MODEL
 
@@ -48,7 +50,7 @@ class Refined:
 
     @property
     def kept(self) -> bool:
-        return self.after.kl_mean < self.before.kl_mean
+        return self.after.loss < self.before.loss
 
 
 def refine(
@@ -67,10 +69,13 @@ def refine(
     "cpu", "cuda" or "auto". `family` is up to date afterwards.
     """
     progress, where = progress or Silent(), devices.device(device)
-    if family.pruned:
+    if family.pruned or family.masked:
         raise UserError(
-            f"{family.path} was pruned by {family.manifest.recipe}, and refining is about formats.", remedy="Refine a family of formats."
+            f"{family.path} was {'masked' if family.masked else 'pruned'} by {family.manifest.recipe}, and refining is about formats.",
+            remedy="Refine a family of formats.",
         )
+    if interface_of(family.source.config) is not LANGUAGE:
+        raise UserError(f"{family.original.name} is no language model, and refining is about next tokens.", remedy="Take a larger budget.")
     chosen = family.select_unrefined(budget)
     if chosen.refined:
         assert chosen.search is not None

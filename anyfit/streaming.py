@@ -27,15 +27,16 @@ from anyfit.architectures.base import Architecture
 from anyfit.core.memory import release
 from anyfit.core.units import Weight
 from anyfit.devices import CPU
+from anyfit.interface import interface_of
 
 TOKENS_AT_ONCE = 1024
 """Of whole segments, at least one. Fixed, so that results don't depend on the memory at hand."""
+PICTURES_AT_ONCE = 8
+"""Of some hundred patches each; fixed, too."""
 ROWS_AT_ONCE = 4096
 """Of the embedding or the head, read together."""
 RELEASED = 1 << 22
 """Numbers: a block of more gives its memory back to the system, which takes some milliseconds."""
-POSITIONS_AT_ONCE = 256
-"""Predictions that are made together where all their logits are needed at once."""
 
 
 class Numbers(Protocol):
@@ -101,13 +102,13 @@ class States:
 
 
 def num_batches(segments: int, length: int) -> int:
-    """How many `batches` make for so many segments."""
+    """How many `batches` make for so many segments of tokens."""
     return -(-segments // max(1, TOKENS_AT_ONCE // length))
 
 
 def batches(tokens: Tensor) -> list[slice]:
-    """Segments that go through a block together, for tokens (segments, length)."""
-    at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    """Segments that go through a block together, for tokens (segments, length) or pictures."""
+    at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1]) if tokens.ndim == 2 else PICTURES_AT_ONCE
     return [slice(start, min(start + at_once, len(tokens))) for start in range(0, len(tokens), at_once)]
 
 
@@ -150,6 +151,7 @@ class Stream:
     ) -> None:
         self.stored, self.architecture, self.folder, self.device = stored, architecture, folder, device
         self.model: PreTrainedModel = stored.frame()
+        self.interface = interface_of(self.model.config)
         self.original = original or Original(stored)
         self.num_blocks = architecture.num_blocks(self.model)
         weights = list(architecture.weights(stored.skeleton()))  # the frame's own parameters are not tied
@@ -225,22 +227,24 @@ class Stream:
         """The inputs of every block, and the last one's outputs."""
         found = [self.embedded(tokens, numbers)]
         for index in range(self.num_blocks):
-            found.append(self.states(tokens.shape[1], found[-1].width))
+            found.append(self.states(found[-1].length, found[-1].width))
             self.advance(index, tokens, found[-2], numbers, found[-1])
         return found
 
     def predictions(self, tokens: Tensor, numbers: Numbers, states: States | None = None) -> Predictions:
-        """The logits for these tokens, (segments, length); `states` are the last block's outputs if they are known."""
+        """What comes out for these tokens, (segments, length); `states` are the last block's outputs if they are known."""
         return Predictions(self, tokens, states or self.final(tokens, numbers), numbers)
 
     @contextmanager
     def head(self, numbers: Numbers, *, logits: bool = True) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What comes after the blocks: the last one's outputs, (segments, length, width), to logits, or to what the head reads."""
+        """What comes after the blocks: the last one's outputs, (segments, length, width), to what the network answers, or to what the head
+        reads."""
         self._know_blocks()
         with self._outer(numbers):
-            yield lambda hidden: self._run(
-                torch.zeros(hidden.shape[:2], dtype=torch.int64), _Job(self.num_blocks, hidden, numbers, logits=logits)
-            )
+            yield lambda hidden: self._run(self._example(*hidden.shape[:2]), _Job(self.num_blocks, hidden, numbers, logits=logits))
+
+    def _example(self, segments: int, length: int) -> Tensor:
+        return self.interface.example(self.model.config, segments, length)
 
     def states(self, length: int, width: int) -> States:
         """A new file of hidden states, which goes with the object."""
@@ -270,13 +274,13 @@ class Stream:
         if job.hidden is not None:
             job.hidden = job.hidden.to(self.device)
         try:
-            output = self.model(input_ids=tokens.to(self.device), use_cache=False)
+            output = self.interface(self.model, tokens.to(self.device))
         except _Answer as answer:
             return answer.value
         finally:
             self._job = None
         assert job.block == self.num_blocks, f"block {job.block} was not run"
-        return output.logits
+        return output
 
     @contextmanager
     def _filled(self, names: Sequence[str], numbers: Numbers) -> Iterator[None]:
@@ -311,8 +315,9 @@ class Stream:
         for index in range(self.num_blocks):
             block = self.model.get_submodule(self.architecture.block.format(i=index))
             block.forward = partial(self._turn, index, block.forward)
-        embedding = self.model.get_submodule(self.architecture.embedding)
-        embedding.forward = partial(self._look_up, embedding, embedding.forward)
+        if self.architecture.embedding is not None:
+            embedding = self.model.get_submodule(self.architecture.embedding)
+            embedding.forward = partial(self._look_up, embedding, embedding.forward)
         if self.architecture.head is not None:
             head = self.model.get_submodule(self.architecture.head)
             head.forward = partial(self._multiply, head)
@@ -335,7 +340,7 @@ class Stream:
         """See whether blocks of this class answer in tuples, so that others can pass on as they do: ask the first, with one token."""
         if self._in_tuples is not None:
             return
-        token = torch.zeros(1, 1, dtype=torch.int64)
+        token = self._example(1, 1)
         with torch.no_grad(), self.embedding(self.original) as embed:
             hidden = embed(token)
         with torch.no_grad(), self.block(0, self.original):
@@ -394,9 +399,9 @@ def some_rows(number: int) -> list[slice]:
 
 
 class Predictions:
-    """A text's logits, segment by segment: a `tasks.language.Logits`. Reads no more than the head for each question.
+    """What comes out for a text, segment by segment: a `tasks.base.Outputs`. Reads no more than the head for each question.
 
-    Segments are found by their tokens, so that equal ones, which have equal logits, need not be told apart.
+    Segments are found by their tokens, so that equal ones, which have equal answers, need not be told apart.
     """
 
     def __init__(self, stream: Stream, tokens: Tensor, states: States, numbers: Numbers) -> None:

@@ -8,7 +8,8 @@ the larger ones; the other matrices only lose rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,7 +32,7 @@ from anyfit.importance.base import Importance, squared_error
 from anyfit.modeling_cut import spread
 from anyfit.progress import Progress, Stage
 from anyfit.quantizers.base import Encoded
-from anyfit.scores.base import Sensitivity
+from anyfit.scores.base import Sensitivity, probe
 from anyfit.scores.table import Table
 from anyfit.structure.levels import Structure, filled, first, kept_of
 
@@ -41,10 +42,10 @@ NONE = torch.zeros(1, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Structuring(Encoding):
-    """`structures` by the name of the matrix that reads them."""
+    """`structures`, and which of them matter, by the name of the matrix that reads them."""
 
     structures: Mapping[str, Structure]
-    importance: Importance
+    importance: Callable[[str], Importance]
 
     name = "calibrate, prune and encode"
 
@@ -97,7 +98,7 @@ class _Pruner:
             wanted.setdefault(kept, {})[name] = format_
             shape = (len(matrix), kept * structure.size)
             shapes[name] = (format_.data_rows(shape), format_.row_bytes(shape[1])) if kept else shape
-        ladder = run.importance.ladder(matrix, hessian, structure.size)
+        ladder = run.importance(weight.name).ladder(matrix, hessian, structure.size)
         order = ladder.order.contiguous().view(torch.uint8)[None]
         with run.store.writing(weight.name, {**shapes, ORDER: (1, order.shape[1])}) as writing:
             writing.put(ORDER, 0, Encoded(order, NONE))
@@ -120,10 +121,15 @@ def table(
     dense: str,
     sensitivity: Sensitivity,
     tokens: Tensor,
+    scored: Mapping[str, Tensor],
     progress: Progress,
 ) -> Table:
     """Expected divergence of every choice: what was taken out and what was rounded are measured by themselves, as a unit of error weighs
-    differently in them, and add up."""
+    differently in them, and add up.
+
+    `scored`: what each structure costs by a network importance, which then takes the place of output errors; one factor for each axis
+    makes it nats. Empty where no such importance was asked.
+    """
     space, found = elastic.space, {}
     errors = {w.name: store.errors(w.name) for d in space.decisions for w in d.unit.weights}
     cut, rounded = list[Decision](), list[Decision]()
@@ -136,7 +142,7 @@ def table(
             continue
         levels = [c for c in decision.choices if format_of(c.name) == dense]
         cut.append(replace(decision, unit=Unit(name, (structure.reader,)), choices=tuple(levels)))
-        cut_errors[name] = {c.name: errors[name][c.name] for c in levels}
+        cut_errors[name] = {c.name: _removed(scored[name], kept_of(c.name) or 0) if scored else errors[name][c.name] for c in levels}
         grids = [c for c in decision.choices if kept_of(c.name) == structure.num]
         rounded.append(replace(decision, choices=tuple(grids)))
         rounded_errors[name] = {c.name: _rounding(errors, structure, c.name, dense) for c in grids}
@@ -146,6 +152,8 @@ def table(
             found[label] = sensitivity.measure(part, tokens, own, progress)
     none = dict.fromkeys(errors, 0.0)
     by_cut, by_rounding = found.get("cut", none), found.get("rounded", none)
+    if scored and "cut" in found:
+        by_cut = _by_axis(by_cut, cut_errors, structures)
     scores: dict[str, dict[str, float]] = {}
     for decision in space.decisions:
         name, structure = decision.unit.name, structures.get(decision.unit.name)
@@ -153,11 +161,28 @@ def table(
             scores[name] = {c: by_rounding[name] * error for c, error in rounded_errors[name].items()}
             continue
         scores[name] = {
-            c.name: by_cut[name] * errors[name][structure.choice(kept_of(c.name) or 0, dense)]
+            c.name: by_cut[name] * cut_errors[name][structure.choice(kept_of(c.name) or 0, dense)]
             + by_rounding[name] * _rounding(errors, structure, c.name, dense)
             for c in decision.choices
         }
     return Table(dict.fromkeys(scores, 1.0), scores)
+
+
+def _removed(scores: Tensor, kept: int) -> float:
+    """What the structures of least score cost together when so many others are kept."""
+    return float(scores.sort(descending=True).values[kept:].sum())
+
+
+def _by_axis(
+    sensitivities: Mapping[str, float], errors: Mapping[str, Mapping[str, float]], structures: Mapping[str, Structure]
+) -> dict[str, float]:
+    """One sensitivity for each axis: what all probes cost, over what they were expected to."""
+    expected, cost = Counter[str](), Counter[str]()
+    for name, structure in structures.items():
+        probed = errors[name][probe(errors[name])]
+        expected[structure.axis] += probed  # type: ignore[assignment]
+        cost[structure.axis] += probed * sensitivities[name]  # type: ignore[assignment]
+    return {name: cost[s.axis] / expected[s.axis] if expected[s.axis] else 0.0 for name, s in structures.items()}
 
 
 def _rounding(errors: Mapping[str, Mapping[str, float]], structure: Structure, choice: str, dense: str) -> float:

@@ -49,12 +49,11 @@ class Runtime:
 RUNTIMES = (Runtime("onnxruntime", ("F32", "int4_sym")), Runtime("llama.cpp", ("F16", "Q4_0")))
 
 
-def smaller(config: PretrainedConfig, shape: Shape, blocks: list[tuple[int, int]]) -> PreTrainedModel:
+def smaller(config: PretrainedConfig, blocks: list[tuple[int, int]]) -> PreTrainedModel:
     """The network with so many groups and such a width in each block."""
-    model = probe(config, shape)
-    kept = [Kept(torch.arange(groups), torch.arange(width)) for groups, width in blocks]
+    model = network.frame(config, trust_remote_code=False)
     with network.quiet():
-        return cut(model, architecture_of(model), kept)
+        return cut(model, architecture_of(model), [Kept(torch.arange(groups), torch.arange(width)) for groups, width in blocks])
 
 
 def networks(shape: Shape) -> dict[str, list[tuple[int, int]]]:
@@ -78,7 +77,7 @@ def rows(stopwatch: Stopwatch, runtime: Runtime, setting: Setting) -> list[Row]:
             made.append(Row((name, "uncut", f"{table.whole[name]:.3f}", "", "")))
             for about, blocks in networks(shape).items():
                 with tempfile.TemporaryDirectory() as folder:
-                    share = clock.share(stopwatch.ready(smaller(config, shape, blocks), name, setting, 1, Path(folder)))
+                    share = clock.share(stopwatch.ready(smaller(config, blocks), name, setting, 1, Path(folder)))
                 modules = [module for groups, width in blocks for module in ((ATTENTION, groups), (FEED_FORWARD, width))]
                 predicted, found = table.predict(name, modules), share * table.whole[name]
                 off = predicted / found - 1

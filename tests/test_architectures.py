@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from anyfit.architectures import architecture_of, architectures
 from anyfit.architectures.base import Architecture
@@ -20,6 +20,7 @@ from anyfit.architectures.coverage import passthrough, uncovered
 from anyfit.architectures.generic import describe
 from anyfit.architectures.llama import LLAMA
 from anyfit.core.errors import ModelError
+from anyfit.interface import interface_of
 from anyfit.testing.architectures import CHECKS, check_inputs_are_shared_as_described, check_order_is_of_execution
 from anyfit.testing.models import MODEL_TYPES, save_tiny, tiny_model, tiny_text, tiny_tokenizer
 
@@ -60,7 +61,12 @@ def test_known_kinds_decide_every_linear_layer(kind: str) -> None:
     model = model_of(kind)
     architecture = architecture_of(model)
     assert not architecture.generic and not architecture.note and architecture.name == kind
-    tables = {"gpt2": {"transformer.wpe.weight"}, "opt": {"model.decoder.embed_positions.weight"}}
+    tables = {
+        "gpt2": {"transformer.wpe.weight"},
+        "opt": {"model.decoder.embed_positions.weight"},
+        "vit": {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "vit.embeddings.patch_embeddings.projection.weight"},
+        "bert": {"embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight", "pooler.dense.weight"},
+    }
     assert uncovered(model, architecture.weights(model)).keys() == tables.get(kind, set())
 
 
@@ -197,10 +203,14 @@ def test_stored_buffers_are_kept() -> None:
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_tiny_models_come_back_from_disk(kind: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / kind, kind, seed=3)
-    tokens = AutoTokenizer.from_pretrained(folder)(tiny_text(20), return_tensors="pt").input_ids
+    original = tiny_model(kind, seed=3)
+    interface = interface_of(original.config)
+    tokens = interface.example(original.config, 2, 20)
+    if interface.words:
+        tokens = AutoTokenizer.from_pretrained(folder)(tiny_text(20), return_tensors="pt").input_ids
     with torch.no_grad():
-        loaded, made = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits, tiny_model(kind, seed=3)(tokens).logits
-        other = model_of(kind)(tokens).logits
+        loaded = type(original).from_pretrained(folder)
+        loaded, made, other = (interface(model, tokens) for model in (loaded, original, model_of(kind)))
     assert torch.equal(loaded, made) and not torch.equal(loaded, other)
 
 

@@ -11,11 +11,14 @@ from torch import Tensor
 from anyfit.importance import importances
 from anyfit.importance.base import Importance, Repair, damped, squared_error
 from anyfit.importance.obs import _costs, _diagonal, _remove_some
-from anyfit.importance.sparsity import keep_global, keep_of_group, keep_uniform
+from anyfit.importance.sparsity import FLOOR, keep_of_group, keep_uniform, pooled
 from anyfit.importance.wanda import weight_scores
+from anyfit.structure.masks import Mask
 from anyfit.testing.importance import check_importance
 
-OBS: Importance = importances.get("obs")
+OBS = importances.get("obs")
+assert isinstance(OBS, Importance)
+OF_MATRICES = {name: found for name in importances if isinstance(found := importances.get(name), Importance)}
 
 
 def layer(outputs: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -98,7 +101,7 @@ def test_of_near_duplicates_one_stays() -> None:
     total = float(((weight @ moments) * weight).sum())
 
     def lost(name: str) -> tuple[int, float]:
-        found = importances.get(name).ladder(weight, moments, 1)
+        found = OF_MATRICES[name].ladder(weight, moments, 1)
         return 32 - len({index // 2 for index in found.order[:32].tolist()}), squared_error(weight - found.level(32), moments) / total
 
     assert lost("obs")[0] == 0 and lost("obs")[1] < 0.002
@@ -108,7 +111,7 @@ def test_of_near_duplicates_one_stays() -> None:
 
 def test_methods_come_in_the_order_of_what_they_know() -> None:
     weight, moments = layer(128, 256)
-    left = {name: importances.get(name).ladder(weight, moments, 1).level(128) for name in importances}
+    left = {name: importance.ladder(weight, moments, 1).level(128) for name, importance in OF_MATRICES.items()}
     errors = {name: squared_error(weight - level, moments) for name, level in left.items()}
     assert errors["obs"] < min(errors["magnitude_repaired"], errors["wanda_repaired"])
     assert max(errors["magnitude_repaired"], errors["wanda_repaired"]) < errors["wanda"] < errors["magnitude"]
@@ -138,25 +141,31 @@ def test_singular_moments_are_damped_until_they_can_be_factorised() -> None:
     assert 0 < squared_error(weight - OBS.ladder(weight, moments, 1).level(1), moments) < 0.01 * total
 
 
-def test_masks_have_exactly_the_density() -> None:
+def test_a_pool_keeps_the_largest_of_all_and_exactly_as_many_as_asked_for() -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = {"a": torch.rand(37, 64, generator=generator), "b": torch.rand(11, 256, generator=generator) * 0.1}
-    masks = keep_global(scores, 0.3)
-    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.3 * (37 * 64 + 11 * 256))
-    lowest = min(float(scores[name][mask].min()) for name, mask in masks.items() if mask.any())
-    assert lowest >= max(float(scores[name][~mask].max()) for name, mask in masks.items())
-    floored = keep_global(scores, 0.3, floor=0.2)
-    assert sum(int(mask.sum()) for mask in floored.values()) == round(0.3 * (37 * 64 + 11 * 256))
-    assert int(floored["b"].sum()) == round(0.2 * 11 * 256) > int(masks["b"].sum())
-    uniform = keep_uniform(scores["a"], 0.3)
-    assert (uniform.sum(1) == round(0.3 * 64)).all()
+    sizes = {"a": (37, 64), "b": (11, 256), "c": (5, 8)}
+    matrices = {
+        name: torch.randn(shape, generator=generator) * scale for (name, shape), scale in zip(sizes.items(), (1, 0.3, 0.01), strict=True)
+    }
+    masks = [Mask("magnitude", share) for share in (90, 50, 30)]
+    found = pooled(matrices.items(), masks)
+    flat = torch.cat([matrix.flatten().abs() for matrix in matrices.values()])
+    for mask in masks:
+        counts, number = found[mask], round(mask.density * len(flat))
+        assert sum(counts.values()) == number
+        assert counts["c"] >= round(FLOOR * 40)
+        for name in ("a", "b"):  # but for those that are alike to eight digits, and what the floor of the third takes
+            own, threshold = matrices[name].abs(), flat.sort(descending=True).values[number - 1]
+            assert int((own > threshold * 1.02).sum()) - 40 <= counts[name] <= int((own > threshold * 0.98).sum())
 
 
-def test_equal_scores_are_kept_in_order_and_exactly() -> None:
-    masks = keep_global({"a": torch.ones(3, 8), "b": torch.ones(2, 8)}, 0.5, floor=0.25)
-    assert int(masks["a"].sum()) + int(masks["b"].sum()) == 20 and int(masks["b"].sum()) == 4
-    assert masks["b"].flatten().tolist() == [True] * 4 + [False] * 12
+def test_of_weights_that_are_all_alike_each_matrix_keeps_its_share() -> None:
+    matrices = {"a": torch.ones(3, 8), "b": -torch.ones(2, 8), "c": torch.full((4, 8), 0.5)}
+    (counts,) = pooled(matrices.items(), [Mask("magnitude", 30)]).values()
+    assert counts["c"] == round(FLOOR * 32) and sum(counts.values()) == round(0.3 * 72)
+    assert abs(counts["a"] - 12) <= 1 >= abs(counts["b"] - 8)
     assert keep_of_group(torch.ones(1, 8), 1, 4).tolist() == [[True, False, False, False] * 2]
+    assert (keep_uniform(torch.rand(37, 64, generator=torch.Generator().manual_seed(0)), 0.3).sum(1) == round(0.3 * 64)).all()
 
 
 def test_patterns_keep_the_best_of_each_group() -> None:

@@ -11,12 +11,14 @@ import torch
 from typer.testing import CliRunner
 
 from anyfit import cli, measuring
+from anyfit.architectures import architecture_of
 from anyfit.architectures.llama import LLAMA
 from anyfit.core.errors import UserError
 from anyfit.costs import stopwatch
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, PHASES, PREFILL, Device, LatencyTable, Setting, Shape
 from anyfit.costs.probes import VOCABULARY, probe, shape_of
 from anyfit.costs.stopwatch import Stopwatch, sizes
+from anyfit.interface import interface_of
 from anyfit.structure import levels
 from anyfit.structure.cutting import Kept, cut
 from anyfit.targets import targets
@@ -141,8 +143,10 @@ def test_what_cannot_be_timed_is_refused_before_anything_is_built(monkeypatch):
             stopwatch.measure(fake, config, "fake", **given)
     with pytest.raises(UserError, match="phase"):
         Setting(1, 1, "sleep")
-    with pytest.raises(UserError, match="gpt2"):
-        shape_of(tiny_model("gpt2").config)
+    with pytest.raises(UserError, match="decode"):
+        stopwatch.measure(fake, tiny_model("bert").config, "fake", replace(SETTING, phase=DECODE))
+    with pytest.raises(UserError, match="bloom"):
+        shape_of(tiny_model("bloom").config)
     monkeypatch.setattr(type(targets.get("transformers")), "stopwatch", lambda _: None)
     with pytest.raises(UserError, match="no stopwatch"):
         measuring.measure(target="transformers")
@@ -153,6 +157,22 @@ def test_widths_form_a_ladder_of_multiples_down_from_the_uncut_one():
     ladder = sizes(replace(SHAPE, width=1000), FEED_FORWARD)
     assert ladder[0] == 1000 and ladder[-1] == 32 and all(width % 32 == 0 for width in ladder[1:])
     assert ladder == sorted(set(ladder), reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "vit"])
+def test_kinds_whose_config_cannot_be_told_sizes_are_cut_to_them(kind):
+    config = tiny_model(kind).config
+    shape = shape_of(config)
+    assert (shape.hidden, shape.head_dim, shape.queries, shape.groups, shape.width, shape.blocks) == (256, 64, 1, 4, 512, 2)
+    model = probe(config, replace(shape, groups=3, width=96))
+    architecture = architecture_of(model)
+    shapes = {weight.role: weight.shape for weight in architecture.weights(model) if weight.block == 1}
+    assert shapes["o"] == (256, 192) and shapes["down"] == (256, 96) and shapes["up"] == (96, 256)
+    nothing = probe(config, shape, ())
+    _fill(nothing)
+    with torch.no_grad():
+        interface = interface_of(config)
+        assert interface(nothing, interface.example(nothing.config, 2, 12)).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -213,11 +233,10 @@ def test_llamacpp_runs_what_a_setting_says(phase, batch, tmp_path):
             assert last == [23] * batch and loaded._batch.n_tokens == (batch if phase == DECODE else 24 * batch)
 
 
-def test_llamacpp_times_networks_like_llama_only(tmp_path):
+def test_llamacpp_times_networks_like_llama_only():
     pytest.importorskip("llama_cpp")
-    config = tiny_model("qwen2").config
     with pytest.raises(UserError, match="only for networks like Llama"):
-        targets.get("llama.cpp").stopwatch().ready(probe(config, shape_of(config)), "F16", SETTING, 1, tmp_path)
+        stopwatch.measure(targets.get("llama.cpp").stopwatch(), tiny_model("qwen2").config, "llama.cpp", SETTING, threads=1)
 
 
 def test_a_table_says_what_its_milliseconds_are():

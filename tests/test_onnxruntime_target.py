@@ -15,6 +15,7 @@ from anyfit.checkpoint import Checkpoint
 from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError, RuntimeMissingError
 from anyfit.core.units import Weight
+from anyfit.interface import LANGUAGE
 from anyfit.structure.cutting import Kept, cut
 from anyfit.targets import onnx_graph
 from anyfit.targets.base import Cut
@@ -79,13 +80,12 @@ def test_tokens_after_others_are_what_they_are_in_the_whole_text(trial, tmp_path
     tokens = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(tokens).logits
-    inputs, start = feed(session, tokens[:, :0].numpy()), 0
+    memory, start = {}, 0
     for stop in (7, 8, 9, 25, 40):
-        inputs["input_ids"] = tokens[:, start:stop].numpy()
-        given = session.run(None, inputs)
+        given = session.run(None, feed(session, LANGUAGE, tokens[:, start:stop]) | memory)
         assert torch.allclose(torch.from_numpy(given[0]), expected[:, start:stop], atol=1e-4)
-        inputs, start = after(session, given), stop
-    assert {value.shape for value in inputs.values()} == {(3, 2, 40, 64)}
+        memory, start = after(session, given), stop
+    assert {value.shape for value in memory.values()} == {(3, 2, 40, 64)}
 
 
 def test_blocks_of_different_sizes_remember_their_own(tmp_path):
@@ -108,7 +108,7 @@ def test_any_batch_and_length_is_run(trial, tmp_path):
     session, model = onnxruntime.InferenceSession(tmp_path / "folder" / "model.onnx"), net.extract(config)
     for shape in ((1, 1), (3, 7), (1, 200)):
         tokens = torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(0))
-        logits = session.run(["logits"], feed(session, tokens.numpy()))[0]
+        logits = session.run(["logits"], feed(session, LANGUAGE, tokens))[0]
         with torch.no_grad():
             assert torch.allclose(torch.from_numpy(logits), model(tokens).logits, atol=1e-4)
 

@@ -27,6 +27,7 @@ from anyfit.family import Family
 from anyfit.family.store import Store
 from anyfit.quantizers.base import Encoded
 from anyfit.refinement import refine
+from anyfit.report import summary
 from anyfit.structure.cutting import cut, sizes
 from anyfit.structure.levels import LARGE_STEP, STEP, kept_of, widths
 from anyfit.structure.space import kept_of_blocks
@@ -115,8 +116,34 @@ def test_nothing_left_in_the_blocks(family: Family, tmp_path: Path) -> None:
     least = family.space.bytes_(family.space.smallest())
     made = family.export(f"{least}B", tmp_path / "nothing")
     assert made.bytes_ == least and all(check.passed for check in made.checks)
+    stored = load_file(tmp_path / "nothing" / "model.safetensors")
+    assert not [name for name in stored if ".layers." in name], "norms of what was removed are gone, too"
+    assert "removed" in (tmp_path / "nothing" / "README.md").read_text()
+    shown = run_cli("show", str(family.path), "--budget", f"{least}B")
+    assert "Removed from blocks: all of 0, 1." in shown and "heads0" not in shown.partition("Removed")[0].rpartition("block")[2]
     with pytest.raises(BudgetError, match=f"{least} B"):
         family.export(f"{least - 1}B", tmp_path / "less")
+
+
+def run_cli(*arguments: str) -> str:
+    from typer.testing import CliRunner
+
+    from anyfit.cli import app
+
+    ran = CliRunner().invoke(app, list(arguments))
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+def test_what_was_removed_is_said_in_words(family: Family) -> None:
+    config = family.space.smallest()
+    names = {d.key: d.choices[0].name for d in family.space.decisions}
+    attention, feed_forward = family.space.decisions[0].key, family.space.decisions[3].key
+    for gone, said in (({attention}, "attention of 0"), ({attention, feed_forward}, "attention of 0; feed-forward of 1")):
+        some = Config({key: config[key] if key in gone else name for key, name in names.items()})
+        assert summary.removed_in_words(family.space, some) == f"Removed from blocks: {said}."
+        assert summary.removed(family.space, some)["block"] == []
+    assert summary.removed_in_words(family.space, family.space.largest()) == ""
 
 
 def test_multiply_adds_are_those_of_the_extracted_network(family: Family) -> None:
@@ -237,7 +264,7 @@ def test_tensors_of_several_types_are_not_rounded(text: Path, tmp_path: Path) ->
     family = fitted(folder, text, tmp_path / "mixed.family")
     made = family.export("70%", tmp_path / "small")
     assert all(check.passed for check in made.checks), made.checks
-    assert family.point(family.space.largest()).plain_kl == 0
+    assert family.point(family.space.largest()).plain_loss == 0
 
 
 def test_refining_is_about_formats(family: Family) -> None:

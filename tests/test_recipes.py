@@ -9,9 +9,10 @@ import pytest
 
 import anyfit
 from anyfit import finalists, pipeline
-from anyfit.importance import importances
+from anyfit.importance import importances, saliencies
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
+from anyfit.report import summary
 from anyfit.scores import sensitivities
 from anyfit.targets import targets
 from anyfit.testing.models import save_tiny, tiny_text
@@ -23,6 +24,7 @@ def test_a_recipe_is_made_of_known_parts_and_says_what_it_is(name: str) -> None:
     assert recipe.name == name and recipe.title and recipe.paper and len(recipe.about) > 80
     assert recipe.quantizer in quantizers and recipe.score in sensitivities
     assert recipe.pruning is None or recipe.pruning in importances
+    assert all(name in saliencies for name in recipe.masks)
 
 
 @pytest.mark.parametrize("name", recipes)
@@ -35,8 +37,11 @@ def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setitem(recipe.__dict__, "training", few)
     (tmp_path / "notes.txt").write_text("\n\n".join(tiny_text(300, seed=seed) for seed in range(20)))
     model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
-    target, formats = "llama.cpp", ("Q8_0", "Q4_0", "Q2_K")
-    if recipe.pruning or recipe.needs:
+    target: str = "llama.cpp"
+    formats: tuple[str, ...] | None = ("Q8_0", "Q4_0", "Q2_K")
+    if recipe.masks:
+        formats = None
+    elif recipe.pruning or recipe.needs:
         target, formats = "transformers", None if recipe.pruning else ("F16", *recipe.needs)
     family = anyfit.fit(
         model,
@@ -50,5 +55,5 @@ def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     )
     assert family.manifest.recipe == name and len(family.frontier) >= 2
     middle = family.frontier[len(family.frontier) // 2]
-    export = family.export(f"{middle.bytes_} B", tmp_path / f"x{targets.get(target).suffix}")
+    export = family.export(summary.budget_of(family, middle).strip("'"), tmp_path / f"x{targets.get(target).suffix}")
     assert all(check.passed for check in export.checks)

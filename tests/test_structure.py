@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of, architectures
@@ -19,6 +22,7 @@ from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import ModelError
 from anyfit.modeling_cut import NoAttention
 from anyfit.structure.cutting import Kept, cut, sizes
+from anyfit.targets import onnx_graph
 from anyfit.targets.transformers import write_cut
 from anyfit.testing.models import save_tiny, tiny_model
 
@@ -153,7 +157,46 @@ def test_what_is_removed_costs_no_memory_for_its_numbers() -> None:
     attention = model.get_submodule("model.layers.0.self_attn")
     assert isinstance(attention, NoAttention) and not list(attention.parameters())
     hidden = torch.randn(2, 5, 256)
-    assert attention(hidden)[0].untyped_storage().nbytes() == 4, "zeros are one number, expanded"
+    assert attention(hidden)[0].numel() == 1, "a zero, for all tokens"
+
+
+class Operations(TorchDispatchMode):
+    """What torch computes while this lasts, by name; views aren't counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view:
+            self.ran[function._schema.name.removeprefix("aten::")] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"])
+def test_a_removed_block_computes_nothing(kind: str) -> None:
+    """Against the same network without that block: two additions, and no norm."""
+    model, shorter = tiny_model(kind), tiny_model(kind, num_hidden_layers=1)
+    architecture = architecture_of(model)
+    cut(model, architecture, [Kept(), Kept(NOTHING, NOTHING)])
+    block = architecture.block.format(i=1)
+    assert all(name.endswith("bias") and parameter.ndim == 1 for name, parameter in model.get_submodule(block).named_parameters())
+    with torch.no_grad(), Operations() as ran:
+        model(TOKENS, use_cache=False)
+    with torch.no_grad(), Operations() as less:
+        shorter(TOKENS, use_cache=False)
+    more = ran.ran - less.ran
+    assert more.pop("add", 0) <= 2 and more.pop("new_zeros", 0) <= 2
+    assert set(more) <= ({"relu", "clone", "dropout", "native_dropout"} if kind == "opt" else set()), more
+
+
+def test_a_removed_block_leaves_nothing_in_a_graph() -> None:
+    pytest.importorskip("onnxscript")
+    graphs = []
+    for model, kept in ((tiny_model("llama"), [Kept(), Kept(NOTHING, NOTHING)]), (tiny_model("llama", num_hidden_layers=1), [Kept()])):
+        graphs.append(Counter(node.op_type for node in onnx_graph.export(cut(model, architecture_of(model), kept)).nodes))
+    more = graphs[0] - graphs[1]
+    assert set(more) <= {"Add", "ConstantOfShape"} and more.total() <= 3, more  # a zero, added twice
 
 
 def test_an_unknown_kind_is_refused_with_its_name() -> None:

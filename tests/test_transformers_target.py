@@ -126,9 +126,9 @@ def hashes(folder: Path) -> dict[str, str]:
 def read_here(path: Path, source: Source, model: Extracted) -> list[str]:
     """What transformers' own loader finds wrong with a folder, in this process because starting one takes seconds."""
     with quiet():
-        report, logits = transformers_reader.read(path, tokens(), transformers_check.PROBE, trust_remote_code=False)
+        report, logits = transformers_reader.read(path, {"input_ids": tokens()}, transformers_check.PROBE, trust_remote_code=False)
     parameters = {name: model.parameter(name) for name, _ in model.skeleton.named_parameters(remove_duplicate=False)}
-    checks = transformers_check.compare(report, logits, source, parameters, model.logits(tokens())(tokens()))
+    checks = transformers_check.compare(report, logits, source, parameters, model.outputs(tokens())(tokens()))
     return [f"{check.name}: {check.detail}" for check in checks if not check.passed]
 
 

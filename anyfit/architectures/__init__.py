@@ -19,6 +19,8 @@ architectures: Registry[Architecture] = Registry(
         "gpt2": "anyfit.architectures.gpt2:GPT2",
         "gpt_neox": "anyfit.architectures.gpt_neox:GPT_NEOX",
         "opt": "anyfit.architectures.opt:OPT",
+        "bert": "anyfit.architectures.bert:BERT",
+        "vit": "anyfit.architectures.vit:VIT",
         "phi3": "anyfit.architectures.phi3:PHI3",
     },
 )

@@ -28,8 +28,8 @@ class Architecture:
     `block` is the path of block `{i}` of a `ModuleList`. `inputs` lists, for one block, the groups of matrices
     that read the same input, in the order in which the network runs them: `(("attention", {"q":
     "self_attn.q_proj", ...}), ...)`. `head` multiplies the last hidden state; where the checkpoint ties it to
-    the embedding, the two are one weight with the role `embedding`, whose input is the head's. `before` and
-    `after` are projections outside the blocks, {role: path}, which not every network of the kind has.
+    the embedding, the two are one weight with the role `embedding`, whose input is the head's. What reads no tokens has
+    no embedding. `before` and `after` are projections outside the blocks, {role: path}, which not every network of the kind has.
 
     Norms, biases and tables of positions are in no list: they are kept as they are.
     """
@@ -37,7 +37,7 @@ class Architecture:
     name: str
     block: str
     inputs: Inputs
-    embedding: str
+    embedding: str | None
     head: str | None
     before: dict[str, str] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
@@ -90,8 +90,9 @@ class Architecture:
 
     def _places(self, model: PreTrainedModel) -> Iterator[tuple[str, str, str | None, int | None]]:
         """(module path, role, input, block) in order; a tied head comes twice, first as the embedding."""
-        tied = self.head is not None and _module(model, self.head).weight is _module(model, self.embedding).weight
-        yield self.embedding, "embedding", "head" if tied else None, None
+        if self.embedding is not None:
+            tied = self.head is not None and _module(model, self.head).weight is _module(model, self.embedding).weight
+            yield self.embedding, "embedding", "head" if tied else None, None
         yield from self._outside(model, self.before)
         for index in range(self.num_blocks(model)):
             prefix = self.block.format(i=index)

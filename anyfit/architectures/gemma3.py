@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from anyfit.architectures.gemma2 import NORMED_TWICE
 from anyfit.architectures.llama import LLAMA
 
-GEMMA3 = replace(LLAMA, name="gemma3_text")
+GEMMA3 = replace(LLAMA, name="gemma3_text", layout=NORMED_TWICE)

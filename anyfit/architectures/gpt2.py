@@ -18,5 +18,11 @@ GPT2 = Architecture(
     ),
     embedding="transformer.wte",
     head="lm_head",
-    layout=Layout("attn", "mlp", counts={"num_heads": "heads", "split_size": "width", "embed_dim": "width"}, channels="n_inner"),
+    layout=Layout(
+        "attn",
+        "mlp",
+        counts={"num_heads": "heads", "split_size": "width", "embed_dim": "width"},
+        channels="n_inner",
+        norms={"attention": "ln_1", "mlp": "ln_2"},
+    ),
 )

@@ -17,5 +17,7 @@ GPT_NEOX = Architecture(
     ),
     embedding="gpt_neox.embed_in",
     head="lm_head",
-    layout=Layout("attention", "mlp", by_group=True, head_dim="head_size"),
+    layout=Layout(
+        "attention", "mlp", by_group=True, head_dim="head_size", norms={"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
+    ),
 )

@@ -17,5 +17,5 @@ LLAMA = Architecture(
     inputs=GATED,
     embedding="model.embed_tokens",
     head="lm_head",
-    layout=Layout("self_attn", "mlp"),
+    layout=Layout("self_attn", "mlp", norms={"attention": "input_layernorm", "mlp": "post_attention_layernorm"}),
 )

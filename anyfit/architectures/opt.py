@@ -20,5 +20,12 @@ OPT = Architecture(
     head="lm_head",
     before={"project_in": "model.decoder.project_in"},
     after={"project_out": "model.decoder.project_out"},
-    layout=Layout("self_attn", None, counts={"num_heads": "heads"}, channels="ffn_dim"),
+    layout=Layout(
+        "self_attn",
+        None,
+        counts={"num_heads": "heads"},
+        channels="ffn_dim",
+        norms={"attention": "self_attn_layer_norm", "mlp": "final_layer_norm"},
+        norms_first="do_layer_norm_before",
+    ),
 )

@@ -14,5 +14,11 @@ PHI3 = replace(
         ("feed_forward", {"gate_up": "mlp.gate_up_proj"}),
         ("feed_forward_output", {"down": "mlp.down_proj"}),
     ),
-    layout=Layout("self_attn", "mlp", counts={"num_key_value_heads": "groups"}, reads_config=True),
+    layout=Layout(
+        "self_attn",
+        "mlp",
+        counts={"num_key_value_heads": "groups"},
+        reads_config=True,
+        norms={"attention": "input_layernorm", "mlp": "post_attention_layernorm"},
+    ),
 )

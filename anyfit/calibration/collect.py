@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from anyfit.core.errors import DataError
 from anyfit.core.units import Weight
 from anyfit.devices import matrix_speed
 from anyfit.distributed import ALONE, Group, exact
+from anyfit.interface import interface_of
 from anyfit.progress import Progress
 
 _ROWS_AT_ONCE = 512
@@ -103,7 +105,7 @@ def collect_growing(
         for start, stop in pairwise([0, *sizes]):
             for batch in tokens[start:stop].split(batch_size):
                 with matrix_speed(model.device):
-                    model(input_ids=batch.to(model.device), use_cache=False)
+                    interface_of(model.config)(model, batch.to(model.device))
                 stage.advance(len(batch))
             yield {name: entry.statistics(name) for name, entry in moments.items()}
 
@@ -114,16 +116,17 @@ def observed(
 ) -> Iterator[dict[str, Moments]]:
     """The moments of everything that these matrices multiply while the block lasts, by input name; each is observed once.
 
-    Those of this process's text; all processes of the `group` must run the same modules, each on some text.
+    Those of this process's text, without its padding; all processes of the `group` must run the same modules, each on some text.
     """
     moments: dict[str, Moments] = {}
-    handles = []
+    text = _Text()
+    handles = [model.register_forward_pre_hook(text.begins, with_kwargs=True)]
     for weight in weights:
         if weight.input is None or weight.input in moments:
             continue
         moments[weight.input] = Moments(weight.shape[1], group.told)
         module = model.get_submodule(architecture.hook_path(weight))
-        handles.append(module.register_forward_pre_hook(_observer(moments[weight.input])))
+        handles.append(module.register_forward_pre_hook(_observer(moments[weight.input], text)))
     try:
         yield moments
     finally:
@@ -131,8 +134,20 @@ def observed(
             handle.remove()
 
 
-def _observer(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+class _Text:
+    """Which tokens of what the network reads now are a text's, (segments, length); None where all are."""
+
+    def __init__(self) -> None:
+        self.present: Tensor | None = None
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self.present = None if mask is None else mask.bool()
+
+
+def _observer(moments: Moments, text: _Text) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        moments.add(inputs[0])
+        present, x = text.present, inputs[0]
+        moments.add(x if present is None or x.shape[:2] != present.shape else x[present])
 
     return observe

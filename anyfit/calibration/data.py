@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anyfit.calibration.text import Line, Passage, documents, find
 from anyfit.core.errors import DataError
+from anyfit.interface import PADDING, present
 from anyfit.zoo import DATA
 from anyfit.zoo.corpus import modules
 
@@ -39,7 +40,8 @@ class Pending:
 
 
 class Segments:
-    """Tokens by purpose, each (segments, length) int64. `description` says what the text was, `notes` what to know."""
+    """Tokens by purpose, each (segments, length) int64, or pictures, (segments, channels, height, width) float32. `description` says what
+    they were, `notes` what to know."""
 
     def __init__(
         self,
@@ -69,12 +71,13 @@ class Segments:
         """Hash of the tokens themselves."""
         content = hashlib.sha256()
         for tokens in (self.calibration, self.search, self.report):
-            content.update(f"{tuple(tokens.shape)}".encode() + tokens.numpy().astype("<i8").tobytes())
+            numbers = tokens.numpy().astype("<f4" if tokens.is_floating_point() else "<i8")
+            content.update(f"{tuple(tokens.shape)}".encode() + numbers.tobytes())
         return content.hexdigest()
 
-    def num_tokens(self, purpose: str) -> int:
+    def num_segments(self, purpose: str) -> int:
         """How many there are, without making any."""
-        return math.prod(self._given[purpose].shape)
+        return self._given[purpose].shape[0]
 
     @property
     def num_pending(self) -> int:
@@ -96,8 +99,10 @@ def load(
     num_search: int,
     num_report: int,
     seed: int = 0,
+    texts: bool = False,
 ) -> Segments:
-    """Segments of `length` tokens, without overlap, drawn by `seed`.
+    """Segments of `length` tokens, without overlap, drawn by `seed`. `texts`: for an encoder, which reads whole texts: where they are
+    short, each segment is one, with padding up to the longest.
 
     `data` are UTF-8 text files, JSONL with a `text` or the `messages` of a chat, parquet or arrow files with such
     columns, folders of all these or saved by the `datasets` library, names of the Hugging Face hub as
@@ -109,8 +114,10 @@ def load(
     wanted = dict(zip(PURPOSES, (num_calibration, num_search, num_report), strict=True))
     most = max(wanted[purpose] / share for purpose, share in zip(PURPOSES, _SHARES, strict=True))
     parts, description, notes = _parts(data, tokenizer, enough=_enough(length, most), seed=seed)
-    reader = _Reader(tokenizer, length)
+    reader = _Reader(tokenizer, length, texts=texts)
     drawn = {purpose: reader.draw(parts[purpose], wanted[purpose], seed) for purpose in PURPOSES}
+    longest = max((int(present(tokens).sum(1).max()) for tokens in drawn.values() if len(tokens)), default=length)
+    drawn = {purpose: tokens[:, :longest] for purpose, tokens in drawn.items()}
     if not all(len(tokens) for tokens in drawn.values()):
         raise _too_short(description, reader, parts)
     for purpose, tokens in drawn.items():
@@ -126,6 +133,7 @@ def held_out(
     length: int,
     num_segments: int,
     seed: int = 0,
+    texts: bool = False,
 ) -> tuple[Tensor, str]:
     """Segments for measuring only, (segments, length) int64, from all of the text; of "stdlib", the report's part.
 
@@ -135,7 +143,7 @@ def held_out(
         passages, description = [Passage.of(text) for text in modules("report")], _stdlib()
     else:
         passages, description, _ = _documents(data, tokenizer, enough=_enough(length, num_segments), seed=seed)
-    reader = _Reader(tokenizer, length)
+    reader = _Reader(tokenizer, length, texts=texts)
     tokens = reader.draw(passages, num_segments, seed)
     if not len(tokens):
         raise DataError(
@@ -151,20 +159,34 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
 
 
-class _Reader:
-    """Draws segments from passages. A segment starts with BOS where the tokenizer adds it by itself."""
+def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after any text by itself."""
+    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer("a", verbose=False)["input_ids"])
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:at], whole[at + len(plain) :]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self._tokenizer = tokenizer
-        self._prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+class _Reader:
+    """Draws segments from passages. A segment starts with BOS where the tokenizer adds it by itself.
+
+    `texts`: for an encoder. A segment is a text with all that the tokenizer puts around it, and where most passages are as short as that,
+    one of them: its beginning, and padding after its end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, *, texts: bool = False) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
+        self._prefix, self._suffix = around(tokenizer) if texts else ([tokenizer.bos_token_id] if adds_bos(tokenizer) else [], [])
+        self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and not texts else []
         self.length = length
-        self.payload = length - len(self._prefix)
+        self.payload = length - len(self._prefix) - len(self._suffix)
         if self.payload < 1 or length < 2:
             raise DataError(f"Segments of {length} tokens predict nothing.", remedy="Take at least a few hundred tokens.")
 
     def draw(self, passages: Sequence[Passage], wanted: int, seed: int) -> Tensor:
         """At most `wanted` segments, (segments, length) int64: all that fit where the text is scarce."""
+        if self._texts and np.median([passage.size for passage in passages] or [0]) <= self.payload * _BYTES_PER_TOKEN:
+            return self._whole(passages, wanted, seed)
         line, rng = Line(passages), np.random.default_rng(seed)
         block = self.payload * _BYTES_PER_TOKEN
         num_blocks = line.size // block
@@ -182,7 +204,19 @@ class _Reader:
                     ids = self._tokens(line, index * block, (index + 1) * block)
                 if len(ids) >= self.payload:
                     payloads.append(ids[: self.payload])
-        rows = [self._prefix + payload for payload in payloads]
+        rows = [self._prefix + payload + self._suffix for payload in payloads]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
+
+    def _whole(self, passages: Sequence[Passage], wanted: int, seed: int) -> Tensor:
+        """One segment a passage."""
+        rows: list[list[int]] = []
+        for index in np.random.default_rng(seed).permutation(len(passages)).tolist():
+            if len(rows) == wanted:
+                break
+            text = passages[index].read(0, self.payload * _BYTES_PER_TOKEN)
+            if ids := list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[: self.payload]:
+                row = self._prefix + ids + self._suffix
+                rows.append(row + [PADDING] * (self.length - len(row)))
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
 
     def count(self, passages: Sequence[Passage]) -> int:

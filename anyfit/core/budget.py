@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from anyfit.core.errors import BudgetError
 
-BYTES, BITS, LATENCY, MACS = "bytes", "bits", "ms", "macs"
-"""Costs: of the file, per weight, milliseconds as they were measured, multiply-adds a token."""
+BYTES, BITS, LATENCY, MACS, WEIGHTS = "bytes", "bits", "ms", "macs", "weights"
+"""Costs: of the file, per weight, milliseconds as they were measured, multiply-adds a token, weights in the blocks that aren't zero."""
 WHOLE = {LATENCY: 1e-6}
 """What costs that aren't whole numbers are counted in, rounded up, so that a budget is a guarantee: nanoseconds."""
 _BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -23,22 +23,25 @@ _UNITS = {
     for unit, size in units.items()
 }
 _PART = re.compile(
-    r"(?:(?P<cost>bytes|bits|ms|macs)\s*)?(?:<=|≤|=)?\s*"
+    r"(?:(?P<cost>bytes|bits|ms|macs|weights)\s*)?(?:<=|≤|=)?\s*"
     r"(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(?P<unit>[A-Za-z%]*)",
     re.IGNORECASE,
 )
 KNOWN_UNITS = (
     "B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024), bits (per weight), % (of the original's bytes), "
-    "ms, s (a token, where decoding was measured), x (times as fast as the original), MMACs, GMACs (multiply-adds a token), macs <= 50%"
+    "ms, s (a token, where decoding was measured), x (times as fast as the original), MMACs, GMACs (multiply-adds a token), macs <= 50%, "
+    "weights <= 50% (that aren't zero)"
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds on costs: {"bytes": 1.5e9, "bits": 3.2}. `text` is what the user wrote."""
+    """Upper bounds on costs: {"bytes": 1.5e9, "bits": 3.2}. `text` is what the user wrote. `setting`: the one choice everywhere that was
+    asked for by its name; there are no bounds then."""
 
     limits: tuple[tuple[str, float], ...]
     text: str
+    setting: str | None = None
 
     @classmethod
     def parse(cls, text: str | Iterable[str], *, original: Mapping[str, float] | None = None) -> Budget:
@@ -61,7 +64,7 @@ class Budget:
         return all(costs[cost] <= bound for cost, bound in self.limits)
 
     def __str__(self) -> str:
-        return " and ".join(f"{describe(cost, bound)}" for cost, bound in self.limits)
+        return self.setting or " and ".join(f"{describe(cost, bound)}" for cost, bound in self.limits)
 
 
 def units(cost: str, value: float) -> int:
@@ -85,7 +88,7 @@ def describe(cost: str, value: float) -> str:
         return f"{value:.2f} bits"
     if cost == LATENCY:
         return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
-    unit, last = ("B", "B") if cost == BYTES else ("MACs", " MACs")
+    unit, last = {BYTES: ("B", "B"), MACS: ("MACs", " MACs"), WEIGHTS: (" weights", " weights")}[cost]
     for power, size in (("G", 10**9), ("M", 10**6), ("K", 10**3)):
         if value >= size:
             return f"{value / size:.2f} {power}{unit}"
@@ -118,10 +121,9 @@ def _limit(part: str, whole: str, original: Mapping[str, float]) -> tuple[str, f
 
 def _of_original(cost: str, part: str, original: Mapping[str, float]) -> float:
     if cost not in original:
-        what = {BYTES: "size", LATENCY: "latency", MACS: "number of multiply-adds"}[cost]
-        measure = "Measure it with anyfit measure, and fit with a recipe that prunes: anyfit fit --recipe ziplm --latency TABLE."
-        raise BudgetError(
-            f"The budget {part!r} is relative to the original, whose {what} is not known here.",
-            remedy="Say it in numbers." if cost == BYTES else measure,
+        what = {BYTES: "size", LATENCY: "latency", MACS: "number of multiply-adds", WEIGHTS: "number of weights"}[cost]
+        remedy = {BYTES: "Say it in numbers.", WEIGHTS: "Fit with a recipe of masks: anyfit fit --recipe essential-sparsity."}.get(
+            cost, "Measure it with anyfit measure, and fit with a recipe that prunes: anyfit fit --recipe ziplm --latency TABLE."
         )
+        raise BudgetError(f"The budget {part!r} is relative to the original, whose {what} is not known here.", remedy=remedy)
     return original[cost]

@@ -11,6 +11,8 @@ FORMAT = "format"
 """The axis on which each unit is given a storage format."""
 HEADS, WIDTH = "heads", "width"
 """Those on which attention keeps some of its groups of heads, and a feed-forward some of its channels."""
+SPARSITY = "sparsity"
+"""That on which a matrix keeps some of its weights, and zeros take the others' places."""
 
 
 def format_of(choice: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from anyfit.core.budget import BITS, BYTES, LATENCY, WHOLE, units
+from anyfit.core.budget import BITS, BYTES, LATENCY, WEIGHTS, WHOLE, units
 from anyfit.core.config import FORMAT, Config, format_of
 from anyfit.core.units import Unit
 
@@ -62,8 +62,8 @@ class Space:
 
     @property
     def scale(self) -> str:
-        """The cost that sizes are told apart by: latency where it was measured."""
-        return LATENCY if LATENCY in self.others else BYTES
+        """The cost that sizes are told apart by: latency where it was measured, the weights that are kept where all files are alike."""
+        return next((cost for cost in (LATENCY, WEIGHTS) if cost in self.others), BYTES)
 
     def bytes_(self, config: Config) -> int:
         """Size of the file that this config is written to."""
@@ -131,11 +131,15 @@ class Space:
         return self._total(cost, [min(c.others[cost] for c in d.choices) for d in self.decisions])
 
     def smallest(self) -> Config:
-        """Of the fewest bytes."""
-        return Config({d.key: min(d.choices, key=lambda c: (c.bytes_, c.name)).name for d in self.decisions})
+        """Of the fewest bytes, and of the least of what else choices cost where these are equal."""
+        return Config({d.key: min(d.choices, key=_weight).name for d in self.decisions})
 
     def largest(self) -> Config:
-        return Config({d.key: max(d.choices, key=lambda c: (c.bytes_, c.name)).name for d in self.decisions})
+        return Config({d.key: max(d.choices, key=_weight).name for d in self.decisions})
+
+
+def _weight(choice: Choice) -> tuple[float | str, ...]:
+    return choice.bytes_, *choice.others.values(), choice.name
 
 
 def coverage(space: Space) -> Iterable[tuple[str, str, str]]:

@@ -17,8 +17,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import UserError
-from anyfit.costs.latency import ATTENTION, KINDS, Device, LatencyTable, Setting, Shape, cores
+from anyfit.costs.latency import ATTENTION, DECODE, KINDS, Device, LatencyTable, Setting, Shape, cores
 from anyfit.costs.probes import probe, shape_of
+from anyfit.interface import interface_of
 from anyfit.progress import Progress, Silent
 from anyfit.structure.levels import widths
 
@@ -27,6 +28,8 @@ Run = Callable[[], object]
 
 SECONDS, ROUNDS = 1.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
+LONG, FEWEST = 6.0, 7
+"""A network that takes so many seconds is timed in so many rounds, though."""
 
 
 class Stopwatch(ABC):
@@ -38,8 +41,8 @@ class Stopwatch(ABC):
     instead: tuple[str, ...] = ()
     """The kinds of modules of which the smallest runs in the place of one that is left out."""
 
-    def refuses(self, setting: Setting) -> str | None:
-        """Why it can't time this; None where it can."""
+    def refuses(self, config: PretrainedConfig) -> str | None:
+        """Why it can't time modules of a network of this config; None where it can."""
         return None
 
     @abstractmethod
@@ -68,7 +71,8 @@ def measure(
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
     _require(stopwatch, setting, formats, threads, config)
-    shape = shape_of(config)
+    shape = shape_of(config, trust_remote_code=trust_remote_code)
+    setting = replace(setting, sequence=interface_of(config).length(config) or setting.sequence)
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
     ladder = [(kind, size) for kind in KINDS for size in sizes(shape, kind)]
@@ -134,7 +138,7 @@ class Clock:
         self._took(run)
         gc.disable()
         try:
-            while len(ratios) < ROUNDS or self._now() - began < SECONDS:
+            while len(ratios) < (FEWEST if self._now() - began > LONG else ROUNDS) or self._now() - began < SECONDS:
                 reference = self._took(self._run)
                 self._times.append(reference)
                 ratios.append(self._took(run) / reference)
@@ -172,8 +176,10 @@ def _new(folder: str, name: str) -> Path:
 
 
 def _require(stopwatch: Stopwatch, setting: Setting, formats: Sequence[str], threads: int, config: PretrainedConfig) -> None:
-    if reason := stopwatch.refuses(setting):
-        raise UserError(reason, remedy="Choose another setting or target.")
+    if setting.phase == DECODE and not interface_of(config).remembers:
+        raise UserError("An encoder writes no text, so it has no decode phase.", remedy="Measure prefill.")
+    if reason := stopwatch.refuses(config):
+        raise UserError(reason, remedy="Choose another target, such as onnxruntime.")
     if unknown := [name for name in formats if name not in stopwatch.formats]:
         raise UserError(f"{stopwatch.runtime} isn't timed in {unknown[0]}.", remedy=f"It is in: {', '.join(stopwatch.formats)}.")
     if not 1 <= threads <= cores():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source
@@ -18,8 +18,9 @@ from anyfit.core.config import Config
 from anyfit.core.units import Weight
 from anyfit.elastic.model import Decoded
 from anyfit.elastic.stream import Chosen
+from anyfit.interface import interface_of
 from anyfit.streaming import Original, Predictions, Stream, some_rows
-from anyfit.tasks.language import Logits
+from anyfit.tasks.base import Outputs
 
 SPACE = 2.5
 """Times the network's size in float32, that loading it may take."""
@@ -55,8 +56,12 @@ class Extracted:
             return
         yield from ((rows, self._numbers.rows(weight, rows)) for rows in some_rows(weight.shape[0]))
 
-    def logits(self, tokens: Tensor) -> Predictions:
-        """Of tokens (segments, length)."""
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.skeleton.config
+
+    def outputs(self, tokens: Tensor) -> Predictions:
+        """What comes out for tokens (segments, length)."""
         return self._stream.predictions(tokens, self._numbers)
 
     def too_large(self) -> str | None:
@@ -91,11 +96,16 @@ class InMemory:
         values = self.parameter(name)
         yield slice(0, len(values)), values
 
-    def logits(self, tokens: Tensor) -> Logits:
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    def outputs(self, tokens: Tensor) -> Outputs:
+        interface = interface_of(self.config)
+
         def run(tokens: Tensor) -> Tensor:
             with torch.inference_mode():
-                found: Tensor = self._runs(input_ids=tokens, use_cache=False).logits
-            return found
+                return interface(self._runs, tokens)
 
         return run
 

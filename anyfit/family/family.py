@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source, read_config
 from anyfit.core.budget import Budget
-from anyfit.core.config import FORMAT, Config, format_of
+from anyfit.core.config import HEADS, SPARSITY, WIDTH, Config, format_of
 from anyfit.core.errors import FamilyError, OutputError
 from anyfit.core.files import output_error, refuse_existing, written_aside
 from anyfit.core.space import Space
@@ -30,6 +30,7 @@ from anyfit.report.card import model_card
 from anyfit.searchers.exact import Solver
 from anyfit.structure.cutting import cut, rows_of
 from anyfit.structure.levels import Structure, kept_of
+from anyfit.structure.masks import mask_of, plain
 from anyfit.structure.space import kept_of_blocks, kept_structures, structures
 from anyfit.targets import targets
 from anyfit.targets.base import ALL, Check, Cut, CutTarget, Target, Variants
@@ -140,9 +141,13 @@ class Family:
         return self.space.costs(point.config)[self.space.scale]
 
     def budget(self, text: str | Iterable[str] | Budget) -> Budget:
-        """Read a budget; percentages are of the original's weight files, or of what else the whole network costs."""
+        """Read a budget, or the name of one choice everywhere; percentages are of the original's weight files, or of what else the whole
+        network costs."""
         if isinstance(text, Budget):
             return text
+        (setting, *more) = [text] if isinstance(text, str) else list(text) or [""]
+        if not more and setting in self.space.uniforms():
+            return Budget((), setting, setting)
         return Budget.parse(text, original=self.space.original(self.original.bytes_))
 
     def select(self, budget: str | Iterable[str] | Budget) -> Point:
@@ -160,6 +165,8 @@ class Family:
 
     def _best(self, budget: str | Iterable[str] | Budget, measured: Iterable[Point]) -> Point:
         budget = self.budget(budget)
+        if budget.setting is not None:
+            return self.point(self.space.uniform(budget.setting))
         found = self.point(self._solver.solve(budget))
         rivals = [p for p in measured if budget.allows(self.space.costs(p.config))]
         best = min(rivals, key=_measured, default=None)
@@ -176,13 +183,13 @@ class Family:
         return Point(config, self.space.bytes_(config), self.space.bits(config), predicted)
 
     def expected(self, predicted: float) -> float:
-        """The divergence that configs with this predicted one were measured to have, interpolated."""
+        """The loss that configs with this predicted one were measured to have, interpolated."""
         return float(np.exp(np.interp(np.log(max(predicted, 1e-12)), *self._calibrated)))
 
     @cached_property
     def _calibrated(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logarithms of predicted and of measured divergences, both rising."""
-        rows = sorted((max(p.predicted, 1e-12), max(p.plain_kl, 1e-12)) for p in self.points)
+        """Logarithms of predicted and of measured losses, both rising."""
+        rows = sorted((max(p.predicted, 1e-12), max(p.plain_loss, 1e-12)) for p in self.points)
         x, y = np.log(np.array(rows)).T
         return x, isotonic_regression(y).x
 
@@ -210,8 +217,9 @@ class Family:
         )
 
     def text(self) -> dict[str, torch.Tensor]:
-        """The tokens that were calibrated with and measured on: `calibration`, `search`, `report`, int64 (segments, length)."""
-        return {name: tokens.long() for name, tokens in self._store.tensors(TEXT).items()}
+        """What was calibrated with and measured on: `calibration`, `search`, `report`, int64 (segments, length), or pictures."""
+        found = self._store.tensors(TEXT)
+        return {name: own if own.is_floating_point() else own.long() for name, own in found.items()}
 
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
         """An ordinary transformers model in float32, with the very values that an exported file holds."""
@@ -256,12 +264,25 @@ class Family:
 
     @property
     def pruned(self) -> bool:
-        """Whether its sizes differ in heads and channels, not in formats."""
-        return any(decision.axis != FORMAT for decision in self.space.decisions)
+        """Whether its sizes differ in heads and channels, not in formats alone."""
+        return any(decision.axis in (HEADS, WIDTH) for decision in self.space.decisions)
+
+    @property
+    def masked(self) -> bool:
+        """Whether its members differ in which weights are zero."""
+        return any(decision.axis == SPARSITY for decision in self.space.decisions)
 
     def variants(self, config: Config) -> Variants:
         """The bytes of each matrix under a config: its own ones where it was refined."""
         return self._store.refined(config) if self.point(config).refined else self._store.variant
+
+    def _as_written(self, config: Config) -> tuple[Space, Config, Variants]:
+        """A config as targets know it: of formats alone, the masks in the bytes."""
+        variants = self.variants(config)
+        if not self.masked:
+            return self.space, config, variants
+        chosen = config.chosen
+        return *plain(self.space, config), lambda weight, _, which=ALL: variants(weight, chosen[weight], which)
 
     def _decoder(self, config: Config) -> Decoder:
         return Decoder(self.variants(config), targets.get(self.target), self.source)
@@ -292,7 +313,7 @@ class Family:
             with progress.stage("write", 1) as stage:
                 made = self.cut(point.config) if self.pruned else None
                 if made is None:
-                    size = target.write(aside, self.source, self.space, point.config, self.variants(point.config))
+                    size = target.write(aside, self.source, *self._as_written(point.config))
                     assert size == point.bytes_, f"predicted {point.bytes_} bytes, wrote {size}"
                 else:
                     size = CutTarget.of(target).write_cut(aside, self.source, made)
@@ -333,7 +354,8 @@ class Family:
                         checks = CutTarget.of(target).check_cut(path, self.source, cut, tokens)
                     else:
                         extracted = Extracted(self.source, point.config, self._decoder(point.config), Path(folder))
-                        checks = target.check(path, self.source, point.config, extracted, tokens)
+                        checks = target.check(path, self.source, self._as_written(point.config)[1], extracted, tokens)
+                        checks += self._check_masks(point.config, extracted)
                 except OSError as error:  # what reads the file makes findings of its errors; this is about our own files
                     raise output_error(error, Path(folder)) from error
             stage.advance()
@@ -344,6 +366,19 @@ class Family:
                 remedy="Nothing was kept. Please report this with the model's name.",
             )
         return checks
+
+    def _check_masks(self, config: Config, extracted: Extracted) -> tuple[Check, ...]:
+        """Of the network that the file was compared with; nothing where nothing is masked."""
+        chosen = {d.unit.weights[0]: mask for d in self.space.decisions if (mask := mask_of(config[d.key]))}
+        if not chosen:
+            return ()
+        others = []
+        for weight, mask in chosen.items():
+            matrix = extracted.parameter(weight.name)
+            if not mask.holds(matrix.T if weight.transposed else matrix):
+                others.append(weight.name)
+        detail = f"{others[0]} has other zeros than its mask" if others else f"{len(chosen)} matrices have the zeros of their masks"
+        return (Check("masks", not others, detail),)
 
 
 def is_family(path: Path) -> bool:
@@ -359,7 +394,7 @@ def _is_model_of_ours(path: Path) -> bool:
 
 def _measured(point: Point) -> float:
     assert point.search is not None, "only measured configs compete"
-    return point.search.kl_mean
+    return point.search.loss
 
 
 def with_points(manifest: Manifest, points: Iterable[Point], files: Mapping[str, str]) -> Manifest:

@@ -14,7 +14,8 @@ from anyfit.core.errors import FamilyError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.scores.table import Table
-from anyfit.tasks.language import Quality
+from anyfit.tasks import quality_from_json
+from anyfit.tasks.base import Quality
 
 NAME = "family.json"
 VERSION = 1
@@ -22,11 +23,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Point:
-    """One config with its exact costs, its predicted divergence, and what was measured of it.
+    """One config with its exact costs, its predicted loss, and what was measured of it.
 
     `uniform` is the setting's name where every unit has the same format. `search` is the quality on the split
     that configs are chosen by, `report` on the split that nothing was chosen by; None where not measured. `unrefined`:
-    where the config has matrices of its own, solved again for each other, the mean KL on the search split before.
+    where the config has matrices of its own, solved again for each other, the loss on the search split before.
     """
 
     config: Config
@@ -43,10 +44,10 @@ class Point:
         return self.unrefined is not None
 
     @property
-    def plain_kl(self) -> float:
-        """Mean KL on the search split of the variants that a measured config is made of, before any refining."""
+    def plain_loss(self) -> float:
+        """The loss on the search split of the variants that a measured config is made of, before any refining."""
         assert self.search is not None
-        return self.search.kl_mean if self.unrefined is None else self.unrefined
+        return self.search.loss if self.unrefined is None else self.unrefined
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Manifest:
             space=_space_from_json(data["space"]),
             table=Table(data["table"]["sensitivity"], data["table"]["errors"]),
             points=tuple(_point_from_json(point) for point in data["points"]),
-            original=Original(**{**data["original"], **{k: Quality.from_json(data["original"][k]) for k in ("search", "report")}}),
+            original=Original(**{**data["original"], **{k: quality_from_json(data["original"][k]) for k in ("search", "report")}}),
             coverage=tuple((row[0], row[1], row[2]) for row in data["coverage"]),
             notes=tuple(data["notes"]),
             provenance=data["provenance"],
@@ -205,7 +206,7 @@ def _point_from_json(data: Mapping[str, Any]) -> Point:
         bits=data["bits"],
         predicted=data["predicted"],
         uniform=data["uniform"],
-        search=data["search"] and Quality.from_json(data["search"]),
-        report=data["report"] and Quality.from_json(data["report"]),
+        search=data["search"] and quality_from_json(data["search"]),
+        report=data["report"] and quality_from_json(data["report"]),
         unrefined=data["unrefined"],
     )

@@ -26,9 +26,11 @@ from anyfit.core.files import sha256, written_aside
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
 from anyfit.formats import formats
+from anyfit.formats.base import CastFormat
 from anyfit.formats.nested import lowered
 from anyfit.quantizers.base import Encoded
 from anyfit.structure.levels import READERS, filled, kept_of
+from anyfit.structure.masks import mask_of, unpack
 from anyfit.targets.base import ALL, Target, Variants
 from anyfit.tuning.coded import Stored
 
@@ -92,8 +94,11 @@ class Store:
 
     def variant(self, weight: str, format_: str, which: Tensor | slice = ALL) -> Tensor:
         """The bytes of one variant, uint8 (data_rows, row_bytes), of all its rows or some: memory-mapped, or made of the one that it is
-        nested in. Of a matrix that reads structures, the kept columns."""
+        nested in. Of a matrix that reads structures, the kept columns; of a masked one, all columns with the zeros in them."""
         with self._open(self._variants(weight)) as file:
+            if mask_of(format_):
+                dense = format_of(format_)
+                return _masked(dense, file.get_tensor(dense)[which], file.get_tensor(format_)[which])
             if format_ in file.keys():  # noqa: SIM118  (safe_open isn't iterable)
                 return _rows(format_, file.get_tensor(format_), which)
             high = json.loads(file.metadata()["variants"])[format_]["of"]
@@ -199,6 +204,14 @@ def _rows(choice: str, data: Tensor, which: Tensor | slice) -> Tensor:
     return formats.get(choice).rows(data, which) if choice in formats else data[which]
 
 
+def _masked(dense: str, data: Tensor, mask: Tensor) -> Tensor:
+    """The bytes of a floating-point variant, with zeros where the mask, eight weights a byte, has none."""
+    format_ = formats.get(dense)
+    assert isinstance(format_, CastFormat), dense
+    values = format_.decode(data)
+    return format_.encode(values.masked_fill_(~unpack(mask, values.shape[1]), 0))
+
+
 def _encoded(data: Tensor, about: Mapping[str, Any]) -> Encoded:
     """A variant with the error and the notes that it had."""
     return Encoded(data, torch.tensor([about["error"]], dtype=torch.float64), tuple(about["notes"]))
@@ -227,8 +240,9 @@ class Decoder:
     source: Source
 
     def __call__(self, weight: Weight, choice: str) -> Tensor:
-        reads, format_ = kept_of(choice) is not None and weight.role in READERS, formats.get(format_of(choice))
-        stored = self.variants(weight.name, choice if reads else format_.name)
+        parts, format_ = kept_of(choice) is not None, formats.get(format_of(choice))
+        reads = parts and weight.role in READERS
+        stored = self.variants(weight.name, format_.name if parts and not reads else choice)
         if reads:
             level = format_.decode(stored) if stored.shape[1] else torch.empty(len(stored), 0)
             values = filled(level, self.variants(weight.name, ORDER)[0].clone().view(torch.int64), weight.shape[1])

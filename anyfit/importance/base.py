@@ -1,18 +1,28 @@
 """The contract of an importance: it orders the structures of one matrix, and says what is left when few of them are kept.
 
 A structure is a run of columns of a matrix that reads it: the heads around one key and value head in the attention's output
-projection, one channel or several in the feed-forward's.
+projection, one channel or several in the feed-forward's. Most importances look at a matrix and its inputs alone; some look at what the
+whole network does without a structure, and score all of them together.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anyfit.calibration.statistics import DAMPING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from anyfit.architectures.base import Architecture
+    from anyfit.progress import Progress
+    from anyfit.structure.levels import Structure
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,39 @@ class Importance(ABC):
         order = self.order(weight, moments, size)
         assert order.sort().values.tolist() == list(range(structures)), "an order names every structure once"
         return Ladder(order, weight, Repair.of(weight, moments, _columns(order, size)) if self.repairs else None)
+
+
+class NetworkImportance(ABC):
+    """One that takes the whole network: in memory, in evaluation mode. Stateless. `repairs`: as an importance's."""
+
+    name: str
+    repairs: bool
+
+    @abstractmethod
+    def scores(
+        self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], tokens: Tensor, progress: Progress
+    ) -> dict[str, Tensor]:
+        """By the name of the matrix that reads them, what the removal of each of its structures is expected to cost: (structures,)
+        float64, not below zero; those of an axis can be compared and added up over the network. `tokens` (segments, length) int64. The
+        model isn't changed, nor is the global random state. Deterministic."""
+
+    @abstractmethod
+    def readings(self, structures: Mapping[str, Structure], tokens: Tensor) -> float:
+        """What `scores` takes, as how many passes over as many tokens through the whole network."""
+
+    def of(self, scores: Tensor) -> Importance:
+        """What these scores make of one matrix."""
+        return Scored(self.name, self.repairs, scores)
+
+
+class Scored(Importance):
+    """By scores that are known, (structures,)."""
+
+    def __init__(self, name: str, repairs: bool, scores: Tensor) -> None:
+        self.name, self.repairs, self.known = name, repairs, scores
+
+    def order(self, weight: Tensor, moments: Tensor, size: int) -> Tensor:
+        return by_score(self.known)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ Differences from the paper, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from anyfit.architectures.base import Architecture
+from anyfit.core.config import HEADS, WIDTH
+from anyfit.importance.base import NetworkImportance
 from anyfit.progress import Progress
 from anyfit.structure.cutting import sizes
+from anyfit.structure.levels import STEP, Structure
 
 SAMPLED_TOKENS = 768
 TEMPERATURE = 4.0
@@ -37,6 +40,10 @@ MANIFOLD_SHARE = 10
 """Times the divergences' sum that the manifold losses' sum is."""
 LAST_BLOCK = 0.5
 """Factor of the last block's scores, which see no later block."""
+NUM_TOKENS = 1024
+"""Of the text, that are read without each structure."""
+MOST_RUNS = 4096
+"""Channels, above which neighbours are removed together."""
 _TOKENS_TOGETHER = 4096
 
 
@@ -71,6 +78,42 @@ def trajectories(
     scores = [own + factor * other for own, other in found]
     scores[-2:] = [LAST_BLOCK * own for own in scores[-2:]]
     return [Trajectory(*pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
+
+
+class Trajectories(NetworkImportance):
+    """As many neighbouring channels are removed together as keep the number of runs within `MOST_RUNS`, at most a step of widths; they
+    share their score."""
+
+    name, repairs = "trajectory", False
+
+    def scores(
+        self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], tokens: Tensor, progress: Progress
+    ) -> dict[str, Tensor]:
+        together = _together(structures)
+        found = trajectories(model, architecture, _some(tokens), channels_together=together, progress=progress)
+        scores = {}
+        for name, structure in structures.items():
+            assert structure.reader.block is not None
+            own = found[structure.reader.block]
+            scores[name] = own.groups if structure.axis == HEADS else own.channels.repeat_interleave(together) / together
+        return scores
+
+    def readings(self, structures: Mapping[str, Structure], tokens: Tensor) -> float:
+        together = _together(structures)
+        runs = sum(structure.num if structure.axis == HEADS else structure.num // together for structure in structures.values())
+        return runs / 2 * _some(tokens).numel() / tokens.numel()  # from a structure's block on: half of the network, on average
+
+
+def _some(tokens: Tensor) -> Tensor:
+    return tokens[: max(1, NUM_TOKENS // tokens.shape[1])]
+
+
+def _together(structures: Mapping[str, Structure]) -> int:
+    channels = [structure.num for structure in structures.values() if structure.axis == WIDTH]
+    together = 1
+    while 2 * together <= STEP and sum(channels) > together * MOST_RUNS and all(number % (2 * together) == 0 for number in channels):
+        together *= 2
+    return together
 
 
 class _Network:
@@ -170,3 +213,6 @@ def _passing(block: nn.Module) -> Iterator[None]:
 def _at_temperature(logits: Tensor) -> Tensor:
     """Logarithms of the predictions."""
     return (logits.float() / TEMPERATURE).log_softmax(-1)
+
+
+IMPORTANCE = Trajectories()

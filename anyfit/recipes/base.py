@@ -63,6 +63,8 @@ class Recipe:
     """What makes variants in formats."""
     pruning: str | None = None
     """The importance by which heads and channels are taken out."""
+    masks: tuple[str, ...] = ()
+    """The saliencies by which single weights are zeroed."""
     training: Training | Tuning | Nesting | None = None
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By target, what it is meant for: offered unless others are named."""

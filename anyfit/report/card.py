@@ -11,6 +11,7 @@ from jinja2 import TemplateNotFound
 
 from anyfit.report import summary
 from anyfit.report.page import environment
+from anyfit.structure.levels import worded
 from anyfit.targets import targets
 from anyfit.targets.base import Needs
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "transformers": "transformers"}
 """What the hub calls the library that loads a target's models."""
+_PIPELINES = {"language": "text-generation", "embedding": "feature-extraction", "classes": "image-classification"}
+"""What the hub calls that which models of a task are for."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -38,6 +41,7 @@ def model_card(family: Family, point: Point, file_name: str, *, dense: bool = Fa
         "quality": point.report,
         "expected": family.expected(point.predicted),
         "file_name": file_name,
+        "task": family.original.report.task,
         "shares": summary.shares(family.space, point.config),
         "roles": _roles(family, point.config),
         "front_matter": _front_matter(family, target),
@@ -53,7 +57,7 @@ def model_card(family: Family, point: Point, file_name: str, *, dense: bool = Fa
 
 def _front_matter(family: Family, target: str) -> str:
     """YAML by way of JSON, which is YAML: no name can break out of its string."""
-    fields: dict[str, Any] = {"pipeline_tag": "text-generation"}
+    fields: dict[str, Any] = {"pipeline_tag": _PIPELINES[family.original.report.task]}
     if target in _LIBRARIES:
         fields["library_name"] = _LIBRARIES[target]
     if _HUB_ID.fullmatch(family.original.name):
@@ -67,7 +71,7 @@ def _roles(family: Family, config: Config) -> list[tuple[str, str]]:
     got: dict[str, Counter[str]] = {}
     for decision in family.space.decisions:
         for weight in decision.unit.weights:
-            got.setdefault(weight.role, Counter())[config[decision.key]] += 1
+            got.setdefault(weight.role, Counter())[worded(config[decision.key])] += 1
     return [(role, ", ".join(f"{name} × {count}" for name, count in counts.most_common())) for role, counts in got.items()]
 
 

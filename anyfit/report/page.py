@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from anyfit.core.budget import BYTES, describe
+from anyfit.core.budget import BYTES, LATENCY, WEIGHTS, describe
 from anyfit.core.files import written_aside
-from anyfit.report import summary
+from anyfit.report import sparsity, summary
 from anyfit.report.charts import Axis, Box, Label, floored, place
 from anyfit.report.summary import Row
+from anyfit.structure.levels import worded
+from anyfit.tasks.base import plus_minus
 
 if TYPE_CHECKING:
     from anyfit.family import Family
 
 WIDTH, HEIGHT = 1040, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, WIDTH - 16, 16, HEIGHT - 48
+_LABELS = {LATENCY: ("measured latency, ms", 1.0), WEIGHTS: ("weights in the blocks that aren't zero, millions", 1e6)}
+"""Of costs other than bytes: what stands below the chart, and its unit."""
 SIDE = 440
 """Width and height of the square chart of predicted against measured."""
 
@@ -43,8 +47,9 @@ def render(family: Family) -> str:
             split=summary.split(family),
             uniform=uniform,
             bits=family.space.format_bits(),
-            frontier_chart=_frontier_chart(rows, family.space.scale),
+            frontier_chart=_frontier_chart(rows, family.space.scale, named=not family.masked),
             prediction_chart=_prediction_chart(family),
+            sparsity_chart=_sparsity_chart(family),
             grid=_grid(family),
             refusals=summary.refusals(family),
             provenance=summary.flat(family.provenance),
@@ -59,8 +64,7 @@ def environment() -> Environment:
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["size"] = lambda value: describe(BYTES, value)
     made.filters["thousands"] = lambda value: f"{value:,}"
-    made.globals["plus_minus"] = summary.plus_minus
-    made.globals["percent"] = summary.plus_minus_percent
+    made.globals["plus_minus"] = plus_minus
     made.globals["saved"] = summary.saved
     return made
 
@@ -70,30 +74,27 @@ def _title(row: Row) -> str:
     quality = row.quality
     return (
         f"{name}{describe(BYTES, row.point.bytes_)}, {row.point.bits:.2f} bits per weight\n"
-        f"KL {summary.plus_minus(quality.kl_mean, quality.kl_stderr)}, perplexity {quality.perplexity:.2f}"
+        f"{', '.join(f'{figure} {value}' for figure, value in quality.columns().items())}"
     )
 
 
-def _frontier_chart(rows: list[Row], scale: str) -> dict[str, Any]:
-    """KL to the original against size, with one standard error each way."""
-    lift = floored([row.quality.kl_mean for row in rows])
-    if scale == BYTES:
-        label, per = ("size of the file, GB", 1e9) if rows[-1].size >= 2e9 else ("size of the file, MB", 1e6)
-    else:
-        label, per = "measured latency, ms", 1.0
+def _frontier_chart(rows: list[Row], scale: str, *, named: bool) -> dict[str, Any]:
+    """Distance to the original against size, with one standard error each way. `named`: whether uniform settings have names beside them."""
+    lift = floored([row.quality.loss for row in rows])
+    label, per = _LABELS.get(scale, ("size of the file, GB", 1e9) if rows[-1].size >= 2e9 else ("size of the file, MB", 1e6))
     x = Axis.around([row.size / per for row in rows], _LEFT, _RIGHT)
-    y = Axis.around([lift(row.quality.kl_mean) for row in rows], _BOTTOM, _TOP, log=True)
+    y = Axis.around([lift(row.quality.loss) for row in rows], _BOTTOM, _TOP, log=True)
     marks: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
         quality, at = row.quality, x.at(row.size / per)
-        mean = lift(quality.kl_mean)
-        error = quality.kl_stderr if math.isfinite(quality.kl_stderr) else 0.0
+        mean = lift(quality.loss)
+        error = quality.loss_stderr if math.isfinite(quality.loss_stderr) else 0.0
         ends = y.at(max(mean - error, y.low)), y.at(mean + error)
         marks.append({"index": index, "x": at, "y": y.at(mean), "ends": ends, "row": row, "title": _title(row)})
     return {
         "marks": marks,
         "line": " ".join(f"{m['x']},{m['y']}" for m in marks if m["row"].frontier),
-        "labels": _labels(marks),
+        "labels": _labels(marks) if named else [],
         "x_ticks": [(x.at(v), f"{v:g}") for v in x.ticks()],
         "y_ticks": [(y.at(v), f"{v:g}") for v in y.ticks()],
         "label": label,
@@ -107,8 +108,8 @@ def _labels(marks: list[dict[str, Any]]) -> list[Label]:
 
 
 def _prediction_chart(family: Family) -> dict[str, Any] | None:
-    """Predicted against measured KL of every config, unrefined, on the search split; None where there is too little to compare."""
-    measured = [(point.predicted, point.plain_kl, point) for point in family.points]
+    """Predicted against measured loss of every config, unrefined, on the search split; None where there is too little to compare."""
+    measured = [(point.predicted, point.plain_loss, point) for point in family.points]
     pairs = [pair for pair in measured if pair[0] > 0 and pair[1] > 0]
     if len(pairs) < 3:
         return None
@@ -124,6 +125,38 @@ def _prediction_chart(family: Family) -> dict[str, Any] | None:
         "ends": (x.at(x.low), y.at(x.low), x.at(x.high), y.at(x.high)),
         "correlation": correlation,
         "side": SIDE,
+    }
+
+
+def _sparsity_chart(family: Family) -> dict[str, Any] | None:
+    """Perplexity, or the distance, against the share of the weights that are removed, by what chose them; None where nothing is masked."""
+    found = sparsity.curves(family)
+    if not found:
+        return None
+    points = [(share, sparsity.figure(quality)) for curve in found for share, quality in curve.shares.items()]
+    x = Axis.around([100 * share for share, _ in points], _LEFT, _RIGHT)
+    what = sparsity.named(next(iter(found[0].shares.values())))
+    y = Axis.around([figure for _, figure in points], _BOTTOM, _TOP, log=min(figure for _, figure in points) > 0)
+    lines: list[dict[str, Any]] = []
+    for curve in found:
+        places = [(x.at(100 * share), y.at(sparsity.figure(quality)), share, quality) for share, quality in curve.shares.items()]
+        dots = [
+            (left, top, f"{curve.score}: {share:.0%} removed, {what} {sparsity.shown(quality)}", share == curve.knee)
+            for left, top, share, quality in places
+        ]
+        squares = [
+            (x.at(100 * (1 - mask.density)), y.at(sparsity.figure(quality)), f"{curve.score}: {mask}, {what} {sparsity.shown(quality)}")
+            for mask, quality in curve.patterns.items()
+        ]
+        lines.append({"curve": curve, "line": " ".join(f"{left},{top}" for left, top, *_ in places), "dots": dots, "squares": squares})
+    return {
+        "what": what,
+        "lines": lines,
+        "labels": place([(line["curve"].score, *line["dots"][-1][:2]) for line in lines], [], WIDTH),
+        "x_ticks": [(x.at(v), f"{v:g} %") for v in x.ticks()],
+        "y_ticks": [(y.at(v), f"{v:g}") for v in y.ticks()],
+        "rows": sparsity.rows(found),
+        "box": (WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM),
     }
 
 
@@ -148,17 +181,15 @@ def _data(family: Family, rows: list[Row]) -> dict[str, Any]:
     names = list(bits)
     keys = [decision.key for decision in family.space.decisions]
     return {
-        "formats": names,
+        "formats": [worded(name) for name in names],
         "bits": [round(bits[name], 4) for name in names],
         "weights": [decision.unit.num_weights for decision in family.space.decisions],
         "rows": [
             {
-                "bytes": row.point.bytes_,
+                "budget": summary.budget_of(family, row.point),
                 "size": describe(BYTES, row.point.bytes_),
                 "bits": f"{row.point.bits:.2f}",
-                "kl": summary.plus_minus(row.quality.kl_mean, row.quality.kl_stderr),
-                "perplexity": f"{row.quality.perplexity:.2f}",
-                "top1": f"{100 * row.quality.top1:.1f} %",
+                "figures": list(row.quality.columns().items()),
                 "uniform": row.point.uniform,
                 "frontier": row.frontier,
                 "choices": [names.index(row.point.config[key]) for key in keys],

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anyfit.core.budget import BITS, BYTES, describe
-from anyfit.core.config import Config
+from anyfit.core.budget import BITS, BYTES, LATENCY, describe
+from anyfit.core.config import HEADS, Config
 from anyfit.core.space import Space
+from anyfit.report import sparsity
+from anyfit.structure.levels import kept_of, worded
+from anyfit.tasks.base import plus_minus
 
 if TYPE_CHECKING:
     from anyfit.family import Family, Point
-    from anyfit.tasks.language import Quality
+    from anyfit.tasks.base import Quality
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,40 @@ def rival(all_rows: list[Row], uniform: Row) -> Row:
 
 
 def saved(best: Row, uniform: Row) -> str:
-    """The share of a uniform setting's divergence that the frontier saves; a lossless one leaves nothing to save."""
-    divergence = uniform.quality.kl_mean
-    return f"{100 - 100 * best.quality.kl_mean / divergence:.0f} %" if divergence > 0 else "–"
+    """The share of a uniform setting's distance to the original that the frontier saves; a lossless one leaves nothing to save."""
+    distance = uniform.quality.loss
+    return f"{100 - 100 * best.quality.loss / distance:.0f} %" if distance > 0 else "–"
 
 
 def shares(space: Space, config: Config) -> dict[str, float]:
     """The share of the decided weights that each format holds, largest first."""
     counts: Counter[str] = Counter()
     for decision in space.decisions:
-        counts[config[decision.key]] += decision.unit.num_weights
+        counts[worded(config[decision.key])] += decision.unit.num_weights
     total = sum(counts.values())
     return {name: count / total for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+
+
+def removed(space: Space, config: Config) -> dict[str, list[int]]:
+    """Blocks of which a half was removed, by the half; and those of which both were, so that they do nothing."""
+    found: dict[str, list[int]] = {"attention": [], "feed-forward": []}
+    for decision in space.decisions:
+        if kept_of(config[decision.key]) == 0:
+            block = decision.unit.weights[0].block
+            assert block is not None
+            found["attention" if decision.axis == HEADS else "feed-forward"].append(block)
+    return {**found, "block": sorted(set(found["attention"]) & set(found["feed-forward"]))}
+
+
+def removed_in_words(space: Space, config: Config) -> str:
+    """In one line; empty where nothing was removed as a whole."""
+    found = removed(space, config)
+    halves = {half: [str(b) for b in blocks if half == "block" or b not in found["block"]] for half, blocks in found.items()}
+    parts = [
+        f"{'attention' if half == 'attention' else half} of {', '.join(own)}" for half, own in halves.items() if own and half != "block"
+    ]
+    parts += [f"all of {', '.join(halves['block'])}"] if halves["block"] else []
+    return f"Removed from blocks: {'; '.join(parts)}." if parts else ""
 
 
 def refusals(family: Family) -> list[tuple[str, str, list[str]]]:
@@ -73,10 +97,14 @@ def described(family: Family, point: Point) -> str:
     others = {name: value for name, value in family.space.costs(point.config).items() if name not in (BYTES, BITS)}
     costs = f"{point.bytes_:,} bytes, {point.bits:.2f} bits per weight, " + "".join(f"{describe(*cost)}, " for cost in others.items())
     if point.report is None:
-        return costs + f"expected KL to the original {family.expected(point.predicted):.3g} (this very mix was not measured)"
-    kl = plus_minus(point.report.kl_mean, point.report.kl_stderr)
-    refined = ", refined" if point.refined else ""
-    return costs + f"measured KL to the original {kl}, perplexity {point.report.perplexity:.2f}{refined}"
+        distance = family.original.report.distance
+        return costs + f"expected {distance} {family.expected(point.predicted):.3g} (this very mix was not measured)"
+    quality = point.report
+    own, refined = quality.own, ", refined" if point.refined else ""
+    return (
+        costs
+        + f"measured {quality.distance} {plus_minus(quality.loss, quality.loss_stderr)}{f', {own[0]} {own[1]}' if own else ''}{refined}"
+    )
 
 
 def kind(point: Point) -> str:
@@ -116,7 +144,16 @@ def family_json(family: Family) -> dict[str, Any]:
         "uniform": [point_json(family, point) for point in family.points if point.uniform],
         "coverage": [{"unit": unit, "format": format_, "reason": reason} for unit, format_, reason in family.coverage],
         "notes": list(family.notes),
+        **({"sparsity": sparsity.to_json(family)} if family.masked else {}),
     }
+
+
+def budget_of(family: Family, point: Point) -> str:
+    """What to ask for to get a config of the frontier, as a person types it."""
+    scale, size = family.space.scale, family.size(point)
+    if scale == BYTES:
+        return f"{point.bytes_}B"
+    return f"'{scale} <= {size:g}'" if scale == LATENCY else f"'{scale} <= {size:.0f}'"
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -129,16 +166,3 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             found.append((f"{prefix}{key}", text))
     return found
-
-
-def plus_minus(value: float, error: float) -> str:
-    """A figure with its standard error, to the digits that mean something: `0.0123 ± 0.0004`."""
-    if not (math.isfinite(error) and error > 0):
-        return f"{value:.4g}"
-    decimals = max(0, -math.floor(math.log10(error)) + (1 if error / 10 ** math.floor(math.log10(error)) < 3 else 0))
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
-
-
-def plus_minus_percent(value: float, error: float) -> str:
-    """A share with its standard error, in percent: `98.1 ± 0.2 %`."""
-    return f"{100 * value:.1f} ± {100 * error:.1f} %" if math.isfinite(error) else f"{100 * value:.1f} %"

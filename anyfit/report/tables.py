@@ -11,17 +11,18 @@ from rich.text import Text
 
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.config import Config
-from anyfit.report import summary
+from anyfit.report import sparsity, summary
+from anyfit.structure.levels import worded
 
 if TYPE_CHECKING:
     from anyfit.family import Family, Point
-    from anyfit.tasks.language import Quality
+    from anyfit.tasks.base import Quality
 
 
 def frontier(family: Family, chosen: Point | None = None) -> Table:
     """Every size of the frontier, with the uniform settings between them; `chosen` is marked."""
     others = list(family.space.others)
-    table = _table("", "size", "bits", *others, "KL to the original", "perplexity", "top-1", "kind", "mostly")
+    table = _table("", "size", "bits", *others, *family.original.report.columns(), "kind", "mostly")
     for row in summary.rows(family):
         if not (row.frontier or row.point.uniform):
             continue
@@ -31,14 +32,18 @@ def frontier(family: Family, chosen: Point | None = None) -> Table:
             describe(BYTES, row.point.bytes_),
             f"{row.point.bits:.2f}",
             *(describe(cost, family.space.costs(row.point.config)[cost]) for cost in others),
-            summary.plus_minus(quality.kl_mean, quality.kl_stderr),
-            f"{quality.perplexity:.2f}",
-            summary.plus_minus_percent(quality.top1, quality.top1_stderr),
+            *quality.columns().values(),
             summary.kind(row.point),
             mostly(family, row.point.config),
         )
         _add(table, cells, style="bold" if here else "" if row.frontier else "dim")
     return table
+
+
+def sparsity_table(family: Family) -> Table:
+    """What one mask everywhere comes to, by what chose the weights; up to where sparsity is free, and the knee."""
+    found = sparsity.curves(family)
+    return listing(sparsity.rows(found), "weights removed", *(f"{sparsity.named(curve.shares[0.0])} by {curve.score}" for curve in found))
 
 
 def mostly(family: Family, config: Config) -> str:
@@ -52,7 +57,7 @@ def layers(family: Family, config: Config) -> Table:
     cells: dict[int | None, dict[str, str]] = {}
     for decision in family.space.decisions:
         for weight in decision.unit.weights:
-            cells.setdefault(weight.block, {})[weight.role] = config[decision.key]
+            cells.setdefault(weight.block, {})[weight.role] = worded(config[decision.key])
     blocks = sorted(block for block in cells if block is not None)
     roles = list(dict.fromkeys(role for block in blocks for role in cells[block]))
     table = _table("block", *roles)
@@ -72,15 +77,11 @@ def refusals(coverage: Iterable[tuple[str, str, str]]) -> Table:
 
 def quality(figures: Quality, original: Quality | None) -> Table:
     """One measurement; without the original there is nothing to diverge from."""
-    rows = [("perplexity", summary.plus_minus(figures.perplexity, figures.perplexity_stderr))]
-    if original is not None:
-        rows += [
-            ("perplexity of the original", summary.plus_minus(original.perplexity, original.perplexity_stderr)),
-            ("KL to the original, mean", summary.plus_minus(figures.kl_mean, figures.kl_stderr)),
-            ("KL, median", f"{figures.kl_median:.3g}"),
-            ("KL, 99th percentile", f"{figures.kl_p99:.3g}"),
-            ("top-1 agreement", summary.plus_minus_percent(figures.top1, figures.top1_stderr)),
-        ]
+    if original is None:
+        rows = [figures.own] if figures.own else []
+    else:
+        rows = [(figure.name, figure.value) for figure in figures.figures(original)]
+        rows += [(f"{own[0]} of the original", own[1])] if (own := original.own) else []
     rows.append(("tokens in segments", f"{figures.num_tokens:,} in {figures.num_segments:,}"))
     return listing(rows, "measure", "value")
 

@@ -1,4 +1,4 @@
-"""The contract of a sensitivity: nats per token that a unit of output error costs, one number a unit."""
+"""The contract of a sensitivity: what a unit of output error costs of the task's loss, one number a unit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from anyfit.core.space import Decision
 from anyfit.elastic.stream import ElasticStream
 from anyfit.progress import Progress
 from anyfit.streaming import States
-from anyfit.tasks.language import Reference, kl
+from anyfit.tasks.base import Reference
 
 Errors = Mapping[str, Mapping[str, float]]
 """{unit: {choice: expected squared error of its outputs}}."""
@@ -24,7 +24,7 @@ class Sensitivity(ABC):
 
     @abstractmethod
     def measure(self, elastic: ElasticStream, tokens: Tensor, errors: Errors, progress: Progress) -> dict[str, float]:
-        """By unit name: expected KL of the outputs to the original's, per squared error of the unit's outputs.
+        """By unit name: expected loss of the outputs beside the original's, per squared error of the unit's outputs.
 
         `tokens` (segments, length): text to measure on.
         """
@@ -37,12 +37,12 @@ def probe(errors: Mapping[str, float]) -> str:
 
 
 def disturbance(
-    elastic: ElasticStream, decision: Decision, trace: Sequence[States], reference: Reference, errors: Mapping[str, float]
+    elastic: ElasticStream, decision: Decision, tokens: Tensor, trace: Sequence[States], reference: Reference, errors: Mapping[str, float]
 ) -> float:
-    """The divergence that the probe choice of one unit causes alone, per squared error. `trace`: the original's on the reference's text."""
+    """The loss that the probe choice of one unit causes alone, per squared error. `trace`: the original's on the reference's `tokens`."""
     choice, stream = probe(errors), elastic.stream
     if not errors[choice] > 0:
         return 0.0
     numbers, first = elastic.disturbed(decision, choice), min(stream.first(weight) for weight in decision.unit.weights)
-    final = stream.final(reference.tokens, numbers, *((trace[first], first) if first >= 0 else ()))
-    return kl(stream.predictions(reference.tokens, numbers, final), reference) / errors[choice]
+    final = stream.final(tokens, numbers, *((trace[first], first) if first >= 0 else ()))
+    return reference.loss(stream.predictions(tokens, numbers, final)) / errors[choice]

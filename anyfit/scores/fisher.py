@@ -2,8 +2,9 @@
 
 To second order the divergence that an output error d of one matrix causes is ½ dᵀ F d, with F the mean of
 g gᵀ over labels drawn from the network's own distribution and g the gradient of their log-likelihood by the
-outputs. With F taken as isotropic, the sensitivity is ½ mean |g|² / outputs. A table that is looked up has
-no product to hook; such units are measured as in `anyfit.scores.kl`.
+outputs; of what has no labels, over directions that are drawn (`tasks.base.Task.pull`). With F taken as
+isotropic, the sensitivity is ½ mean |g|² / outputs. A table that is looked up has no product to hook; such
+units are measured as in `anyfit.scores.kl`.
 
 The pass goes back block after block, each run again from its inputs, so that its time grows with the number of blocks
 and its memory doesn't.
@@ -23,8 +24,8 @@ from anyfit.devices import repeatable
 from anyfit.elastic.stream import ElasticStream
 from anyfit.progress import Progress, Stage
 from anyfit.scores.base import Errors, Sensitivity, disturbance
-from anyfit.streaming import POSITIONS_AT_ONCE, States, Stream, batches
-from anyfit.tasks.language import Reference
+from anyfit.streaming import States, Stream, batches
+from anyfit.tasks import task_of
 
 
 class Fisher(Sensitivity):
@@ -48,22 +49,22 @@ def information(elastic: ElasticStream, products: Sequence[Decision], tokens: Te
     for name, square in (row for part in group.gathered(squares) for row in part):
         found[name].append(square)
     # Exact sums are the same in any order.
-    return {name: 0.5 * math.fsum(own) / tokens[:, 1:].numel() for name, own in found.items()}
+    return {name: 0.5 * math.fsum(own) / task_of(stream.model.config).num_answers(tokens) for name, own in found.items()}
 
 
 def _disturbed(elastic: ElasticStream, decision: Decision, tokens: Tensor, errors: Errors) -> float:
     """As in `anyfit.scores.kl`, of a unit whose place is before the first block."""
-    reference = Reference.of(elastic.stream.predictions(tokens, elastic.original), tokens)
-    return disturbance(elastic, decision, [], reference, errors[decision.unit.name])
+    reference = task_of(elastic.stream.model.config).reference(elastic.stream.predictions(tokens, elastic.original), tokens)
+    return disturbance(elastic, decision, tokens, [], reference, errors[decision.unit.name])
 
 
 def _backward(stream: Stream, tokens: Tensor, share: Sequence[slice], stage: Stage) -> None:
-    """Of the log-likelihood of drawn labels, through the whole network, for some segments of the text."""
+    """Of what is drawn, through the whole network, for some segments of the text."""
     if not share:
         return
     first, tokens = share[0].start, tokens[share[0].start : share[-1].stop]
     trace = stream.trace(tokens, stream.original)
-    gradients = _from_labels(stream, tokens, trace.pop(), first)
+    gradients = _pulled(stream, tokens, trace.pop(), first)
     stage.advance(detail="head")
     for index in reversed(range(stream.num_blocks)):
         states = trace.pop()
@@ -82,21 +83,13 @@ def _backward(stream: Stream, tokens: Tensor, share: Sequence[slice], stage: Sta
                 embedded.backward(gradients.read(segments).to(embedded.device))
 
 
-def _from_labels(stream: Stream, tokens: Tensor, final: States, first: int) -> States:
-    """The gradients by the last block's outputs. Each segment, the first of which is number `first`, draws labels of its own."""
-    gradients = stream.states(final.length, final.width)
+def _pulled(stream: Stream, tokens: Tensor, final: States, first: int) -> States:
+    """The gradients by the last block's outputs. Each segment, the first of which is number `first`, is drawn for by itself."""
+    gradients, task = stream.states(final.length, final.width), task_of(stream.model.config)
     with stream.head(stream.original) as run, torch.enable_grad():
         for place in range(len(tokens)):
-            segment, generator = slice(place, place + 1), torch.Generator().manual_seed(first + place)
-            hidden = final.read(segment)
-            parts = []
-            for some in hidden[:, :-1].split(POSITIONS_AT_ONCE, 1):
-                some = some.clone().requires_grad_()
-                logits = run(some)[0].float()
-                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
-                parts.append(some.grad)
-            gradients.write(segment, torch.cat([*parts, torch.zeros_like(hidden[:, -1:])], 1))
+            segment = slice(place, place + 1)
+            gradients.write(segment, task.pull(run, final.read(segment), tokens[segment], first + place))
     return gradients
 
 

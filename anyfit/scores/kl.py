@@ -21,7 +21,7 @@ from anyfit.elastic.stream import ElasticStream
 from anyfit.progress import Progress
 from anyfit.scores import fisher
 from anyfit.scores.base import Errors, Sensitivity, disturbance
-from anyfit.tasks.language import Reference
+from anyfit.tasks import task_of
 
 NUM_PROBED = 4
 """Blocks. On the embedded default the mixes that two of its six lead to can't be told from those that all lead to, by what they lose."""
@@ -70,12 +70,12 @@ def _by_role(decisions: Iterable[Decision]) -> dict[str, list[tuple[str, int]]]:
 def _measure(elastic: ElasticStream, decisions: list[Decision], tokens: Tensor, errors: Errors, progress: Progress) -> dict[str, float]:
     stream, found = elastic.stream, {}
     trace = stream.trace(tokens, elastic.original)
-    reference = Reference.of(stream.predictions(tokens, elastic.original, trace[-1]), tokens)
+    reference = task_of(stream.model.config).reference(stream.predictions(tokens, elastic.original, trace[-1]), tokens)
     with progress.stage("probe units", len(decisions)) as stage:
         for index, decision in enumerate(decisions):
             name = decision.unit.name
             if elastic.group.owns(index):
-                found[name] = disturbance(elastic, decision, trace, reference, errors[name])
+                found[name] = disturbance(elastic, decision, tokens, trace, reference, errors[name])
             stage.advance(detail=name)
     return {name: value for part in elastic.group.gathered(found) for name, value in part.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from anyfit.core.budget import BITS, BYTES, LATENCY, MACS, Budget
+from anyfit.core.budget import BITS, BYTES, LATENCY, MACS, WEIGHTS, Budget
 from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Space
@@ -102,7 +102,7 @@ def require(space: Space, budget: Budget) -> None:
         if cost not in costs:
             raise BudgetError(
                 f"The budget {budget.text!r} bounds {cost}, which are the same for every choice here.",
-                remedy="Fit with a recipe that prunes: anyfit fit --recipe ziplm.",
+                remedy=f"Fit with a recipe for that: anyfit fit --recipe {'essential-sparsity' if cost == WEIGHTS else 'ziplm'}.",
             )
     least = {cost: space.least(cost) for cost, _ in budget.limits}
     if all(least[cost] <= bound for cost, bound in budget.limits):
@@ -118,4 +118,4 @@ def _exactly(cost: str, value: float) -> str:
     """A cost that, typed as a budget, is met."""
     if cost in (BITS, LATENCY):
         return f"{math.ceil(value * 1000) / 1000:.3f} {cost}"
-    return f"{value:.0f} {'MACs' if cost == MACS else 'B'}"
+    return f"weights <= {value:.0f}" if cost == WEIGHTS else f"{value:.0f} {'MACs' if cost == MACS else 'B'}"

@@ -17,6 +17,7 @@ from anyfit.architectures import architectures
 from anyfit.architectures.base import Architecture
 from anyfit.core.errors import ModelError
 from anyfit.core.units import Weight
+from anyfit.interface import interface_of
 from anyfit.modeling_cut import (
     HEADS,
     Layout,
@@ -120,7 +121,7 @@ def uneven_changes(model: PreTrainedModel, architecture: Architecture) -> tuple[
     block, and that file's text."""
     name, kind = type(model).__name__, type(model.config).__name__
     per_layer = {str(index): said for index, said in _overrides(model, architecture, model.config).items()}
-    auto_map = {"AutoConfig": f"{MODULE}.Cut{kind}", "AutoModelForCausalLM": f"{MODULE}.Cut{name}"}
+    auto_map = {"AutoConfig": f"{MODULE}.Cut{kind}", interface_of(model.config).auto: f"{MODULE}.Cut{name}"}
     changes = {
         "model_type": f"cut_{architecture.name}",
         "architectures": [f"Cut{name}"],

@@ -63,6 +63,11 @@ def kept_of(choice: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def worded(choice: str) -> str:
+    """A choice as a person reads it: of what nothing is kept, that it was removed."""
+    return "removed" if kept_of(choice) == 0 else choice
+
+
 def first(order: Tensor, kept: int) -> Tensor:
     """The structures that stay when so many are kept, in the order in which the network has them. `order`: those kept longest first."""
     return order[:kept].sort().values

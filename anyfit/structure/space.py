@@ -16,6 +16,7 @@ from anyfit.core.budget import LATENCY, MACS
 from anyfit.core.config import HEADS, Config
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
+from anyfit.modeling_cut import ATTENTION, FEED_FORWARD
 from anyfit.structure.cutting import Kept, cut, sizes
 from anyfit.structure.levels import READERS, Structure, first, kept_of
 
@@ -63,8 +64,8 @@ def structures(model: PreTrainedModel, architecture: Architecture, weights: Iter
 @dataclass(frozen=True)
 class Pruning:
     """What a space of structures is made of. `weights`: all matrices that may be decided about; `formats`: those that each may have, the
-    storage's dense one first; `outside`: whether what isn't in the blocks is decided about, too; `length`: tokens of a sequence, for the
-    multiply-adds of attention."""
+    storage's dense one first; `outside`: whether what isn't in the blocks is decided about, too; `length`: tokens of a sequence, and
+    `causal`: whether each sees only those before it, for the multiply-adds of attention."""
 
     source: Source
     architecture: Architecture
@@ -73,6 +74,7 @@ class Pruning:
     formats: Sequence[str]
     outside: bool
     length: int
+    causal: bool
     measured: Measured | None
 
     def space(self, storage: Storage) -> Space:
@@ -159,8 +161,8 @@ class Pruning:
 
     def _macs(self, structure: Structure, kept: int, shapes: Mapping[str, torch.Size]) -> float:
         macs = sum(shape.numel() for shape in shapes.values() if len(shape) == 2)
-        if structure.axis == HEADS:  # each query with the keys before it, then the values: half of the square, twice
-            macs += self.length * kept * structure.size
+        if structure.axis == HEADS:  # each query with the keys that it sees, then the values; in a decoder those before it, half of them
+            macs += (1 if self.causal else 2) * self.length * kept * structure.size
         return float(macs)
 
 
@@ -181,12 +183,14 @@ def kept_structures(found: Mapping[str, Structure], config: Config, order: Calla
 
 
 def _parameters(model: PreTrainedModel, architecture: Architecture, structure: Structure) -> set[str]:
-    """Names of what belongs to an attention or a feed-forward."""
+    """Names of what belongs to an attention or a feed-forward, norms of its own too."""
     layout, index = architecture.layout, structure.reader.block
     assert layout is not None and index is not None
     block = architecture.block.format(i=index)
     module = layout.attention if structure.axis == HEADS else layout.feed_forward
-    paths = [weight.name.removesuffix(".weight") for weight in structure.weights] if module is None else [f"{block}.{module}"]
+    half = ATTENTION if structure.axis == HEADS else FEED_FORWARD
+    paths = [weight.name.removesuffix(".weight") for weight in structure.weights] + ([] if module is None else [f"{block}.{module}"])
+    paths += [f"{block}.{norms[half]}" for norms in (layout.norms, layout.norms_after) if half in norms]
     return {name for name in _stored(model) if any(name.startswith(f"{path}.") for path in paths)}
 
 

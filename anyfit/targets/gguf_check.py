@@ -201,7 +201,7 @@ def _compare_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], ids: l
 def _compare_outputs(model: Extracted | InMemory, tokens: Tensor, logits: Tensor, bar: float, window: int | None) -> str:
     """Mean KL of llama.cpp's next-token distributions from the torch model's."""
     divergence, agreement = 0.0, 0.0
-    expected = model.logits(tokens)
+    expected = model.outputs(tokens)
     for segment, computed in zip(tokens, logits, strict=True):
         reference = expected(segment[None])[0].double().log_softmax(-1)
         other = computed.double().log_softmax(-1)

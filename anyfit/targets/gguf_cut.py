@@ -5,9 +5,10 @@ Nemotron-NAS: a llama whose blocks say their own sizes. How it must be told of p
 graph (`src/models/deci.cpp`), and tried:
 
 - A block of nothing isn't in the file.
-- An attention that isn't there has no heads and no norm, except in the first block, whose sizes stand for the network's: one of zeros.
-- A feed-forward that isn't there is one of `CHANNELS` channels of zeros. With none, the attention's output would be lost as well,
-  unnoticed, and in the last block the process would be aborted.
+- An attention that isn't there has no heads and no norm, except in the first block, whose sizes stand for the network's: one of zeros,
+  with a norm.
+- A feed-forward that isn't there is one of `CHANNELS` channels of zeros, with a norm. With none, the attention's output would be lost as
+  well, unnoticed, and in the last block the process would be aborted.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.units import Weight
 from anyfit.formats import formats
+from anyfit.modeling_cut import ATTENTION, FEED_FORWARD
 from anyfit.modeling_cut import replace as put
 from anyfit.structure.cutting import Kept, cut, described, sizes
 from anyfit.targets import gguf_kinds, gguf_layout
@@ -127,15 +129,13 @@ def spelled(model: PreTrainedModel, whole: PreTrainedModel) -> Spelled:
     made.set_submodule(path, nn.ModuleList([made.get_submodule(f"{path}.{index}") for index in kept]))
     for place, index in enumerate(kept):
         block, own = made.get_submodule(f"{path}.{place}"), before[index]
-        missing = [layout.attention] if not own.groups and not place else []
-        missing += [layout.feed_forward] if not own.channels else []
-        for half in missing:
-            put(block, half, _zero(spare.get_submodule(f"{path}.{index}.{half}")))
-            names |= {f"{path}.{place}.{half}.{name}" for name, _ in block.get_submodule(half).named_parameters()}
+        missing = [(ATTENTION, layout.attention)] if not own.groups and not place else []
+        missing += [(FEED_FORWARD, layout.feed_forward)] if not own.channels else []
+        for half, module in missing:
+            for part in (module, layout.norms[half]):
+                put(block, part, _zero(spare.get_submodule(f"{path}.{index}.{part}")))
+            names |= {f"{path}.{place}.{module}.{name}" for name, _ in block.get_submodule(module).named_parameters()}
     made.config = _config(made, architecture, kept)
-    for place, own in enumerate(sizes(made, architecture)):
-        if not own.groups:
-            _drop_norm(made, f"{path}.{place}.")
     return Spelled(made, tuple(kept), frozenset(names))
 
 
@@ -154,10 +154,3 @@ def _zero(module: nn.Module) -> nn.Module:
         for name, parameter in list(part.named_parameters(recurse=False)):
             setattr(part, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
     return module
-
-
-def _drop_norm(made: PreTrainedModel, block: str) -> None:
-    """Without an attention, nobody reads what is normed for it."""
-    for name, _ in list(made.named_parameters()):
-        if name.startswith(block) and (gguf_layout.file_name(made.config, name) or "").endswith(".attn_norm.weight"):
-            made.set_submodule(name.rpartition(".")[0], nn.Identity())

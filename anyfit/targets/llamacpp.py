@@ -95,8 +95,8 @@ class LlamaCpp(CutTarget):
         return own if stored <= {source.config.dtype} else "F32"
 
     def storage(self, source: Source, formats: Sequence[str]) -> Storage:
-        """Every format beside the dense one. Bytes are the most that there can be: where an attention is left out, so is its norm, and
-        sizes that all blocks have are told once."""
+        """Every format beside the dense one. Bytes are the most that there can be: sizes that all blocks have are told once, and
+        a block of nothing isn't there."""
         if reason := gguf_cut.refuses(source.config):
             raise UserError(
                 f"llama.cpp can't run a smaller network of this one: {reason}.", remedy="Take --target onnxruntime, or transformers."
@@ -105,11 +105,11 @@ class LlamaCpp(CutTarget):
         weights = {weight.name: weight for weight in architecture_of(model).weights(model)}
 
         def bytes_(name: str, shape: torch.Size, format_: str) -> tuple[int, int]:
-            size = registry.get(format_).bytes_(tuple(shape)) if name in weights else 4 * shape.numel()
+            size = registry.get(format_).bytes_(_matrix(shape)) if name in weights else 4 * shape.numel()
             return gguf_layout.padded(size), size
 
         def refuses(name: str, shape: torch.Size, format_: str) -> str | None:
-            return registry.get(format_).refuses(tuple(shape))
+            return registry.get(format_).refuses(_matrix(shape))
 
         (whole, *_) = sizes(model, architecture_of(model))
         group, channels = _of_zeros(whole, source.config.hidden_size)
@@ -202,13 +202,19 @@ def _cut_header_bytes(source: Source, weights: Mapping[str, Weight]) -> int:
     return in_all + sum(gguf_layout.padded(4 * table.numel()) for table in tables)
 
 
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    rows, columns = shape
+    return rows, columns
+
+
 def _of_zeros(whole: Sizes, hidden: int) -> tuple[int, int]:
-    """Bytes of a group of heads of zeros, and of so many channels."""
+    """Bytes of a group of heads of zeros, and of so many channels, each with its norm."""
     wide, narrow, channels = whole.heads * whole.head_dim, whole.head_dim, min(CHANNELS, whole.channels)
     group = [(wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide)]
     feed_forward = [(channels, hidden), (channels, hidden), (hidden, channels)]
     found = [sum(gguf_layout.padded(registry.get(zeros(shape)).bytes_(shape)) for shape in shapes) for shapes in (group, feed_forward)]
-    return found[0], found[1]
+    norm = gguf_layout.padded(4 * hidden)
+    return norm + found[0], norm + found[1]
 
 
 TARGET = LlamaCpp()

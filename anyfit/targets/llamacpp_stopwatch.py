@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit import network
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
-from anyfit.core.errors import RuntimeMissingError, UserError
+from anyfit.core.errors import RuntimeMissingError
 from anyfit.costs.latency import DECODE, FEED_FORWARD, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
 from anyfit.formats import formats
@@ -44,12 +44,11 @@ class LlamaCppStopwatch(Stopwatch):
         except PackageNotFoundError as error:
             raise RuntimeMissingError(llamacpp_runtime.PACKAGE, llamacpp_runtime.EXTRA, "Measuring latency") from error
 
+    def refuses(self, config: PretrainedConfig) -> str | None:
+        reason = gguf_cut.refuses(config)
+        return reason and f"Modules of this network can't be timed in llama.cpp: {reason}."
+
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
-        """See `Stopwatch.ready`. Raises `UserError` for a network that llama.cpp can't run with parts left out."""
-        with network.quiet():
-            reason = gguf_cut.refuses(model.config)
-        if reason:
-            raise UserError(f"Modules of this network can't be timed in llama.cpp: {reason}.", remedy="Measure in --target onnxruntime.")
         path = folder / "model.gguf"
         with network.quiet():
             self._write(path, model, format_)

@@ -4,9 +4,9 @@ The exporter sees parameters that all share one zero, so that a network of any s
 graph. They are inputs of the graph while it is simplified, so that nothing is computed of their numbers; whoever
 writes a file says where each one's numbers come from.
 
-Besides tokens a graph reads the keys and values of all tokens before them, and gives back these and the tokens' own: for the first
-tokens they are of length 0. Each block with an attention has its own, under the names that Optimum gave them; of a cut network their
-numbers of heads differ. A network whose cache the exporter can't follow has a graph of tokens alone.
+Besides tokens a language model's graph reads the keys and values of all tokens before them, and gives back these and the tokens' own:
+for the first tokens they are of length 0. Each block with an attention has its own, under the names that Optimum gave them; of a cut
+network their numbers of heads differ. A network whose cache the exporter can't follow has a graph of tokens alone.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from anyfit import network
 from anyfit.checkpoint import Source
 from anyfit.core.errors import RuntimeMissingError
+from anyfit.interface import Interface, interface_of
 from anyfit.modeling_cut import NoAttention
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-TOKENS, LOGITS = "input_ids", "logits"
 PAST, PRESENT = "past_key_values", "present"
 _PREFIX = "network."
 _NAME_BYTES = 16
@@ -67,7 +67,7 @@ class Graph:
     nodes: tuple[NodeProto, ...]
     constants: tuple[TensorProto, ...]
     frame: GraphProto
-    """Name, inputs (the tokens, and what is remembered of those before) and outputs (the logits, and what is to be remembered)."""
+    """Name, inputs and outputs, as the network's `Interface` calls them, and then what is remembered of the tokens before."""
     opset: int
     open: frozenset[str]
 
@@ -142,9 +142,9 @@ def _of(network_: _Network) -> Graph:
 
 
 def export(model: PreTrainedModel) -> Graph:
-    """The graph from tokens, int64 (batch, sequence), to logits, float32 (batch, sequence, vocabulary), and for block i with an
-    attention from `past_key_values.i.key` and `.value`, float32 (batch, heads, past, numbers), to `present.i.key` and `.value`, past and
-    sequence together.
+    """The graph from what the network reads to what comes out, for any number of segments of any length. Where the network remembers,
+    for block i with an attention also from `past_key_values.i.key` and `.value`, float32 (batch, heads, past, numbers), to
+    `present.i.key` and `.value`, past and sequence together.
 
     `model` may have its parameters on the meta device; its ties are restored. Raises `ExportError`, and `RuntimeMissingError` without onnx.
     """
@@ -171,21 +171,24 @@ def export(model: PreTrainedModel) -> Graph:
     return _bare(onnx_ir.to_proto(made), names)
 
 
-class _Logits(nn.Module):
-    """From tokens, and the keys and values of those before, to logits and the keys and values of all. `blocks`: whose they are."""
+class _Answer(nn.Module):
+    """From what the network reads, in the order of its interface, and the keys and values of the tokens before, to what comes out and the
+    keys and values of all. `names`: of what is read; `blocks`: whose keys and values they are."""
 
-    def __init__(self, network: PreTrainedModel, blocks: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, interface: Interface, names: Sequence[str], blocks: Sequence[int]) -> None:
         super().__init__()
-        self.network, self.blocks = network, tuple(blocks)
+        self.network, self.interface, self.names, self.blocks = model, interface, tuple(names), tuple(blocks)
 
-    def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         if not self.blocks:
-            return (self.network(input_ids=input_ids, use_cache=False).logits,)
+            given = dict(zip(self.names, tensors, strict=True))
+            return (getattr(self.network(**given, **self.interface.settings()), self.interface.output),)
+        tokens, *past = tensors
         length = past[0].shape[-2]
-        given = dict(zip(self.blocks, zip(past[::2], past[1::2], strict=True), strict=True))
-        layers = [_Layer(length, given.get(index)) for index in range(self.network.config.num_hidden_layers)]
-        logits = network.with_cache(self.network, input_ids, Cache(layers=layers)).logits
-        return logits, *(tensor for index in self.blocks for tensor in (layers[index].keys, layers[index].values))
+        held = dict(zip(self.blocks, zip(past[::2], past[1::2], strict=True), strict=True))
+        layers = [_Layer(length, held.get(index)) for index in range(self.network.config.num_hidden_layers)]
+        found = getattr(network.with_cache(self.network, tokens, Cache(layers=layers)), self.interface.output)
+        return found, *(tensor for index in self.blocks for tensor in (layers[index].keys, layers[index].values))
 
 
 class _Layer(DynamicLayer):
@@ -194,8 +197,10 @@ class _Layer(DynamicLayer):
 
     def __init__(self, length: int, held: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
-        self._length, self.is_initialized = length, held is not None
-        self.keys, self.values = held or (None, None)
+        self._length = length
+        if held is not None:
+            self.keys, self.values = held
+            self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -209,6 +214,8 @@ class _Layer(DynamicLayer):
 
 def _remembered(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
     """{block with an attention: heads of its keys and values, numbers in each}; empty where nothing is known of them."""
+    if not interface_of(model.config).remembers:
+        return {}
     removed = {module.layer_idx for module in model.modules() if isinstance(module, NoAttention)}
     cache = DynamicCache()
     try:
@@ -234,27 +241,30 @@ def _hollow(model: PreTrainedModel) -> dict[str, str]:
 
 def _exported(model: PreTrainedModel, remembered: Mapping[int, tuple[int, int]]) -> Any:
     """What torch makes of it, as onnx_ir keeps a model."""
+    interface = interface_of(model.config)
     batch, sequence, before = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
+    read = interface.tensors(interface.example(model.config, *_EXAMPLE))
     names = [(index, part) for index in remembered for part in ("key", "value")]
     past = [torch.zeros(_EXAMPLE[0], heads, _EXAMPLE_PAST, size) for heads, size in remembered.values() for _ in ("key", "value")]
+    free = [{dim: (batch, sequence)[dim] for dim in interface.free} for _ in read] + [{0: batch, 2: before} for _ in past]
     try:
         with network.quiet(), _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
-                _Logits(model, list(remembered)),
-                (torch.zeros(_EXAMPLE, dtype=torch.int64), past),
+                _Answer(model, interface, list(read), list(remembered)),
+                (*read.values(), *past),
                 dynamo=True,
                 verbose=False,
                 optimize=False,
-                input_names=[TOKENS, *(f"{PAST}.{index}.{part}" for index, part in names)],
-                output_names=[LOGITS, *(f"{PRESENT}.{index}.{part}" for index, part in names)],
-                dynamic_shapes=({0: batch, 1: sequence}, [{0: batch, 2: before} for _ in past]),
+                input_names=[*read, *(f"{PAST}.{index}.{part}" for index, part in names)],
+                output_names=[interface.output, *(f"{PRESENT}.{index}.{part}" for index, part in names)],
+                dynamic_shapes=(tuple(free),),
             )
     except Exception as error:  # the exporter fails in many ways, and each is a finding about this network
         reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(reason) from error
     assert program is not None
-    if any(isinstance(value.shape[axis], int) for value in program.model.graph.inputs for axis in (0, len(value.shape) // 2)):
-        raise ExportError("it takes as many texts and tokens as it was exported with, and no others")
+    if any(isinstance(value.shape[dim], int) for value, own in zip(program.model.graph.inputs, free, strict=True) for dim in own):
+        raise ExportError("it takes as many segments and tokens as it was exported with, and no others")
     return program.model
 
 

@@ -1,6 +1,6 @@
 """ONNX Runtime: a folder with one graph of any mixture of 2, 4 and 8 bits, run by its kernels for small integers.
 
-The graph is what torch exports of the network: tokens in, logits out, any batch and length, no cache. Parameters that
+The graph is what torch exports of the network: see `onnx_graph`. Parameters that
 nobody decides about are kept in float32.
 """
 
@@ -101,6 +101,8 @@ class OnnxRuntime(CutTarget):
             return Place(replace(weights[name], shape=(rows, columns)), graph)
 
         def bytes_(name: str, shape: torch.Size, format_: str) -> tuple[int, int]:
+            if name not in graph.open:
+                return 0, 0
             slots = place(name, shape).slots(format_) if name in weights else (Slot(name, torch.float32, tuple(shape)),)
             size = place(name, shape).bytes_(format_) if name in weights else slots[0].bytes_
             return size, sum(slot.data_bytes for slot in slots)

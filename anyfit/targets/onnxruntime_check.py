@@ -13,16 +13,18 @@ from torch import Tensor
 
 from anyfit.core.files import is_full
 from anyfit.elastic.extracted import Extracted, InMemory
+from anyfit.interface import interface_of
 from anyfit.targets import onnx_file, onnxruntime_session
 from anyfit.targets.base import Check
 from anyfit.targets.onnx_file import GRAPH, NUMBERS, Layout
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot
+from anyfit.tasks import task_of
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
-LOGITS_BAR, LOGITS_SHARE = 1e-3, 1e-4
-"""Largest difference of a logit where nothing is rounded on the way; where logits are large, this share of the largest."""
+OUTPUTS_BAR, OUTPUTS_SHARE = 1e-3, 1e-4
+"""Largest difference of an output where nothing is rounded on the way; where outputs are large, this share of the largest."""
 SEGMENTS, LENGTH = 2, 128
 STEPS = 8
 """Tokens that are also run one after the other."""
@@ -125,25 +127,24 @@ def _required_equal(name: str, values: np.ndarray, model: Extracted | InMemory) 
 
 
 def _outputs(path: Path, model: Extracted | InMemory, tokens: Tensor) -> str:
-    """Logits where nothing is rounded on the way against the extracted model's; divergence of what people run."""
+    """Outputs where nothing is rounded on the way against the extracted model's; how far off is what people run."""
     if find_spec("onnxruntime") is None:
         return "skipped: onnxruntime is not installed (pip install 'anyfit[onnxruntime]')"
     if problem := model.too_large():
         return f"skipped: {problem}"
-    expected = model.logits(tokens)(tokens)
-    exact = onnxruntime_session.logits(path, tokens, exact=True)
-    difference, bar = float((exact - expected).abs().max()), max(LOGITS_BAR, LOGITS_SHARE * float(expected.abs().max()))
-    found = f"largest difference of a logit {difference:.1e} (bar {bar:.0e}) in float32"
+    interface, task = interface_of(model.config), task_of(model.config)
+    expected = model.outputs(tokens)
+    exact, answers = onnxruntime_session.outputs(path, interface, tokens, exact=True), expected(tokens)
+    difference, bar = float((exact - answers).abs().max()), max(OUTPUTS_BAR, OUTPUTS_SHARE * float(answers.abs().max()))
+    found = f"largest difference of {interface.output} {difference:.1e} (bar {bar:.0e}) in float32"
     if not difference <= bar:
         raise _DifferenceError(found)
     first = tokens.shape[1] - min(STEPS, tokens.shape[1] // 2)
-    stepped = onnxruntime_session.steps(path, tokens, first)
+    stepped = onnxruntime_session.steps(path, interface, tokens, first) if interface.remembers else None
     if stepped is not None:
-        difference = float((stepped - expected).abs().max())
+        difference = float((stepped - answers).abs().max())
         found += f", {difference:.1e} token by token"
         if not difference <= bar:
             raise _DifferenceError(found)
-    reference = expected.double().log_softmax(-1)
-    fast = onnxruntime_session.logits(path, tokens).double().log_softmax(-1)
-    divergence = float((reference.exp() * (reference - fast)).sum(-1).mean())
-    return f"{found}; as people run it, mean KL {divergence:.1e} nats on {tokens.numel()} tokens"
+    fast = task.reference(expected, tokens).measured(lambda segments: onnxruntime_session.outputs(path, interface, segments))
+    return f"{found}; as people run it, {fast.distance} {fast.loss:.1e} on {tokens.numel()} tokens"

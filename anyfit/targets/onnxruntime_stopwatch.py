@@ -20,10 +20,11 @@ from anyfit.core.errors import RuntimeMissingError, UserError
 from anyfit.core.units import Weight
 from anyfit.costs.latency import DECODE, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
+from anyfit.interface import interface_of
 from anyfit.structure.cutting import sizes
 from anyfit.targets import onnx_graph, onnxruntime_session
 from anyfit.targets.onnx_file import GRAPH, NUMBERS, Layout, Place
-from anyfit.targets.onnx_graph import TOKENS, Graph
+from anyfit.targets.onnx_graph import Graph
 from anyfit.targets.safetensors_file import Slot, write_file
 
 
@@ -40,8 +41,6 @@ class OnnxRuntimeStopwatch(Stopwatch):
 
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
         """See `Stopwatch.ready`. Raises `UserError` for the decode phase of a network whose cache can't be exported."""
-        from onnxruntime import OrtValue
-
         graph = self._graph(model)
         if setting.phase == DECODE and not graph.remembers and _has_attention(model):
             raise UserError("torch can't export this network's cache to ONNX, so there is no decode phase.", remedy="Measure prefill.")
@@ -49,19 +48,20 @@ class OnnxRuntimeStopwatch(Stopwatch):
         (folder / GRAPH).write_bytes(layout.content)
         write_file(folder / NUMBERS, layout.slots, _numbers(layout))
         session = onnxruntime_session.opened(folder, threads=threads)
-        tokens = torch.arange(setting.batch * setting.sequence).reshape(setting.batch, -1) % model.config.vocab_size
+        interface = interface_of(model.config)
+        segments = interface.example(model.config, setting.batch, setting.sequence)
         outputs = [item.name for item in session.get_outputs()]
-        inputs = _placed(onnxruntime_session.feed(session, tokens.numpy()))
+        inputs = _placed(onnxruntime_session.feed(session, interface, segments))
         if setting.phase == DECODE:
             given = session.run_with_ort_values(outputs, inputs)
-            last = OrtValue.ortvalue_from_numpy(tokens[:, -1:].contiguous().numpy())
-            inputs = {TOKENS: last, **onnxruntime_session.after(session, given)}
+            last = _placed(onnxruntime_session.feed(session, interface, segments[:, -1:].contiguous()))
+            inputs = last | onnxruntime_session.after(session, given)
         return lambda: session.run_with_ort_values(outputs, inputs)
 
     def _graph(self, model: PreTrainedModel) -> Graph:
         """Exporting takes seconds. Where graphs of two widths are the same, so are those of all others."""
-        config = model.config.to_dict()
-        width = config.pop("intermediate_size")
+        width, config = sizes(model, architecture_of(model))[0].channels, model.config.to_dict()
+        config.pop("per_layer_config", None)  # told by the modules, too
         modules = [(name, type(module).__name__) for name, module in model.named_modules()]
         shapes = [(name, [None if size == width else size for size in tensor.shape]) for name, tensor in model.named_parameters()]
         known = self._graphs.setdefault(json.dumps([modules, shapes, config], default=str, sort_keys=True), {})

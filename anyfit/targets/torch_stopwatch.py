@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from anyfit import network
 from anyfit.costs.latency import PREFILL, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
+from anyfit.interface import interface_of
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -24,9 +25,10 @@ class TorchStopwatch(Stopwatch):
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
         _fill(model)
         model.to(_DTYPES[format_])
-        tokens = torch.arange(setting.batch * setting.sequence).reshape(setting.batch, -1) % model.config.vocab_size
+        interface = interface_of(model.config)
+        tokens = interface.example(model.config, setting.batch, setting.sequence)
         if setting.phase == PREFILL:
-            return lambda: _logits(model, tokens)
+            return torch.no_grad()(lambda: interface(model, tokens))
         cache = DynamicCache(config=model.config)
         _logits(model, tokens, cache)
 
@@ -38,7 +40,7 @@ class TorchStopwatch(Stopwatch):
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache | None = None) -> Tensor:
+def _logits(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache) -> Tensor:
     found: Tensor = network.with_cache(model, tokens, cache).logits
     return found
 

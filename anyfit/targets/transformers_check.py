@@ -15,19 +15,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.files import is_full
-from anyfit.elastic.extracted import Extracted
+from anyfit.elastic.extracted import Extracted, InMemory
+from anyfit.interface import interface_of
 from anyfit.targets import transformers_reader
 from anyfit.targets.base import Check
 from anyfit.targets.hub_layout import DTYPES, Layout, Place
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot
 
-LOGITS_BAR = 1e-4
-"""Largest difference of a logit. The weights are equal to the bit; threads may add them up in another order."""
+OUTPUTS_BAR = 1e-4
+"""Largest difference of an output. The weights are equal to the bit; threads may add them up in another order."""
 PROBE = "def anyfit(x):\n    return 'ünïcode', [1, 2.5]\n"
 """What both tokenizers are asked to read."""
 
@@ -96,32 +97,33 @@ def _loads(
     if problem := model.too_large():
         return (Check("transformers", True, f"skipped: {problem}"),)
     plugin = layout.needs.plugin if coded else ""
-    found = read(path, tokens, layout.environment(), trust=source.trust_remote_code, plugin=plugin)
+    found = read(path, source.config, tokens, layout.environment(), trust=source.trust_remote_code, plugin=plugin)
     if isinstance(found, Check):
         return (found,)
     names = [name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)]
-    return compare(*found, source, {name: model.parameter(name) for name in names}, model.logits(tokens)(tokens))
+    return compare(*found, source, {name: model.parameter(name) for name in names}, model.outputs(tokens)(tokens))
 
 
 def cut_checks(path: Path, source: Source, model: PreTrainedModel, tokens: Tensor) -> tuple[Check, ...]:
     """See `CutTarget.check_cut`. Where blocks differ the folder holds code of ours, which the reader is told to run."""
-    found = read(path, tokens, {}, trust=source.trust_remote_code or any(path.glob("*.py")))
+    found = read(path, source.config, tokens, {}, trust=source.trust_remote_code or any(path.glob("*.py")))
     if isinstance(found, Check):
         return (found,)
-    with torch.inference_mode():
-        logits = model(input_ids=tokens, use_cache=False).logits
-    return compare(*found, source, dict(model.named_parameters(remove_duplicate=False)), logits)
+    expected = InMemory(model).outputs(tokens)(tokens)
+    return compare(*found, source, dict(model.named_parameters(remove_duplicate=False)), expected)
 
 
 def read(
-    path: Path, tokens: Tensor, environment: Mapping[str, str], *, trust: bool, plugin: str = ""
+    path: Path, config: PretrainedConfig, tokens: Tensor, environment: Mapping[str, str], *, trust: bool, plugin: str = ""
 ) -> tuple[Mapping[str, Any], Tensor] | Check:
-    """What `transformers_reader.read` finds in another process with these settings besides, and its logits of the tokens; a failed check
-    where it doesn't load. `plugin`: a module that is imported first."""
+    """What `transformers_reader.read` finds in another process with these settings besides, and what comes out for the tokens; a failed
+    check where it doesn't load. `config`: the original's. `plugin`: a module that is imported first."""
+    interface = interface_of(config)
     with tempfile.TemporaryDirectory() as folder:
-        save_file({"tokens": tokens.contiguous()}, Path(folder, "tokens.safetensors"))
-        arguments = [str(path), f"{folder}/tokens.safetensors", f"{folder}/out", PROBE, str(torch.get_num_threads())]
-        arguments += ["trust" if trust else "no", *([plugin] if plugin else [])]
+        save_file({name: tensor.contiguous() for name, tensor in interface.tensors(tokens).items()}, Path(folder, "in.safetensors"))
+        probe = PROBE if interface.words else ""
+        arguments = [str(path), f"{folder}/in.safetensors", f"{folder}/out", probe, str(torch.get_num_threads())]
+        arguments += ["trust" if trust else "no", interface.auto, interface.output, *([plugin] if plugin else [])]
         # -P keeps anyfit's own folder, where the program lies, from being searched for modules
         command = [sys.executable, "-P", transformers_reader.__file__, *arguments]
         ran = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
@@ -129,29 +131,31 @@ def read(
             last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
             return Check("transformers", False, f"from_pretrained failed: {last}")
         report = json.loads(Path(folder, "out.json").read_text(encoding="utf-8"))
-        logits = load_file(Path(folder, "out.safetensors"))["logits"]
+        outputs = load_file(Path(folder, "out.safetensors"))["outputs"]
     assert plugin or not report["anyfit"], "the reader must not need anyfit"
-    return report, logits
+    return report, outputs
 
 
 def compare(
-    report: Mapping[str, Any], logits: Tensor, source: Source, parameters: Mapping[str, Tensor], expected: Tensor
+    report: Mapping[str, Any], outputs: Tensor, source: Source, parameters: Mapping[str, Tensor], expected: Tensor
 ) -> tuple[Check, ...]:
-    """What was read, against the extracted model's `parameters` by name, its logits, and the original's tokenizer."""
+    """What was read, against the extracted model's `parameters` by name, what comes out of it, and the original's tokenizer."""
     own = {name: transformers_reader.digest(parameter) for name, parameter in parameters.items()}
     wrong = sorted(name for name, digest in own.items() if report["digests"].get(name) != digest)
-    difference = float((expected - logits).abs().max())
-    same_tokens = report["text"] == source.tokenizer()(PROBE)["input_ids"]
+    difference = float((expected - outputs).abs().max())
+    interface = interface_of(source.config)
     complaints = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in report["complaints"].items())
     loaded = "loaded in another process, every parameter equal to the bit"
+    tokenizers = (_same_tokens(report, source),) if interface.words else ()
     return (
         Check(
             "transformers", not wrong and not complaints, f"differ: {', '.join(wrong[:5])} {complaints}" if wrong or complaints else loaded
         ),
-        Check("logits", difference <= LOGITS_BAR, f"largest difference {difference:.1e} (bar {LOGITS_BAR:.0e})"),
-        Check(
-            "tokenizer",
-            same_tokens,
-            "loads and reads a probe text as the original's does" if same_tokens else "reads a probe text otherwise",
-        ),
+        Check(interface.output, difference <= OUTPUTS_BAR, f"largest difference {difference:.1e} (bar {OUTPUTS_BAR:.0e})"),
+        *tokenizers,
     )
+
+
+def _same_tokens(report: Mapping[str, Any], source: Source) -> Check:
+    same = report["text"] == source.tokenizer()(PROBE)["input_ids"]
+    return Check("tokenizer", same, "loads and reads a probe text as the original's does" if same else "reads a probe text otherwise")

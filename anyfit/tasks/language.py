@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
-from transformers import PreTrainedModel
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import ModelError
+from anyfit.tasks import base
+from anyfit.tasks.base import KEPT_BYTES, Figure, Outputs, Task, plus_minus, plus_minus_percent
 
 Logits = Callable[[Tensor], Tensor]
 """Tokens (segments, length) int64 to the logits of each next token, (segments, length, vocabulary)."""
 
-KEPT_BYTES = 1 << 28
-"""Reference distributions are kept up to this size; beyond it the original runs again for each measurement."""
+POSITIONS_AT_ONCE = 256
+"""Predictions that are made together where all their logits are needed at once."""
 _BATCH_BYTES = 1 << 27
 _CHUNK_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
-class Quality:
+class Quality(base.Quality):
     """Figures over `num_tokens` predictions in `num_segments` segments of held-out text.
 
     Divergences are KL(original || model) per token in nats. Standard errors are over segments, and NaN for a
@@ -40,21 +41,47 @@ class Quality:
     kl_p99: float
     top1: float
     top1_stderr: float
-    num_tokens: int
-    num_segments: int
 
-    def to_json(self) -> dict[str, float | int | None]:
-        """NaN, which JSON hasn't, becomes null."""
-        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
+    task = "language"
+    distance = "KL to the original"
+    about = "mean KL divergence of the next token, nats"
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Quality:
-        values: dict[str, Any] = {f.name: math.nan if data[f.name] is None else data[f.name] for f in fields(cls)}
-        return cls(**values)
+    @property
+    def loss(self) -> float:
+        return self.kl_mean
+
+    @property
+    def loss_stderr(self) -> float:
+        return self.kl_stderr
+
+    @property
+    def own(self) -> tuple[str, str]:
+        return "perplexity", f"{self.perplexity:.2f}"
+
+    def columns(self) -> dict[str, str]:
+        return {
+            self.distance: plus_minus(self.kl_mean, self.kl_stderr),
+            "perplexity": f"{self.perplexity:.2f}",
+            "top-1": plus_minus_percent(self.top1, self.top1_stderr),
+        }
+
+    def figures(self, original: base.Quality) -> list[Figure]:
+        assert isinstance(original, Quality)
+        return [
+            Figure(
+                "perplexity",
+                plus_minus(original.perplexity, original.perplexity_stderr),
+                plus_minus(self.perplexity, self.perplexity_stderr),
+            ),
+            Figure(f"{self.distance}, mean (nats per token)", "0", plus_minus(self.kl_mean, self.kl_stderr)),
+            Figure("KL, median", "0", f"{self.kl_median:.3g}"),
+            Figure("KL, 99th percentile", "0", f"{self.kl_p99:.3g}"),
+            Figure("same likeliest token as the original", "100 %", plus_minus_percent(self.top1, self.top1_stderr)),
+        ]
 
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(base.Reference):
     """What the original predicts on `tokens`, (segments, length) int64.
 
     `log_probs`, (segments, length - 1, vocabulary) float32, are None where they would take too much memory: then
@@ -93,6 +120,12 @@ class Reference:
             original=model if isinstance(model, nn.Module) else None,
         )
 
+    def measured(self, outputs: PreTrainedModel | Logits) -> Quality:
+        return measure(outputs, self)
+
+    def loss(self, outputs: PreTrainedModel | Logits) -> float:
+        return kl(outputs, self)
+
     def expected(self, segments: Tensor) -> Tensor:
         """The original's log-probabilities for these `segments` (n,) of the tokens, (n, length - 1, vocabulary) float32."""
         if self.log_probs is not None:
@@ -104,12 +137,6 @@ class Reference:
         """Mean KL per token in nats of `logits` (n, length, vocabulary) for these segments, to be differentiated."""
         expected, log_probs = self.expected(segments).to(logits.device), logits[:, :-1].float().log_softmax(-1)
         return kl_div(log_probs, expected, log_target=True, reduction="sum") / expected[..., 0].numel()
-
-
-def kept_bytes(num_tokens: int, vocabulary: int) -> int:
-    """Memory that a reference over this much text takes: its distributions, or one batch of them."""
-    whole = 4 * num_tokens * vocabulary
-    return whole if whole <= KEPT_BYTES else _BATCH_BYTES
 
 
 def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> Quality:
@@ -215,3 +242,33 @@ def _stderr(values: Tensor, num_segments: int) -> float:
     if num_segments < 2:
         return math.nan
     return float(values.reshape(num_segments, -1).mean(1).std()) / math.sqrt(num_segments)
+
+
+class Language(Task):
+    quality = Quality
+
+    def reference(self, outputs: PreTrainedModel | Outputs, segments: Tensor, *, kept_bytes: int = KEPT_BYTES) -> Reference:
+        return Reference.of(outputs, segments, kept_bytes=kept_bytes)
+
+    def memory(self, num_tokens: int, config: PretrainedConfig) -> int:
+        """Its distributions, or one batch of them."""
+        whole = 4 * num_tokens * config.vocab_size
+        return whole if whole <= KEPT_BYTES else _BATCH_BYTES
+
+    def num_answers(self, segments: Tensor) -> int:
+        return segments[:, 1:].numel()
+
+    def pull(self, run: Outputs, hidden: Tensor, segment: Tensor, seed: int) -> Tensor:
+        """Of the log-likelihood of labels drawn from the network's own distribution: the KL has the curvature of the Fisher information."""
+        generator, parts = torch.Generator().manual_seed(seed), []
+        for some in hidden[:, :-1].split(POSITIONS_AT_ONCE, 1):
+            some = some.clone().requires_grad_()
+            logits = run(some)[0].float()
+            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
+            assert some.grad is not None
+            parts.append(some.grad)
+        return torch.cat([*parts, torch.zeros_like(hidden[:, -1:])], 1)
+
+
+TASK = Language()

@@ -3,14 +3,74 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
-from anyfit.importance.base import Importance, damped
+from anyfit.architectures import architecture_of
+from anyfit.core.config import HEADS, WIDTH
+from anyfit.importance.base import Importance, NetworkImportance, damped
+from anyfit.modeling_cut import spread
+from anyfit.progress import Silent
+from anyfit.structure.cutting import rows_of
+from anyfit.structure.space import structures
+from anyfit.testing.models import tiny_model
 
 
-def check_importance(importance: Importance) -> None:
-    """Raises AssertionError where the importance breaks its contract, for single columns and for wider structures."""
+def check_importance(importance: Importance | NetworkImportance) -> None:
+    """Raises AssertionError where the importance breaks its contract: one of matrices, for single columns and for wider structures; one of
+    networks, for several kinds of these."""
+    if isinstance(importance, NetworkImportance):
+        for kind in ("llama", "gpt2", "opt"):
+            _check_scores(importance, kind)
+        scores = torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        order = importance.of(scores).order(torch.ones(2, 60), torch.eye(60), 1)
+        assert torch.equal(order, scores.argsort(descending=True)) and importance.of(scores).repairs == importance.repairs
+        return
     for size in (1, 3):
         _check(importance, size)
+
+
+def _check_scores(importance: NetworkImportance, kind: str) -> None:
+    """Of a network in which a group of heads and a channel do nothing."""
+    model = tiny_model(kind, num_hidden_layers=2).requires_grad_(False)
+    architecture = architecture_of(model)
+    found = structures(model, architecture, list(architecture.weights(model)))
+    tokens = torch.randint(512, (3, 24), generator=torch.Generator().manual_seed(0))
+    heads, width = (next(s for s in found.values() if s.axis == axis and s.reader.block == 0) for axis in (HEADS, WIDTH))
+    for structure in (heads, width):
+        _columns(model, structure.reader.name, structure.reader.transposed)[:, : structure.size] = 0
+    before, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    scores = importance.scores(model, architecture, found, tokens, Silent())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "the model isn't changed"
+    assert torch.equal(torch.get_rng_state(), state), "nor is the global random state"
+    assert scores.keys() == found.keys()
+    for name, structure in found.items():
+        assert scores[name].shape == (structure.num,) and scores[name].dtype == torch.float64, name
+        assert scores[name].isfinite().all() and (scores[name] >= 0).all(), name
+    for structure in (heads, width):
+        own = scores[structure.reader.name]
+        assert own[0] <= 1e-6 * own.max() and own.max() > 0, "what does nothing costs nothing"
+    again = importance.scores(model, architecture, found, tokens, Silent())
+    assert all(torch.equal(again[name], own) for name, own in scores.items()), "the same in, the same out"
+    moved = torch.arange(width.num).flip(0)
+    rows = rows_of(model, architecture, width.reader, moved)
+    for name, which in rows.items():
+        parameter, turned = model.get_parameter(name), any(w.name == name and w.transposed for w in width.rest)
+        parameter.data = parameter.data[:, which].contiguous() if turned else parameter.data[which].contiguous()
+        bias = model.get_submodule(name.removesuffix(".weight")).bias
+        if isinstance(bias, torch.Tensor):
+            bias.data = bias.data[which].contiguous()
+    columns = _columns(model, width.reader.name, width.reader.transposed)
+    columns.copy_(columns[:, spread(moved, width.size)].clone())
+    others = importance.scores(model, architecture, found, tokens, Silent())
+    for name, own in others.items():
+        expected = scores[name][moved] if name == width.reader.name else scores[name]
+        assert torch.allclose(own, expected, rtol=2e-2, atol=1e-4 * float(expected.max())), "no structure is preferred for its place"
+
+
+def _columns(model: PreTrainedModel, name: str, transposed: bool) -> torch.Tensor:
+    """A matrix (outputs, inputs), which may be written to."""
+    matrix = model.get_parameter(name).data
+    return matrix.T if transposed else matrix
 
 
 def _check(importance: Importance, size: int) -> None:

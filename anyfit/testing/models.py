@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from anyfit.interface import LANGUAGE, interface_of
 
 HIDDEN, VOCABULARY, POSITIONS = 256, 512, 512
 _SIZES = {
@@ -35,13 +39,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 512},
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": HIDDEN, "init_std": HIDDEN**-0.5},
     "phi3": {**_GROUPED, "original_max_position_embeddings": POSITIONS},
+    "bert": {"intermediate_size": 512, "pad_token_id": 0},
+    "vit": {"intermediate_size": 512, "image_size": 32, "patch_size": 8, "num_labels": 10},
 }
 MODEL_TYPES = tuple(_FAMILIES)
 """Every kind that `tiny_model` is sized for. Other kinds of transformers work where they know the common names."""
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random causal language model of the real class: 2 blocks, hidden size 256, float32, in evaluation mode.
+    """A random network of the real class, a causal language model or an encoder: 2 blocks, hidden size 256, float32, in evaluation mode.
 
     Row lengths are multiples of 256, so that every format applies. Norm weights and biases are random too, so
     that one that is lost or swapped changes the outputs. `overrides` are fields of the configuration.
@@ -52,7 +58,7 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
     config = AutoConfig.for_model(model_type, **{**_SIZES, **_FAMILIES.get(model_type, {}), **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = getattr(transformers, interface_of(config).auto).from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn(parameter.shape)
@@ -100,5 +106,11 @@ def save_tiny(folder: Path | str, model_type: str = "llama", **overrides: Any) -
     folder = Path(folder)
     model = tiny_model(model_type, **overrides)
     model.save_pretrained(folder)
-    tiny_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    if not interface_of(model.config).words:
+        return folder
+    tokenizer = tiny_tokenizer(model.config.vocab_size)
+    if interface_of(model.config) is not LANGUAGE:  # an encoder's puts tokens around every text
+        around = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+        tokenizer.backend_tokenizer.post_processor = around
+    tokenizer.save_pretrained(folder)
     return folder

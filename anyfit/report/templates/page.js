@@ -50,10 +50,10 @@
     ["x1", "x2"].forEach((end) => document.getElementById("cursor").setAttribute(end, mark.dataset.x));
     document.getElementById("size").textContent = row.size;
     document.getElementById("figures").replaceChildren(
-      tile("bits per weight", row.bits), tile("KL to the original", row.kl), tile("perplexity", row.perplexity), tile("same likeliest token", row.top1),
+      tile("bits per weight", row.bits), ...row.figures.map(([name, value]) => tile(name, value)),
     );
     document.getElementById("command").textContent = row.frontier
-      ? `anyfit export FAMILY --budget ${row.bytes}B -o OUTPUT`
+      ? `anyfit export FAMILY --budget ${row.budget} -o OUTPUT`
       : `${row.uniform ? "uniform " + row.uniform : "this mix"}: the frontier has one that is no larger and closer to the original`;
     document.getElementById("shares").replaceChildren(...shares(row.choices));
     document.querySelectorAll("[data-unit]").forEach((cell) => {

@@ -1,0 +1,204 @@
+"""What is kept of an encoder once it is fast: embeddings, and what can be told from them, against uniform pruning and a peer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peers.presets import BENCHMARKS
+from pruned import THREADS, Subject, families, side_by_side, write
+from safetensors.torch import load_file
+from table import Row, Section
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anyfit import Family
+from anyfit.architectures import architecture_of
+from anyfit.costs.latency import ATTENTION, FEED_FORWARD, LatencyTable
+from anyfit.structure.cutting import Kept, cut, sizes
+from anyfit.targets import targets
+from anyfit.targets.base import Cut, CutTarget
+from anyfit.tasks import task_of
+from anyfit.tasks.embedding import embedded
+
+FASTER = (1.5, 2.0)
+SAME = 1.02
+"""Times as long, at most, as who is compared."""
+PEER = "torchpruning"
+RATIOS = tuple(round(0.02 * step, 2) for step in range(13, 32))
+SCOPES = {"layer": "each layer", "network": "of all"}
+"""What its ratio is of."""
+NUM_TRAIN, NUM_DEV, DECAY = 4000, 3000, 1e-3
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One pruned network, and what its table says that it takes."""
+
+    name: str
+    model: PreTrainedModel
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """SST-2 by a linear classifier of embeddings: sentences and labels, for training and for what is reported."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[tuple[str, int]]
+    dev: Sequence[tuple[str, int]]
+
+    @classmethod
+    def read(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Probe:
+        """Drawn from ALPS's split of the official training set."""
+        found = []
+        for name, number in (("train", NUM_TRAIN), ("dev", NUM_DEV)):
+            lines = (folder / f"sst2-{name}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+            rows = [(sentence.strip(), int(label)) for sentence, _, label in (line.rpartition("\t") for line in lines)]
+            found.append([rows[index] for index in np.random.default_rng(0).permutation(len(rows))[:number].tolist()])
+        return cls(tokenizer, *found)
+
+    def accuracy(self, model: PreTrainedModel) -> float:
+        """Logistic regression on what this model makes of the training sentences, right on the others."""
+        inputs, labels = (
+            torch.cat(parts)
+            for parts in zip(*((self._embedded(model, rows), _labels(rows)) for rows in (self.train, self.dev)), strict=True)
+        )
+        train = slice(0, len(self.train))
+        mean, std = inputs[train].mean(0), inputs[train].std(0).clamp_min(1e-6)
+        inputs = torch.cat([(inputs - mean) / std, torch.ones(len(inputs), 1)], 1)
+        weights = torch.zeros(inputs.shape[1], 2, requires_grad=True)
+        solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            value = cross_entropy(inputs[train] @ weights, labels[train]) + DECAY * weights.square().sum()
+            value.backward()
+            return value
+
+        solver.step(loss)
+        right = (inputs[len(self.train) :] @ weights).argmax(1) == labels[len(self.train) :]
+        return float(right.float().mean())
+
+    def _embedded(self, model: PreTrainedModel, rows: Sequence[tuple[str, int]]) -> Tensor:
+        """Those of one length together, so that little is padded."""
+        ids = [self.tokenizer(sentence)["input_ids"] for sentence, _ in rows]
+        order, found = sorted(range(len(ids)), key=lambda index: len(ids[index])), {}
+        for start in range(0, len(order), 64):
+            part = order[start : start + 64]
+            longest = len(ids[part[-1]])
+            segments = torch.tensor([ids[index] + [-1] * (longest - len(ids[index])) for index in part])
+            found |= dict(zip(part, embedded(model, segments), strict=True))
+        return torch.stack([found[index] for index in range(len(ids))])
+
+
+def _labels(rows: Sequence[tuple[str, int]]) -> Tensor:
+    return torch.tensor([label for _, label in rows])
+
+
+def retained(subject: Subject, assets: Path, environments: Path | None) -> Section:
+    """At each speed-up: the searched network, the best uniform one and the peer's best, all within the same predicted time."""
+    setting = subject.settings[0]
+    family, table, folder = families(subject, *setting)
+    original, text = family.extract(family.space.largest()), family.text()["report"]
+    reference = task_of(family.source.config).reference(original, text)
+    probe = Probe.read(assets / "nlp-eval", family.source.tokenizer())
+    peers = _peers(subject, environments, folder / PEER, table) if environments else {}
+    rows = [Row(("", "the original", "", "1", f"{probe.accuracy(original):.1%}"))]
+    for faster in FASTER:
+        rivals = _rivals(family, table, faster, peers)
+        for number, rival in enumerate(rivals):
+            _written(family, rival, folder / f"{faster}-{number}")
+        write(family, family.space.largest(), folder / f"{faster}-whole")
+        places = [folder / f"{faster}-{number}" for number in ("whole", *range(len(rivals)))]
+        whole, *taken = side_by_side(family, places, *setting)
+        cosines = [1 - reference.loss(rival.model) for rival in rivals]
+        right = [probe.accuracy(rival.model) for rival in rivals]
+        best = all(cosines[0] >= c and right[0] >= a for c, a in zip(cosines, right, strict=True)) and taken[0] <= SAME * min(taken)
+        for index, rival in enumerate(rivals):
+            cells = (
+                f"{faster:g}x",
+                rival.name,
+                f"{taken[index]:.2f} ({whole / taken[index]:.2f}x)",
+                f"{cosines[index]:.4f}",
+                f"{right[index]:.1%}",
+            )
+            rows.append(Row(cells, None if index else best))
+    remarks = [
+        f"{subject.name} in {table.device.runtime}, {THREADS} thread, batch {setting[0]}, {setting[1]} tokens. Cosine: mean agreement of "
+        f"embeddings with the original's on {len(text)} held-out sentences. SST-2: a logistic regression on embeddings of {NUM_TRAIN} "
+        f"sentences, right on {NUM_DEV} others (standard error {100 * 0.4 / NUM_DEV**0.5:.1f} points). One shot: nothing is trained.",
+        "Uniform: the best of this family's settings that keep the same share everywhere, repaired by the same least squares. "
+        "Torch-Pruning: heads and channels by its group magnitude, with one ratio for each layer or one threshold for all, whichever is "
+        "closer; the width of the network stays, as embeddings of another size couldn't be compared. Each is the largest within the "
+        "predicted time that was asked for. anyfit's row holds where no figure is below another's, and it takes at most "
+        f"{SAME - 1:.0%} longer than the fastest.",
+        *([] if environments else ["Torch-Pruning wasn't run: its environment wasn't named."]),
+    ]
+    return Section("What is kept at equal time", ("asked for", "", "ms", "cosine", "SST-2"), rows, remarks)
+
+
+def _rivals(family: Family, table: LatencyTable, faster: float, peers: Mapping[Path, float]) -> list[Rival]:
+    """anyfit's first; of the peer's the closest to the original of those that are predicted to take no longer."""
+    point = family.select(f"{faster:g}x")
+    budget = family.space.costs(family.space.largest())["ms"] / faster
+    uniform = min((p for p in family.points if p.uniform and family.size(p) <= budget), key=lambda p: p.search.loss)
+    found = [Rival("anyfit", family.extract(point.config), family.size(point))]
+    found.append(Rival(f"uniform ({uniform.uniform})", family.extract(uniform.config), family.size(uniform)))
+    largest = family.extract(family.space.largest())
+    reference = task_of(family.source.config).reference(largest, family.text()["search"])
+    rivals = []
+    for scope, about in SCOPES.items():
+        within = {path: ms for path, ms in peers.items() if ms <= budget and path.name.startswith(scope)}
+        if within:
+            path = max(within, key=lambda path: within[path])
+            model = cut_as(family.extract(family.space.largest()), load_file(path))
+            rivals.append(Rival(f"Torch-Pruning ({path.stem.partition('-')[2]}, {about})", model, within[path]))
+    return [*found, *sorted(rivals, key=lambda rival: reference.loss(rival.model))[:1]]
+
+
+def _written(family: Family, rival: Rival, path: Path) -> None:
+    def nothing(*_: object) -> Tensor:
+        raise AssertionError("all of it is in float32")
+
+    CutTarget.of(targets.get(family.target)).write_cut(path, family.source, Cut(rival.model, {}, nothing))
+
+
+def _peers(subject: Subject, environments: Path, out: Path, table: LatencyTable) -> dict[Path, float]:
+    """Everything that the peer's program makes of the network, in its own environment, with the milliseconds that each should take."""
+    python, checkpoint = (environments / PEER / "bin" / "python").absolute(), subject.checkpoint()
+    out.mkdir()
+    options = ["--model", str(checkpoint.folder.absolute()), "--out", str(out), "--ratios", json.dumps(RATIOS)]
+    variables = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run([str(python), "-m", f"peers.{PEER}", *options], check=True, cwd=out, env=variables)
+    return {path: _predicted(cut_as(checkpoint.load(), load_file(path)), table) for path in sorted(out.glob("*.safetensors"))}
+
+
+def cut_as(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The network with these tensors, cut to what they leave of its blocks."""
+    architecture, kept = architecture_of(model), []
+    for index, own in enumerate(sizes(model, architecture)):
+        block = architecture.block.format(i=index)
+        paths = {role: f"{block}.{path}.weight" for _, group in architecture.groups(index) for role, path in group.items()}
+        groups, channels = len(tensors[paths["q"]]) // (own.heads * own.head_dim), len(tensors[paths["up"]])
+        kept.append(Kept(torch.arange(groups), torch.arange(channels)))
+    cut(model, architecture, kept)
+    model.load_state_dict(dict(tensors))
+    return model
+
+
+def _predicted(model: PreTrainedModel, table: LatencyTable) -> float:
+    """By the table, between its sizes in proportion."""
+    total = table.rest("F32")
+    for own in sizes(model, architecture_of(model)):
+        for kind, size in ((ATTENTION, own.groups), (FEED_FORWARD, own.channels)):
+            known = table.sizes(kind, "F32")
+            total += float(np.interp(size, [0, *known], [0.0, *(table.ms(kind, at, "F32") for at in known)]))
+    return total
