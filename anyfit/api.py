@@ -28,6 +28,7 @@ from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
 from anyfit.formats import formats as all_formats
 from anyfit.formats.base import CastFormat
+from anyfit.gradual import GradualFit
 from anyfit.importance import importances
 from anyfit.importance.base import NetworkImportance
 from anyfit.interface import LANGUAGE, PICTURES, interface_of
@@ -62,6 +63,7 @@ class Wishes(TypedDict, total=False):
     formats: Iterable[str] | None
     recipe: str
     latency: str | Path | None
+    recover: Iterable[str] | None
     length: int | None
     segments: int | None
     effort: str
@@ -132,6 +134,7 @@ def prepare(
     formats: Iterable[str] | None = None,
     recipe: str = "gptq",
     latency: str | Path | None = None,
+    recover: Iterable[str] | None = None,
     length: int | None = None,
     segments: int | None = None,
     effort: str = Effort.NORMAL,
@@ -146,7 +149,8 @@ def prepare(
     parquet, folders of them, data sets of the hub as "hf:NAME[:CONFIG][@SPLIT]", in any mix; it is divided into text
     to calibrate with, to search with and to report on. "self", the default for other models than the embedded one, is
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
-    `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes.
+    `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes. `recover`: falling budgets such as
+    ("1.25x", "1.5x", "2x"): for each the network is cut, trained towards the original, and then pruned on for the next.
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
     `segments`: how many calibrate (default 128, of an encoder's texts or pictures 512).
     `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
@@ -174,14 +178,18 @@ def prepare(
         diligence,
         where,
         None if table is None else table.digest,
+        _recovered(method, recover),
     )
     progress = progress or Silent()
     # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
-    run = Fit(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress, group(), table)
+    kind = GradualFit if settings.recover else Fit
+    run: Fit = kind(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress, group(), table)
     reason = runtime.supports(run.source)
     if reason:
         raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
     _require_subject(method, run)
+    if isinstance(run, GradualFit):
+        run.require_budgets()
     most = num_batches(run.segments.num_segments("calibration"), length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
@@ -213,6 +221,15 @@ def _own_format(runtime: Target, checkpoint: Checkpoint) -> str:
     """The floating-point format of a runtime that is nearest to a network's own type."""
     own = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(checkpoint.dtype, "F32")
     return own if own in runtime.formats else "F32"
+
+
+def _recovered(method: Recipe, budgets: Iterable[str] | None) -> tuple[str, ...]:
+    """The budgets to cut and train for. Raises `UserError` for a recipe that doesn't."""
+    found = tuple(budgets or ())
+    if found and method.recovery is None:
+        known = ", ".join(name for name in recipes if recipes.get(name).recovery)
+        raise UserError(f"{method.name} leaves nothing out that training could make good for.", remedy=f"Take --recipe {known}.")
+    return found
 
 
 def _require_subject(method: Recipe, run: Fit) -> None:

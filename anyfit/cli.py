@@ -68,6 +68,7 @@ def plan(
     formats: options.Formats = None,
     recipe: options.RecipeName = "gptq",
     latency: options.Latency = None,
+    recover: options.Recover = None,
     budget: options.MaybeBudgets = None,
     length: options.Length = None,
     segments: options.Segments = None,
@@ -91,6 +92,7 @@ def plan(
         formats=wanted,
         recipe=recipe,
         latency=latency.expanduser() if latency else None,
+        recover=_names(recover),
         budget=budget,
         saturation=saturation,
         length=length,
@@ -132,6 +134,7 @@ def fit(
     formats: options.Formats = None,
     recipe: options.RecipeName = "gptq",
     latency: options.Latency = None,
+    recover: options.Recover = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The family's folder. Default: MODEL.family.")] = None,
     length: options.Length = None,
     segments: options.Segments = None,
@@ -164,6 +167,7 @@ def fit(
         formats=wanted,
         recipe=recipe,
         latency=latency.expanduser() if latency else None,
+        recover=_names(recover),
         output=output.expanduser() if output else None,
         length=length,
         segments=segments,
@@ -241,7 +245,8 @@ def refine(
     device: options.DeviceName = "auto",
     json_: options.Json = False,
 ) -> Answer:
-    """Solve the matrices of one size again for each other: closer to the original at the same bytes, in a minute or so."""
+    """Solve the matrices of one size again for each other: closer to the original at the same bytes, in a minute or so. Of a pruned
+    family, train them: that takes longer."""
     from anyfit.family import Family
     from anyfit.refinement import refine as refined
     from anyfit.report import summary

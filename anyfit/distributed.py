@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from anyfit.core.errors import UserError
+from anyfit.core.memory import release
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -84,20 +86,34 @@ class Group:
         found = self.gathered({index: made(item) for index, item in enumerate(items) if self.owns(index)})
         return [found[index % self.size][index] for index in range(len(items))]
 
-    def summed(self, parts: Sequence[T], made: Callable[[T], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def summed(self, parts: Sequence[T], made: Callable[[T], Mapping[str, Tensor]], *, in_step: bool = False) -> dict[str, Tensor]:
         """The sum of the float32 tensors that are made of each part, under the same names of all parts.
 
         Each part's are made by one process; they are added up in the order of the parts, so that the sum is the same to the bit in all
-        processes and for any number of them. A process holds those of one other at a time.
+        processes and for any number of them. A process holds those of one other at a time. `in_step`: what makes them is `sharded`, so a
+        process that has no part left makes the last one's, too, for nothing.
         """
         total: dict[str, Tensor] = {}
         for start in range(0, len(parts), self.size):
             own, last = start + self.rank, min(start + self.size, len(parts))
-            mine = dict(made(parts[own])) if own < last else {}
+            mine = dict(made(parts[min(own, last - 1)])) if own < last or in_step else {}
             for found in [mine] if self.alone else self._in_order(mine, last - start):
                 for name, value in found.items():
                     total[name] = total[name] + value if name in total else value
         return total
+
+    def shard(self, block: nn.Module) -> None:
+        """Keep a part of what isn't trained of a block in each process, whose parameters it has to be in. Parts are put together while the
+        block runs, forth or back, so that all processes run it at the same time from now on; never in inference mode, as the first pass
+        makes what parts are gathered into. What is trained stays whole: its gradients are `summed`, in an order of their own. On the CPU
+        only: gloo gathers in the machine's own memory."""
+        if self.alone:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        trained = {value for value in block.parameters() if value.requires_grad}
+        fully_shard(block, mesh=_mesh(self.size), reshard_after_forward=True, ignored_params=trained)
+        release()
 
     def _in_order(self, own: Mapping[str, Tensor], number: int) -> Iterator[dict[str, Tensor]]:
         """The tensors of the first `number` processes. One that has none learns their names and shapes from the first."""
@@ -108,6 +124,11 @@ class Group:
             dist.broadcast(flat, rank)
             parts = zip(known, flat.split(sizes), strict=True)
             yield {name: part.view(shape).to(where) for (name, shape, where), part in parts}
+
+
+@cache
+def _mesh(size: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (size,))
 
 
 ALONE = Group()

@@ -43,6 +43,7 @@ from anyfit.quantizers import aqlm
 from anyfit.quantizers.worker import Workers, num_workers
 from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
+from anyfit.scores.table import Table
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.structure.levels import kept_of
 from anyfit.structuring import Structuring
@@ -152,7 +153,12 @@ def _whole_matrices(run: Fit) -> int:
 
 def _takes_all(run: Fit) -> bool:
     """Whether some stage has the whole network in memory."""
-    return run.effort.refines or bool(run.segments.num_pending) or run.recipe.training is not None or _scores_whole(run) is not None
+    return (
+        run.effort.refines
+        or bool(run.segments.num_pending or run.settings.recover)
+        or run.recipe.training is not None
+        or _scores_whole(run) is not None
+    )
 
 
 def _scores_whole(run: Fit) -> NetworkImportance | None:
@@ -172,8 +178,17 @@ def _in_memory(run: Fit) -> int:
     variants = sum(len(decision.choices) * decision.unit.num_weights for decision in decisions)
     # Tuning holds levels, a buffer, squares, values, gradients and what they are made of, of one format at a time.
     each = 12 * model if isinstance(run.recipe.training, (Tuning, Nesting)) else 4 * model + 2 * variants
-    training = each if run.recipe.training else 0
-    return model + max(writing, refining, training)
+    training = model + each if run.recipe.training else 0
+    if run.shards:
+        # Codes and what blocks take are shared out, but for one block at a time; adapters, scales and what is outside are in each process.
+        blocks = Counter[int | None]()
+        for weight in run.weights:
+            blocks[weight.block] += 4 * weight.num_weights * (weight.block is not None)
+        inside = sum(blocks.values())
+        training = 5 * (model - inside) + 3 * max(blocks.values()) + variants + (5 * inside + variants) // run.group.size
+    # Recovery holds what is trained, its gradients, two averages of them, and what they are added up in.
+    recovery = 5 * model if run.settings.recover else 0
+    return max(model + max(writing, refining, recovery), training)
 
 
 def _variants(run: Fit, decision: Decision) -> int:
@@ -359,12 +374,25 @@ def _training(run: Fit) -> int:
     """Tokens of training, as forward passes: the original's, and three of the network for each config of a step."""
     how = run.recipe.training
     if how is None:
-        return 0
+        return _recovery(run)
     settings = how.settings_for(run.effort)
     decisions, step = decided(run.space, how), settings.batch_size * min(WINDOW, run.settings.length)
     if isinstance(how, Tuning):
         formats = {choice.name for decision in decisions for choice in decision.choices}
         return 5 * len(formats) * settings.num_steps * step
     decisions = nested(decisions) if isinstance(how, Nesting) else decisions
-    sampler = samplers.get(how.sampler)(decisions, settings.num_steps, {decision.unit.name: 1.0 for decision in decisions})
+    losses = {d.unit.name: {choice.name: 1 / choice.stored_bytes for choice in d.choices} for d in decisions}
+    sampler = samplers.get(how.sampler)(decisions, settings.num_steps, Table(dict.fromkeys(losses, 1.0), losses))
     return (1 + 3 * len(sampler.draws(0, 0))) * settings.num_steps * step
+
+
+def _recovery(run: Fit) -> int:
+    """Tokens of cutting and training for one budget after another, as forward passes: three of the network, and the original's; from the
+    second on also those of pruning what was trained."""
+    if not run.settings.recover:
+        return 0
+    assert run.recipe.recovery is not None
+    settings, again = run.recipe.recovery.settings_for(run.effort), len(run.settings.recover) - 1
+    trained = 4 * settings.num_steps * settings.batch_size * min(WINDOW, run.settings.length)
+    read = run.segments.num_segments("calibration") + num_probed(run.checkpoint.config)
+    return (1 + again) * trained + again * read * run.settings.length

@@ -104,11 +104,11 @@ class Finalists:
         with self.progress.stage("measure finalists", len(candidates)) as stage:
             for index, (config, uniform) in enumerate(candidates.items()):
                 if self.elastic.group.owns(index):
-                    self._point(config, uniform)
+                    self.point(config, uniform)
                     release()
                 stage.advance()
         self.elastic.group.wait()
-        return [self._point(config, uniform) for config, uniform in candidates.items()]
+        return [self.point(config, uniform) for config, uniform in candidates.items()]
 
     def refined(self, points: list[Point], refinery: Refinery, stored: Callable[[Config], list[Stored]]) -> list[Point]:
         """The points, the best within each of the smallest budgets refined where that helps. `stored`: a config's matrices."""
@@ -161,7 +161,8 @@ class Finalists:
             self._evolving[num_segments] = self._task.reference(self.elastic.stream.predictions(text, self.elastic.original), text)
         return lambda config: self._evolving[num_segments].loss(self._network.set(config))
 
-    def _point(self, config: Config, uniform: str | None) -> Point:
+    def point(self, config: Config, uniform: str | None = None) -> Point:
+        """A config, measured. `uniform`: its name, where it is the same choice everywhere."""
         path = self.store.folder / "points" / f"{config.digest}.json"
         found = read_json(path)
         if found is None:

@@ -87,8 +87,7 @@ def assemble(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]
             None, config=model.config, state_dict=dict(tensors), dtype=dtype, local_files_only=True, output_loading_info=True
         )
         built, info = loaded
-        if (folder / "generation_config.json").is_file():
-            built.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        _read_generation(built, folder)
     buffers = {name for name, _ in built.named_buffers()}
     assert not info["missing_keys"] - buffers and not info["mismatched_keys"], info
     return cast(PreTrainedModel, built.requires_grad_(False))
@@ -99,6 +98,21 @@ def with_cache(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Any:
     # transformers 5.24 gave the argument another name
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return model(tokens, use_cache=True, **{name: cache})
+
+
+def fill(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A `frame` from which parts were cut, with these numbers in float32: every tensor that a file of it holds, each once."""
+    with quiet():
+        missing, unknown = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False, assign=True)
+        model.tie_weights()
+        _read_generation(model, folder)
+    assert not unknown and not any(value.is_meta for value in model.parameters()), (missing, unknown)
+    return model.requires_grad_(False)
+
+
+def _read_generation(model: PreTrainedModel, folder: Path) -> None:
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def parameter_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str | None]:

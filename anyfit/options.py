@@ -33,6 +33,12 @@ Latency = Annotated[
     Path | None,
     typer.Option(help="A table of `anyfit measure`, made on this device: a recipe that prunes then fits to milliseconds."),
 ]
+Recover = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Budgets, the largest first, `1.25x,1.5x,2x`: a recipe that prunes then cuts and trains the network for one after another."
+    ),
+]
 EffortName = Annotated[
     Effort,
     typer.Option(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.effort import Effort
 from anyfit.core.errors import UserError
 from anyfit.core.files import output_error, remove, sha256, write_json, written_aside
-from anyfit.core.space import Space, coverage
+from anyfit.core.space import Decision, Space, coverage
 from anyfit.core.units import Weight
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, LatencyTable
-from anyfit.devices import device, moved
+from anyfit.devices import CPU, device, moved
 from anyfit.distributed import ALONE, Group
+from anyfit.elastic.loaded import loaded
 from anyfit.elastic.model import ElasticModel
 from anyfit.elastic.stream import ElasticStream
 from anyfit.encoding import FOLDER as CALIBRATION
@@ -49,6 +50,7 @@ from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import Quantizer
 from anyfit.recipes import recipes
 from anyfit.recipes.base import Nesting as NestingRecipe
+from anyfit.recipes.base import Training as TrainingRecipe
 from anyfit.recipes.base import Tuning as TuningRecipe
 from anyfit.scores import fisher, sensitivities
 from anyfit.scores.table import Table
@@ -69,8 +71,9 @@ from anyfit.tuning.refining import Refinery
 
 NUM_PROBE_SEGMENTS = 8
 """Search segments that sensitivities are measured on, of a language model."""
-SCORED = "scored.safetensors"
-"""The journal's file of what each structure costs, by an importance that looks at the whole network."""
+TABLE, SCORED, GRADUAL = "table.json", "scored.safetensors", "gradual"
+"""In the journal: the additive table, what each structure costs by an importance that looks at the whole network, and the folder of
+`anyfit.gradual`."""
 STATES = "states"
 """The journal's folder of hidden states; what a killed run left there is of no use."""
 
@@ -91,6 +94,8 @@ class Settings:
     device: str = "cpu"
     latency: str | None = None
     """Digest of the table that latencies are taken from."""
+    recover: tuple[str, ...] = ()
+    """Budgets, falling, for which a network is cut and trained, each from the one before."""
 
 
 class Fit:
@@ -306,12 +311,13 @@ class Fit:
         how = self.recipe.training
         assert how is not None
         decisions = decided(self.space, how)
+        original, largest = self._networks(store, decisions)
         shared: dict[str, Any] = {
             "store": store,
             "space": self.space,
             "decisions": decisions,
-            "original": self.model,
-            "largest": lambda: self.elastic_model(store).set(self.space.largest()),
+            "original": original,
+            "largest": largest,
             "matrices": lambda config: stored_matrices(store.variant, self.space, config, self.target, self.source),
             "text": self.segments.calibration,
             "held_out": self.segments.search,
@@ -321,19 +327,34 @@ class Fit:
         }
         if isinstance(how, TuningRecipe):
             return Tuning(**shared)
-        tokens = self.segments.search[:NUM_PROBE_SEGMENTS]
-
-        def sensitivity() -> dict[str, float]:
-            return fisher.information(self.elastic(store), decisions, tokens, self.progress)
-
-        shared |= {"sampler": samplers.get(how.sampler), "sensitivity": sensitivity}
+        shared |= {"sampler": samplers.get(how.sampler), "expected": lambda: self.expected(store, decisions)}
         if isinstance(how, NestingRecipe):
             return Nesting(**shared, scale_rate=how.scale_rate, shares=how.shares)
-        return Training(**shared)
+        return Training(**shared, sharded=self.shards)
+
+    def expected(self, store: Store, decisions: Sequence[Decision]) -> Table:
+        """What these decisions' choices lose as they were encoded, from one backward pass: for training, which comes before the score."""
+        tokens, errors = self.segments.search[:NUM_PROBE_SEGMENTS], self.errors(store)
+        information = fisher.information(self.elastic(store), decisions, tokens, self.progress)
+        return Table(information, {name: errors[name] for name in information})
+
+    def _networks(self, store: Store, decisions: Iterable[Decision]) -> tuple[PreTrainedModel, Callable[[], PreTrainedModel]]:
+        """The original, and what makes the network in its largest choices: where processes share it, without the matrices to train."""
+        if not self.shards:
+            return self.model, lambda: self.elastic_model(store).set(self.space.largest())
+        self.__dict__.pop("model", None)  # whole, where it has written text
+        elastic, trained = self.elastic(store), {weight.name for decision in decisions for weight in decision.unit.weights}
+        load = partial(loaded, self.checkpoint, self.architecture)
+        return load(elastic.original, self.group), lambda: load(elastic.numbers(self.space.largest()), ALONE, trained)
+
+    @property
+    def shards(self) -> bool:
+        """Whether several processes hold the networks of training together, each a part."""
+        return isinstance(self.recipe.training, TrainingRecipe) and not self.group.alone and self.device == CPU
 
     def score(self, store: Store) -> Table:
         """The additive table: measured sensitivities times each choice's own output error."""
-        path = store.folder / "table.json"
+        path = store.folder / TABLE
         if self.group.told(path.exists()):
             return Table.load(path)
         tokens, sensitivity = self.segments.search[: num_probed(self.checkpoint.config)], sensitivities.get(self.recipe.score)
@@ -375,12 +396,7 @@ class Fit:
             self.effort,
             self.progress,
         )
-        points, references = finalists.points(), finalists.references
-        if self.effort.refines and self.group.first and not (self.structures or self.recipe.masks):
-            held_out = references["search"]
-            assert isinstance(held_out, Reference)  # api.prepare refuses others
-            refinery = self._refinery(held_out)
-            points = finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
+        points, references = self.improved(finalists, finalists.points()), finalists.references
         original = Original(
             name=self.checkpoint.name,
             bytes_=self.checkpoint.bytes_,
@@ -392,6 +408,15 @@ class Fit:
             report=references["report"].quality,
         )
         return original, points
+
+    def improved(self, finalists: Finalists, points: list[Point]) -> list[Point]:
+        """The points, some of them with matrices of their own."""
+        if not self.effort.refines or not self.group.first or self.structures or self.recipe.masks:
+            return points
+        held_out = finalists.references["search"]
+        assert isinstance(held_out, Reference)  # api.prepare refuses others
+        store, refinery = finalists.store, self._refinery(held_out)
+        return finalists.refined(points, refinery, lambda c: stored_matrices(store.variant, self.space, c, self.target, self.source))
 
     def _refinery(self, held_out: Reference) -> Refinery:
         return Refinery(self.model, self.architecture, self.quantizer, calibration=self.segments.calibration, held_out=held_out)
@@ -454,7 +479,7 @@ class Fit:
         manifest = with_points(manifest, manifest.points, hashes)
         write_json(journal.folder / NAME, manifest.to_json())
         write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        for name in ("table.json", SCORED, STATES, CALIBRATION, TRAINING, RESULT, *WORK):
+        for name in (TABLE, SCORED, STATES, CALIBRATION, TRAINING, RESULT, GRADUAL, *WORK):
             remove(journal.folder / name)
         journal.finish()
 

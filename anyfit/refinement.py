@@ -1,18 +1,21 @@
-"""Refining one size of a finished family: its matrices are solved again for each other, and tuned together.
+"""Refining one size of a finished family: its matrices are solved again for each other, and tuned together; a network from which parts
+were left out is trained.
 
-Takes the time of some calibration passes and of one encoding, for one config. The result is kept where it is
+Takes the time of some calibration passes and of one encoding, or that of training, for one config. The result is kept where it is
 closer to the original on the search text; the family then holds it as a point of its own, and every budget may
-choose it. At high effort, `fit` does the same to its smallest finalists.
+choose it. At high effort, `fit` does the same to its smallest finalists; where a person says --recover, it trains for several budgets.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from anyfit import devices
 from anyfit.architectures import architecture_of
@@ -28,10 +31,14 @@ from anyfit.interface import LANGUAGE, interface_of
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
+from anyfit.recovery import Recovery, settled
 from anyfit.report.page import write as write_page
 from anyfit.targets import targets
+from anyfit.targets.base import CutTarget
+from anyfit.targets.hub_layout import DTYPES
+from anyfit.tasks import task_of
 from anyfit.tasks.base import Quality
-from anyfit.tasks.language import Reference, measure
+from anyfit.tasks.language import Reference
 from anyfit.tuning.refining import Refinery, Settings
 from anyfit.zoo import MODEL
 
@@ -69,36 +76,63 @@ def refine(
     "cpu", "cuda" or "auto". `family` is up to date afterwards.
     """
     progress, where = progress or Silent(), devices.device(device)
-    if family.pruned or family.masked:
-        raise UserError(
-            f"{family.path} was {'masked' if family.masked else 'pruned'} by {family.manifest.recipe}, and refining is about formats.",
-            remedy="Refine a family of formats.",
-        )
-    if interface_of(family.source.config) is not LANGUAGE:
+    if family.masked:
+        raise UserError(f"{family.path} was masked by {family.manifest.recipe}, and nothing trains masks.", remedy="Refine another family.")
+    if interface_of(family.source.config) is not LANGUAGE and not family.pruned:
         raise UserError(f"{family.original.name} is no language model, and refining is about next tokens.", remedy="Take a larger budget.")
     chosen = family.select_unrefined(budget)
     if chosen.refined:
         assert chosen.search is not None
         return Refined(chosen, chosen.search, chosen.search, already=True)
+    if family.pruned:
+        _require_trainable(family, chosen)
     if not os.access(family.path, os.W_OK):
         raise OutputError(f"{family.path} can't be written to.", remedy="Copy the family to a folder of yours, and refine it there.")
     checkpoint = _original(family, model)
     original, stored = (devices.moved(model, where) for model in (checkpoint.load(), family.extract(chosen.config)))
     text = family.text()
-    references = {name: Reference.of(original, text[name]) for name in ("search", "report")}
-    before = chosen.search or measure(stored, references["search"])
-    quantizer = quantizers.get(recipes.get(family.manifest.recipe).quantizer)
-    refinery = Refinery(
-        original, architecture_of(original), quantizer, calibration=text["calibration"], held_out=references["search"], settings=settings
-    )
-    matrices = stored_matrices(family.variants(chosen.config), family.space, chosen.config, targets.get(family.target), family.source)
-    data = refinery.refine(stored, matrices, progress).data
-    point = refined(replace(chosen, search=before), {name: measure(stored, reference) for name, reference in references.items()})
+    task = task_of(checkpoint.config)
+    references = {name: task.reference(original, text[name]) for name in ("search", "report")}
+    before = chosen.search or references["search"].measured(stored)
+    if family.pruned:
+        data = _trained(family, chosen, stored, original, progress)
+    else:
+        quantizer, calibration = quantizers.get(recipes.get(family.manifest.recipe).quantizer), text["calibration"]
+        held_out = references["search"]
+        assert isinstance(held_out, Reference)  # others were refused
+        refinery = Refinery(original, architecture_of(original), quantizer, calibration=calibration, held_out=held_out, settings=settings)
+        matrices = stored_matrices(family.variants(chosen.config), family.space, chosen.config, targets.get(family.target), family.source)
+        data = refinery.refine(stored, matrices, progress).data
+    point = refined(replace(chosen, search=before), {name: reference.measured(stored) for name, reference in references.items()})
     assert point.search is not None
     if not point.refined:
         return Refined(chosen, before, before)
     _keep(family, point, data)
     return Refined(point, before, point.search)
+
+
+def _require_trainable(family: Family, chosen: Point) -> None:
+    """Raises `UserError` where there is nothing to train of what a budget chooses."""
+    dense, recipe = CutTarget.of(targets.get(family.target)).dense(family.source), family.manifest.recipe
+    if recipes.get(recipe).recovery is None:
+        raise UserError(f"{recipe}, by which {family.path} was pruned, doesn't train.", remedy="Fit with --recipe ziplm.")
+    if others := sorted(set(chosen.config.formats.values()) - {dense}):
+        raise UserError(
+            f"The best of {family.path} within this budget has matrices in {', '.join(others)}, and what is pruned is trained in {dense}.",
+            remedy="Refine a family that was fitted without these formats.",
+        )
+    if chosen.config == family.space.largest():
+        raise UserError("The best within this budget is the original itself.", remedy="Give less.")
+
+
+def _trained(family: Family, chosen: Point, model: PreTrainedModel, original: PreTrainedModel, progress: Progress) -> dict[str, Tensor]:
+    """The tensors of the cut `model`, which is trained and left as they say, in the family's type."""
+    how = recipes.get(family.manifest.recipe).recovery
+    assert how is not None
+    recovery = Recovery(original, family.text()["calibration"], how, how.settings, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        recovery.run(model, chosen.config, chosen.bits, store=Store(Path(folder)), checkpoint="checkpoint.safetensors")
+    return settled(model, DTYPES[CutTarget.of(targets.get(family.target)).dense(family.source)])
 
 
 def _original(family: Family, model: str | Path | None) -> Checkpoint:

@@ -22,7 +22,7 @@ from anyfit.core.config import Config
 from anyfit.core.errors import UserError
 from anyfit.core.files import read_json, write_json
 from anyfit.core.space import Decision, Space
-from anyfit.distributed import Group
+from anyfit.distributed import ALONE, Group
 from anyfit.elastic.linear import ElasticNetwork
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.family.store import Store
@@ -32,6 +32,7 @@ from anyfit.formats.base import Format, GridFormat
 from anyfit.formats.nested import nested_bits, packed
 from anyfit.progress import Progress
 from anyfit.recipes import base as recipes
+from anyfit.scores.table import Table
 from anyfit.tasks.language import Reference, kl
 from anyfit.trainers.bit_switching import BitSwitching
 from anyfit.trainers.decoupled import Decoupled
@@ -132,11 +133,12 @@ class Changes(ABC):
 
 @dataclass
 class _AllAtOnce(Changes):
-    """Trains all formats in one loop. `sensitivity` of the decided units, by name: asked for where the sampler wants it."""
+    """Trains all formats in one loop. `expected`: what the decided units and their choices lose untrained, asked for where the sampler
+    wants it."""
 
     sampler: type[Sampler]
     settings: Settings
-    sensitivity: Callable[[], dict[str, float]]
+    expected: Callable[[], Table]
 
     def _prepare(self) -> None:
         if self.group.told((self.store.folder / _MERGED).exists()):
@@ -159,7 +161,7 @@ class _AllAtOnce(Changes):
         self,
         subject: Trainable,
         decisions: Sequence[Decision],
-        sensitivity: Callable[[], dict[str, float]],
+        expected: Callable[[], Table],
         measured: Callable[[Reference], Sequence[float]],
     ) -> None:
         """`measured`: the loss of every format on held-out text."""
@@ -167,7 +169,7 @@ class _AllAtOnce(Changes):
         period = max(1, self.settings.num_steps // self.settings.num_periods)
         train(
             subject,
-            self.sampler(decisions, period, sensitivity() if self.sampler.learns_sensitivity else None),
+            self.sampler(decisions, period, expected() if self.sampler.knows_losses else None),
             self.settings,
             checkpoint=self.store.tensors(_CHECKPOINT) if self.group.told((self.store.folder / _CHECKPOINT).exists()) else {},
             keep=lambda state: self.store.write_tensors(_CHECKPOINT, state),
@@ -183,16 +185,23 @@ class _AllAtOnce(Changes):
 
 @dataclass
 class Training(_AllAtOnce):
-    """Trains all variants at once: a sampler draws configs at each step."""
+    """Trains all variants at once: a sampler draws configs at each step. `sharded`: processes hold the networks together; the largest then
+    needs no numbers where its matrices are trained."""
+
+    sharded: bool
 
     def _trained(self, text: Reference, held_out: Reference) -> tuple[dict[str, Gain], dict[str, Tensor]]:
-        network = ElasticNetwork(self.largest(), self.decisions, self._choices, self.settings.rank, self.settings.seed)
+        network = ElasticNetwork(
+            self.largest(), self.decisions, self._choices, self.settings.rank, self.settings.seed, self.group if self.sharded else ALONE
+        )
 
         def measured(held_out: Reference) -> list[float]:
+            if network.sharded:
+                return [self._measured(network, name, held_out) for name in self.formats]
             return self.group.each(self.formats, lambda name: self._measured(network, name, held_out))
 
         before = measured(held_out)
-        self._train(Decoupled(network, Divergence(network.model, text)), self.decisions, self.sensitivity, measured)
+        self._train(Decoupled(network, Divergence(network.model, text)), self.decisions, self.expected, measured)
         merged: dict[str, Tensor] = {}
         for (unit, name), variant in network.variants().items():
             if (scales := variant.merged()) is not None:
@@ -288,10 +297,16 @@ class Nesting(_AllAtOnce):
             rest=False,
         )
 
+        def expected() -> Table:
+            """With the network's own names for units and choices."""
+            table, bits = self.expected(), {name: str(size) for name, size in self.sizes.items()}
+            errors = {paths[unit]: {bits[name]: value for name, value in own.items() if name in bits} for unit, own in table.errors.items()}
+            return Table({paths[unit]: value for unit, value in table.sensitivity.items()}, errors)
+
         def measured(held_out: Reference) -> list[float]:
             return self.group.each(names, lambda name: kl(cast(PreTrainedModel, network.set(self.sizes[name])), held_out))
 
-        self._train(subject, network.decisions, lambda: {paths[unit]: value for unit, value in self.sensitivity().items()}, measured)
+        self._train(subject, network.decisions, expected, measured)
         network.settle()
         stored = network.stored()
         found = {_key(unit, "nested", "integers"): stored[path].integers.cpu() for unit, path in paths.items()}

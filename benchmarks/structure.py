@@ -1,6 +1,6 @@
 """Networks with parts left out: exact removal, what it costs in quality, and whether a latency that was asked for is kept.
 
-python benchmarks/structure.py [--only SECTION ...] [--minilm FOLDER --assets FOLDER --environments FOLDER]
+python benchmarks/structure.py [--only SECTION ...] [--steps NUMBER] [--minilm FOLDER --assets FOLDER --environments FOLDER]
 
 With `--minilm`, the folder of all-MiniLM-L6-v2, the sections are about that encoder and go to a page of their own.
 """
@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import recovery
 import torch
 from encoders import retained
 from pruned import (
@@ -287,6 +288,19 @@ def joint() -> Section:
     return Section("Structure and formats together", ("budgets", *kinds, "together"), rows, [remark])
 
 
+def recovered(steps: int) -> Iterable[Section]:
+    """What training brings back."""
+    subject = default()
+    family, _, _ = families(subject, *subject.settings[0])
+    yield recovery.recovery(family, family.path.parent / "latency.json", steps)
+
+
+def searched() -> Iterable[Section]:
+    """Who says what an error counts."""
+    subject = default()
+    yield recovery.searched(families(subject, *subject.settings[0])[0])
+
+
 def _widest(decision: Decision) -> str:
     """The size of a module that keeps all."""
     return max((c.name.partition(" ")[0] for c in decision.choices), key=lambda name: int(name.lstrip("abcdefghijklmnopqrstuvwxyz")))
@@ -321,9 +335,8 @@ def essential(subject: Subject) -> Section:
         "pool of all weights, Wanda row by row, and chance. Searched: the best mix of masks for as many weights, matrix by matrix; it "
         "holds where it is no further from the original than any one mask everywhere. The knee is the point furthest from the line "
         "between the ends, of the logarithm of the perplexity, or of the distance of embeddings. Rows of patterns hold where Wanda is no "
-        "worse than magnitude, magnitude no worse than chance, and every group of the extracted networks has exactly as many weights as it "
-        "should. "
-        "Zeros alone save neither bytes nor time."
+        "worse than magnitude, magnitude no worse than chance, and every group of the extracted networks has exactly as many weights as "
+        "it should. Zeros alone save neither bytes nor time."
     )
     return Section("Essential sparsity", ("weights removed", "magnitude", "wanda", "random", "searched"), rows, [remark])
 
@@ -348,8 +361,9 @@ def _patterns_hold(family: Family) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    names = ("exactness", "quarter", "speed", "retained", "batch", "joint", "essential")
+    names = ("exactness", "quarter", "speed", "retained", "batch", "joint", "recovery", "searched", "essential")
     parser.add_argument("--only", choices=names, nargs="+", default=None)
+    parser.add_argument("--steps", type=int, default=200, help="of recovery, for each budget")
     parser.add_argument("--minilm", type=Path, help="the folder of all-MiniLM-L6-v2")
     parser.add_argument("--assets", type=Path, help="a folder with nlp-eval and text, for all-MiniLM-L6-v2")
     parser.add_argument("--environments", type=Path, help="the peers' own environments")
@@ -359,7 +373,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         subject = minilm(given.minilm, given.assets, Path(work)) if given.minilm else default()
         # The recursion knows no network; structure with formats is shown on the default, what a task keeps on the encoder.
-        others = ("exactness", "joint") if given.minilm else ("retained",)
+        others = ("exactness", "joint", "recovery", "searched") if given.minilm else ("retained",)
         wanted = [name for name in names if (name in given.only if given.only else name not in others)]
         bench = Bench.made(subject) if "quarter" in wanted else None
         works: dict[str, Callable[[], Iterable[Section]]] = {
@@ -369,6 +383,8 @@ def main() -> int:
             "batch": lambda: speed(subject, *subject.settings[1]),
             "retained": lambda: [retained(subject, given.assets, given.environments)],
             "joint": lambda: [joint()],
+            "recovery": lambda: recovered(given.steps),
+            "searched": searched,
             "essential": lambda: [essential(subject)],
         }
         sections, status = list[Section](), 1

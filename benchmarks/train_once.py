@@ -12,14 +12,18 @@ nested codebooks, which need no training (Any-Precision LLM).
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import nested_tables
+import sharded
 import subspace
 import switching
 import torch
@@ -38,7 +42,7 @@ from anyfit.progress import Progress, to_stderr
 from anyfit.recipes import llm_qfa
 from anyfit.scores.table import Table
 from anyfit.searchers.exact import Solver
-from anyfit.tasks.language import Quality, Reference, measure
+from anyfit.tasks.language import Quality, Reference, kl, measure
 from anyfit.trainers import samplers
 from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.loop import Settings, train
@@ -53,6 +57,11 @@ SEGMENTS, STEPS = 1024, 400
 WITHIN = 0.02
 """Of the perplexity of runs with as many tokens for each size alone."""
 EXACT = 1e-4
+KEPT_BYTES = 4 << 30
+"""Of the original's predictions: they are looked at some eight times."""
+RATES = (3e-3, 6e-3)
+CANDIDATES = (("balanced", 3e-3), ("frontier", 3e-3), ("frontier", 6e-3))
+"""Of the one run: samplers and rates."""
 ONCE, THIRD, ALL, UNIFORM, NONE = "one run", "three runs, a third each", "three runs, all of it each", "one run, uniform", "GPTQ, untrained"
 
 
@@ -64,6 +73,7 @@ class Bench:
     store: Store
     table: Table
     text: Reference
+    search: Reference
     report: Reference
     seconds: dict[str, float] = field(default_factory=dict)
     """Of training, by what was trained."""
@@ -88,12 +98,41 @@ class Bench:
         network = self.network(settings)
         drawn = [replace(d, choices=tuple(c for c in d.choices if only in (None, c.name))) for d in self.decisions]
         period = max(1, settings.num_steps // settings.num_periods)
-        made = samplers.get(sampler)(drawn, period)
+        kind = samplers.get(sampler)
+        made = kind(drawn, period, self.run.expected(self.store, self.decisions) if kind.knows_losses else None)
         began = time.perf_counter()
         subject = Decoupled(network, Divergence(network.model, self.text))
         train(subject, made, settings, checkpoint={}, keep=lambda _: None, progress=progress)
         self.seconds[what] = self.seconds.get(what, 0) + time.perf_counter() - began
         return network
+
+    def separate(self, what: str, settings: Settings, rates: Sequence[float], progress: Progress) -> tuple[ElasticNetwork, list[float]]:
+        """Three runs, stitched; each format from the rate that is better for it on the search split, and these rates."""
+        best, chosen = dict[str, ElasticNetwork](), list[float]()
+        for name in FORMATS:
+            found = {rate: self.trained(f"{what} {rate:g}", "uniform", replace(settings, rate=rate), name, progress) for rate in rates}
+            for network in found.values():
+                settle(network)
+            losses = {rate: kl(network.set(uniform(self.decisions, name)), self.search) for rate, network in found.items()}
+            say(f"{what}: {name}", losses)
+            chosen.append(min(losses, key=losses.__getitem__))
+            best[name] = found[chosen[-1]]
+        self.seconds[what] = mean([self.seconds[f"{what} {rate:g}"] for rate in rates])
+        return stitched(self, best), chosen
+
+    def once(self, settings: Settings, progress: Progress) -> tuple[str, dict[str, ElasticNetwork], Section]:
+        """The name of the best of the `CANDIDATES` for the one run on the search split, all of them, and how the best was merged."""
+        found, losses, merging = dict[str, ElasticNetwork](), dict[str, float](), dict[str, Section]()
+        for sampler, rate in CANDIDATES:
+            name = f"{sampler} {rate:g}"
+            found[name] = self.trained(name, sampler, replace(settings, rate=rate), None, progress)
+            merging[name] = merge_section(self, found[name])
+            settle(found[name])
+            losses[name] = mean([math.log(kl(found[name].set(config), self.search)) for config in self.configs().values()])
+            say("one run", losses)
+        best = min(losses, key=losses.__getitem__)
+        self.seconds[ONCE] = self.seconds[best]
+        return best, found, merging[best]
 
     def configs(self) -> dict[float, Config]:
         """By bits: the exact optimum of the table that the untrained variants have."""
@@ -106,6 +145,10 @@ class Bench:
 
     def quality(self, network: ElasticNetwork, config: Config) -> Quality:
         return measure(network.set(config), self.report)
+
+
+def say(what: str, figures: Mapping[Any, float]) -> None:
+    print(what, "  ".join(f"{name}: {value:.5f}" for name, value in figures.items()), flush=True)
 
 
 def settle(network: ElasticNetwork) -> None:
@@ -172,19 +215,14 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
         store = Store(Path(folder))
         run.encode(store)
         table = run.score(store)
-        bench = Bench(
-            run, store, table, Reference.of(run.model, windows(run.segments.calibration)), Reference.of(run.model, run.segments.report)
-        )
-        once = bench.trained(ONCE, "balanced", settings, None, progress)
-        merging = merge_section(bench, once)
-        networks = {ONCE: once, UNIFORM: bench.trained(UNIFORM, "uniform", settings, None, progress)}
-        for name, steps in ((THIRD, settings.num_steps // 3), (ALL, settings.num_steps)):
-            alone = {f: bench.trained(name, "uniform", replace(settings, num_steps=steps), f, progress) for f in FORMATS}
-            for network in alone.values():
-                settle(network)
-            networks[name] = stitched(bench, alone)
-        for name in (ONCE, UNIFORM):
-            settle(networks[name])
+        text = Reference.of(run.model, windows(run.segments.calibration), kept_bytes=KEPT_BYTES)
+        bench = Bench(run, store, table, text, *(Reference.of(run.model, held) for held in (run.segments.search, run.segments.report)))
+        chosen, candidates, merging = bench.once(settings, progress)
+        networks = {ONCE: candidates[chosen], UNIFORM: bench.trained(UNIFORM, "uniform", settings, None, progress)}
+        settle(networks[UNIFORM])
+        third = replace(settings, num_steps=settings.num_steps // 3)
+        networks[THIRD], rates = bench.separate(THIRD, third, RATES, progress)
+        networks[ALL], _ = bench.separate(ALL, settings, [settings.rate], progress)
         networks[NONE] = bench.network(settings)
         rows = []
         for bits, config in sorted(bench.configs().items()):
@@ -196,11 +234,15 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
             cells = (f"{bits:g}", *(f"{found[n].perplexity:.3f} / {found[n].kl_mean:.5f}" for n in (NONE, THIRD, ALL, UNIFORM, ONCE)))
             print("  ".join(cells), flush=True)
             rows.append(Row(cells, holds))
+    for name, network in candidates.items():
+        say(f"one run, {name}, report split, KL", {f"{b:g}": bench.quality(network, c).kl_mean for b, c in sorted(bench.configs().items())})
     remark = (
         "Perplexity / mean KL to the original on the report split, of what is stored. "
         f"The one run takes {settings.num_steps} steps of {settings.batch_size} windows; three runs have a third of them each, or all of "
         f"them each. A row holds where the one run is at or below the first, within {WITHIN:.0%} of the second, and at the ends better "
-        "than with configs drawn uniformly."
+        "than with configs drawn uniformly. What could be chosen was chosen on the search split: for the one run, "
+        f"{chosen} of {', '.join(candidates)} (sampler and rate); for each of the three runs with a third, the better rate of "
+        f"{RATES[0]:g} and {RATES[1]:g}: {', '.join(f'{rate:g}' for rate in rates)} at 2, 3 and 4 bits. The others have {settings.rate:g}."
     )
     yield Section("Sizes", ("bits", NONE, THIRD, ALL, UNIFORM, ONCE), rows, (remark,))
     yield merging
@@ -219,12 +261,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
     parser.add_argument("--assets", type=Path, default=None, help="a folder with cifar10 and cifar10-resnet, for Double Rounding")
-    parser.add_argument("--only", default=None, help="one of sizes, switching, codes, any-precision")
+    parser.add_argument("--only", default=None, help="one of sizes, processes, switching, codes, any-precision")
     args = parser.parse_args()
-    settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps), to_stderr()
+    settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps, rate=RATES[0]), to_stderr()
     sections = list[Section]()
     if args.only in (None, "sizes"):
         sections += sizes_sections(settings, progress)
+    if args.only in (None, "processes"):
+        sections.append(sharded.section())
     if args.only in (None, "switching") and args.assets:
         sections.append(switching.section(args.assets, progress))
     if args.only in (None, "codes"):

@@ -37,7 +37,7 @@ anyfit.fit(sys.argv[1], data=sys.argv[2], output=sys.argv[3], formats=("Q8_0", "
 """
 
 
-# Counts the windows that this process trains on.
+# Counts the windows that this process trains on, and the codes that it holds.
 TRAINING = """
 import sys
 from dataclasses import replace
@@ -46,23 +46,29 @@ from anyfit import finalists, pipeline, streaming
 streaming.TOKENS_AT_ONCE, finalists.NUM_FINALISTS, pipeline.NUM_PROBE_SEGMENTS = 32, 3, 2
 import anyfit
 from anyfit.distributed import group
+from anyfit.elastic.linear import ElasticNetwork
 from anyfit.recipes import recipes
 from anyfit.trainers import loop
 from anyfit.trainers.losses import Divergence
 from anyfit.tuning import pv
 loop.EVERY = 1
-folder, work, logits, tune = Path(sys.argv[3]), [], Divergence.logits, pv.tune
-Divergence.logits = lambda self, batch: (work.extend(batch.samples), logits(self, batch))[1]
+folder, work, held, outputs, tune, make = Path(sys.argv[3]), [], [], Divergence.outputs, pv.tune, ElasticNetwork.__init__
+def made(network, *rest):
+    make(network, *rest)
+    held.extend(len(variant.codes.to_local() if network.sharded else variant.codes) for variant in network.variants().values())
+ElasticNetwork.__init__ = made
+Divergence.outputs = lambda self, batch: (work.extend(batch.samples), outputs(self, batch))[1]
 pv.tune = lambda *rest, **more: (work.append(0), tune(*rest, **more))[1]
 for name, formats in {"llm-qfa": "int4_offset", "double-rounding": "int4_sym", "pv-tuning": "int3_asym"}.items():
     work.clear()
     how = recipes.get(name).training
-    settings = replace(how.settings, num_steps=3, batch_size=3, **({} if name == "pv-tuning" else {"patience": 9}))
+    settings = replace(how.settings, num_steps=3, batch_size=5, **({} if name == "pv-tuning" else {"patience": 9}))
     recipes.get(name).__dict__["training"] = replace(how, settings=settings)
     formats = ("int8_sym", formats, formats.replace("4", "2").replace("3", "2"))
     anyfit.fit(sys.argv[1], data=sys.argv[2], output=folder / f"{name}.family", target="transformers", formats=formats, recipe=name,
                length=32, segments=6)
     (folder / f"{name}.{group().rank}").write_text(str(len(work)))
+(folder / f"held.{group().rank}").write_text(str(sum(held)))
 """
 
 
@@ -107,15 +113,18 @@ def test_the_same_family_whatever_the_number_of_processes_and_after_a_kill(folde
 
 
 def test_what_trains_is_shared_and_comes_to_the_same(folder: Path) -> None:
-    """Three windows a step for two processes, so that one of them has less to do."""
+    """Five windows a step in micro-batches of two, so that one of two processes has less to do; where both hold the network together, it
+    runs in step for nothing."""
     for name, processes in (("alone", 1), ("both", 2)):
         (folder / name).mkdir()
         made = run(folder, name, processes, program="training.py")
         assert made.returncode == 0, made.stderr
-    for recipe, shares in {"llm-qfa": (6, 3), "double-rounding": (18, 9), "pv-tuning": (1, 1)}.items():
+    for recipe, whole, shares in (("llm-qfa", 15, (9, 9)), ("double-rounding", 45, (27, 18)), ("pv-tuning", 2, (1, 1))):
         assert digest(folder / "both" / f"{recipe}.family") == digest(folder / "alone" / f"{recipe}.family"), recipe
-        assert int((folder / "alone" / f"{recipe}.0").read_text()) == sum(shares)
+        assert int((folder / "alone" / f"{recipe}.0").read_text()) == whole
         assert tuple(int((folder / "both" / f"{recipe}.{rank}").read_text()) for rank in (0, 1)) == shares, recipe
+    held = int((folder / "alone" / "held.0").read_text())
+    assert [int((folder / "both" / f"held.{rank}").read_text()) for rank in (0, 1)] == [held // 2, held // 2], "rows of codes"
 
 
 def test_too_little_text_to_share(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

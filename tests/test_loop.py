@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from anyfit.core.config import Config
 from anyfit.progress import Silent
 from anyfit.trainers import loop
-from anyfit.trainers.losses import MicroBatch, Objective
+from anyfit.trainers.losses import MicroBatch, Objective, Outputs
 from anyfit.trainers.sampling import Draws
 
 SAMPLES, INPUTS, CLASSES = 12, 6, 4
@@ -35,12 +35,12 @@ class Classes(Objective):
         self.matrix = torch.zeros(INPUTS, CLASSES)
         self.read: list[list[int]] = []
 
-    def logits(self, batch: MicroBatch) -> Tensor:
+    def outputs(self, batch: MicroBatch) -> Outputs:
         self.read.append(batch.samples.tolist())
-        return self.inputs[batch.samples] @ self.matrix
+        return Outputs(self.inputs[batch.samples] @ self.matrix)
 
-    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        return cross_entropy(logits, self.labels[batch.samples])
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        return cross_entropy(outputs.logits, self.labels[batch.samples])
 
 
 class Matrices(loop.Trainable):

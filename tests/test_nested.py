@@ -27,7 +27,7 @@ from anyfit.recipes import recipes
 from anyfit.testing.models import save_tiny, tiny_text
 from anyfit.trainers import loop
 from anyfit.trainers.bit_switching import BitSwitching, ladder
-from anyfit.trainers.losses import MicroBatch, Objective
+from anyfit.trainers.losses import MicroBatch, Objective, Outputs
 from anyfit.trainers.sampling import EverySize, HessianAware
 
 SIZES = (8, 6, 4, 2)
@@ -97,11 +97,11 @@ class Labels(Objective):
     def __init__(self, model: nn.Module, some: Tensor, labels: Tensor) -> None:
         self.model, self.some, self.labels, self.num_samples = model, some, labels, len(some)
 
-    def logits(self, batch: MicroBatch) -> Tensor:
-        return self.model(self.some[batch.samples])
+    def outputs(self, batch: MicroBatch) -> Outputs:
+        return Outputs(self.model(self.some[batch.samples]))
 
-    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        return nn.functional.cross_entropy(logits, self.labels[batch.samples])
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        return nn.functional.cross_entropy(outputs.logits, self.labels[batch.samples])
 
 
 def trained(network: NestedNetwork, some: Tensor, labels: Tensor, steps: int, **more: object) -> NestedNetwork:

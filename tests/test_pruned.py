@@ -26,7 +26,6 @@ from anyfit.elastic.extracted import InMemory
 from anyfit.family import Family
 from anyfit.family.store import Store
 from anyfit.quantizers.base import Encoded
-from anyfit.refinement import refine
 from anyfit.report import summary
 from anyfit.structure.cutting import cut, sizes
 from anyfit.structure.levels import LARGE_STEP, STEP, kept_of, widths
@@ -265,11 +264,6 @@ def test_tensors_of_several_types_are_not_rounded(text: Path, tmp_path: Path) ->
     made = family.export("70%", tmp_path / "small")
     assert all(check.passed for check in made.checks), made.checks
     assert family.point(family.space.largest()).plain_loss == 0
-
-
-def test_refining_is_about_formats(family: Family) -> None:
-    with pytest.raises(UserError, match="was pruned by ziplm"):
-        refine(family, "70%")
 
 
 def test_what_the_network_has_no_place_for_is_told(model: Path, text: Path, tmp_path: Path) -> None:

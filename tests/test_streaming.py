@@ -14,11 +14,13 @@ import anyfit
 from anyfit import api, streaming
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
+from anyfit.distributed import ALONE
+from anyfit.elastic.loaded import loaded
 from anyfit.encoding import FOLDER
 from anyfit.family.family import Family
 from anyfit.family.store import Store
 from anyfit.interface import LANGUAGE, PADDING
-from anyfit.streaming import States, Stream
+from anyfit.streaming import Original, States, Stream
 from anyfit.testing.models import MODEL_TYPES, save_tiny, tiny_model, tiny_text, tiny_tokenizer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -50,6 +52,24 @@ def test_outputs_are_those_of_the_whole_network(name: str, tmp_path: Path) -> No
     assert torch.equal(stream.predictions(tokens, stream.original)(tokens), expected)
     names = {name for block in range(stream.num_blocks) for name in stream.names(block)}
     assert names and all(stream.model.get_parameter(name).device.type == "meta" for name in names), "no block stays"
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "llama tied", "opt projected", "qwen3"])
+def test_a_network_is_loaded_block_by_block(name: str, tmp_path: Path) -> None:
+    """To the very network that transformers loads, in float32, or without some of its matrices."""
+    model = tiny_model(name.split()[0], **KINDS[name]).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(model.config.vocab_size).save_pretrained(tmp_path / "model")
+    checkpoint, tokens = Checkpoint.open(tmp_path / "model"), text(3, 16)
+    architecture = architecture_of(checkpoint.skeleton())
+    made, whole = loaded(checkpoint, architecture, Original(checkpoint), ALONE), checkpoint.load()
+    with torch.inference_mode():
+        assert torch.equal(made(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+    assert made.num_parameters() == whole.num_parameters(), "ties hold"
+    assert not made.training and not any(value.requires_grad for value in made.parameters())
+    left = next(weight.name for weight in architecture.weights(whole) if weight.block == 1)
+    parameters = loaded(checkpoint, architecture, Original(checkpoint), ALONE, {left}).named_parameters()
+    assert [name for name, value in parameters if value.is_meta] == [left]
 
 
 def test_shards_of_halves(tmp_path: Path) -> None:

@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from anyfit.architectures import architecture_of
 from anyfit.core.config import Config
 from anyfit.core.space import Decision
+from anyfit.core.units import Weight
+from anyfit.distributed import ALONE, Group
 from anyfit.formats.base import GridFormat, Scales
 from anyfit.formats.fitting import HALF_MAX
 from anyfit.formats.integer import IntegerFormat
@@ -47,7 +52,6 @@ class Adapter(nn.Module):
 class Variant(nn.Module):
     """One choice of one matrix: its codes, frozen, and what is trained of it. Rows are in the network's order."""
 
-    codes: Tensor
     levels: Tensor
     scale: Tensor
     offset: Tensor
@@ -59,7 +63,7 @@ class Variant(nn.Module):
         self.adapter: Adapter | None = None
         self.factors = nn.ParameterDict()
         codes, self.scales = self.format_.read(stored.data)
-        self.register_buffer("codes", placed(codes, stored.order))
+        self.codes = nn.Parameter(placed(codes, stored.order), requires_grad=False)
         self.register_buffer("levels", self.format_.levels)
         self.register_buffer("scale", placed(self.scales.scale, stored.order))
         self.register_buffer("offset", placed(self.scales.offset, stored.order))
@@ -72,8 +76,10 @@ class Variant(nn.Module):
         for half in dict.fromkeys(half for half in (self.format_.scale_half, self.format_.offset_half) if half):
             self.factors[half] = nn.Parameter(torch.zeros(placed(self.scales.stored[half], stored.order).shape))
 
-    @property
-    def frozen(self) -> Tensor:
+    def trained(self) -> list[nn.Parameter]:
+        return [*(self.adapter.parameters() if self.adapter else ()), *self.factors.parameters()]
+
+    def forward(self) -> Tensor:
         """The matrix but for its adapter, (outputs, inputs) float32."""
         levels = self.codes.float() + self.levels[0] if self.format_.uniform else self.levels[self.codes.int()]
         scale = self._moved(self.scale, self.format_.scale_half)
@@ -90,9 +96,10 @@ class Variant(nn.Module):
     @property
     def values(self) -> Tensor:
         """The matrix, (outputs, inputs) float32."""
+        frozen: Tensor = self()
         if self.adapter is None:
-            return self.frozen
-        return self.frozen + self.adapter.sums.repeat_interleave(self.format_.group, 1)
+            return frozen
+        return frozen + self.adapter.sums.repeat_interleave(self.format_.group, 1)
 
     @torch.no_grad()
     def merged(self) -> Scales | None:
@@ -132,31 +139,60 @@ class ElasticLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         variant = self.variants[self.chosen]
         assert isinstance(variant, Variant)
-        outputs = linear(inputs, variant.frozen, self.bias)
+        outputs = _multiplied(variant, inputs, self.bias)
         if variant.adapter is None:
             return outputs
         pooled = inputs.unflatten(-1, (-1, variant.format_.group)).sum(-1)
         return outputs + linear(linear(pooled, variant.adapter.down), variant.adapter.up) * variant.adapter.scale
 
 
+def _multiplied(variant: Variant, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Inputs times the variant but for its adapter. Numbers that nothing is learnt of aren't kept for the way back but made again out of
+    their codes: all matrices at once would be the network in float32."""
+    weight = variant()
+    if weight.requires_grad:
+        return linear(inputs, weight, bias)
+    place = weight.data_ptr()
+
+    def packed(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        return (saved.shape, saved.stride()) if saved.data_ptr() == place else saved
+
+    def unpacked(kept: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else variant().as_strided(*kept)
+
+    with saved_tensors_hooks(packed, unpacked):
+        return linear(inputs, weight, bias)
+
+
 class ElasticNetwork:
     """A network whose matrices in the blocks are `ElasticLinear`; `set` costs an assignment a matrix.
 
-    `model` is changed. `matrices`: {unit: {choice: its matrix}} of what is trained; whatever else is decided about stays as it is.
-    `decisions`: about these units, with these choices.
+    `model` is changed. `matrices`: {unit: {choice: its matrix}} of what is trained, block by block; whatever else is decided about stays
+    as it is. `decisions`: about these units, with these choices. The processes of a `group` hold the blocks' codes together: each block is
+    shared out as soon as it is there.
     """
 
     def __init__(
-        self, model: PreTrainedModel, decisions: Sequence[Decision], matrices: Mapping[str, Mapping[str, Stored]], rank: int, seed: int
+        self,
+        model: PreTrainedModel,
+        decisions: Sequence[Decision],
+        matrices: Mapping[str, Mapping[str, Stored]],
+        rank: int,
+        seed: int,
+        group: Group = ALONE,
     ) -> None:
-        self.model, self.linears = model, dict[str, ElasticLinear]()
+        self.model, self.linears, self.sharded = model, dict[str, ElasticLinear](), not group.alone
         generator = Generator().manual_seed(seed)
         self.decisions = tuple(decisions)
-        for unit, stored in matrices.items():
-            path = next(iter(stored.values())).weight.name.removesuffix(".weight")
-            bias = getattr(model.get_submodule(path), "bias", None)
-            self.linears[unit] = ElasticLinear({name: Variant(entry, rank, generator) for name, entry in stored.items()}, bias)
-            model.set_submodule(path, self.linears[unit].to(model.device))
+        where, architecture = model.device, architecture_of(model)
+        for block, units in groupby(matrices.items(), lambda entry: _weight(entry[1]).block):
+            for unit, stored in units:
+                path = _weight(stored).name.removesuffix(".weight")
+                bias = getattr(model.get_submodule(path), "bias", None)
+                self.linears[unit] = ElasticLinear({name: Variant(entry, rank, generator) for name, entry in stored.items()}, bias)
+                model.set_submodule(path, self.linears[unit].to(where))
+            if block is not None:
+                group.shard(model.get_submodule(architecture.block.format(i=block)))
 
     def set(self, config: Mapping[tuple[str, str], str] | Config) -> PreTrainedModel:
         for decision in self.decisions:
@@ -166,3 +202,8 @@ class ElasticNetwork:
     def variants(self) -> dict[tuple[str, str], Variant]:
         """By unit and choice."""
         return {(unit, name): v for unit, one in self.linears.items() for name, v in one.variants.items() if isinstance(v, Variant)}
+
+
+def _weight(stored: Mapping[str, Stored]) -> Weight:
+    """The matrix that these are the choices of."""
+    return next(iter(stored.values())).weight

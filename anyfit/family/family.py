@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
+from anyfit import network
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source, read_config
 from anyfit.core.budget import Budget
@@ -24,7 +25,7 @@ from anyfit.core.files import output_error, refuse_existing, written_aside
 from anyfit.core.space import Space
 from anyfit.elastic.extracted import Extracted
 from anyfit.family.manifest import NAME, Manifest, Original, Point
-from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store
+from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store, refined_file
 from anyfit.progress import Progress, Silent
 from anyfit.report.card import model_card
 from anyfit.searchers.exact import Solver
@@ -157,22 +158,22 @@ class Family:
         expected to be better: uniform settings, the finalists of the fit and refined configs always compete. Raises
         `BudgetError` where nothing fits.
         """
-        return self._best(budget, self.points)
+        return self._best(budget, _measured)
 
     def select_unrefined(self, budget: str | Iterable[str] | Budget) -> Point:
         """The best config within the budget as if none had been refined: the one to refine."""
-        return self._best(budget, [point for point in self.points if not point.refined])
+        return self._best(budget, lambda point: point.plain_loss)
 
-    def _best(self, budget: str | Iterable[str] | Budget, measured: Iterable[Point]) -> Point:
+    def _best(self, budget: str | Iterable[str] | Budget, measured: Callable[[Point], float]) -> Point:
         budget = self.budget(budget)
         if budget.setting is not None:
             return self.point(self.space.uniform(budget.setting))
         found = self.point(self._solver.solve(budget))
-        rivals = [p for p in measured if budget.allows(self.space.costs(p.config))]
-        best = min(rivals, key=_measured, default=None)
+        rivals = [p for p in self.points if budget.allows(self.space.costs(p.config))]
+        best = min(rivals, key=measured, default=None)
         if best is None or found in rivals:
-            return found if best is None or _measured(found) <= _measured(best) else best
-        return best if _measured(best) <= self.expected(found.predicted) else found
+            return found if best is None or measured(found) <= measured(best) else best
+        return best if measured(best) <= self.expected(found.predicted) else found
 
     def point(self, config: Config) -> Point:
         """What is known of a config: its measured point, or its costs and prediction."""
@@ -224,11 +225,20 @@ class Family:
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
         """An ordinary transformers model in float32, with the very values that an exported file holds."""
         config = budget if isinstance(budget, Config) else self.select(budget).config
+        if self.pruned and self.point(config).refined:
+            return self._recovered(config)
         model = self.source.build(self._decoder(config).matrices(self.space, config))
-        if self.pruned:
-            architecture = architecture_of(model)
-            cut(model, architecture, kept_of_blocks(self._structures, self._kept(config), architecture.num_blocks(model)))
-        return model
+        return self._cut(model, self._kept(config)) if self.pruned else model
+
+    def _recovered(self, config: Config) -> PreTrainedModel:
+        """A network that was cut and trained: all of its numbers are its own, and so is which structures are left, so that sizes are
+        all there is to know of them."""
+        kept = kept_structures(self._structures, config, lambda name: torch.arange(self._structures[name].num))
+        return network.fill(self._cut(self.source.frame(), kept), self.source.folder, self._store.tensors(refined_file(config)))
+
+    def _cut(self, model: PreTrainedModel, kept: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        architecture = architecture_of(model)
+        return cut(model, architecture, kept_of_blocks(self._structures, kept, architecture.num_blocks(model)))
 
     @cached_property
     def _structures(self) -> dict[str, Structure]:

@@ -50,6 +50,14 @@ class Nesting(_Stage["Settings"]):
 
 
 @dataclass(frozen=True)
+class Recovery(_Stage["Settings"]):
+    """How a recipe trains networks from which parts were left out. `states`: the share in the loss of how far tokens' states are from the
+    original's, see `trainers.losses.TokenDistance`; the rest is the divergence of what is predicted."""
+
+    states: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Names of the parts that `fit` puts together, and what a person should know before choosing it."""
 
@@ -66,6 +74,8 @@ class Recipe:
     masks: tuple[str, ...] = ()
     """The saliencies by which single weights are zeroed."""
     training: Training | Tuning | Nesting | None = None
+    recovery: Recovery | None = None
+    """How what was pruned is trained, where a person asks for that."""
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By target, what it is meant for: offered unless others are named."""
     needs: tuple[str, ...] = ()

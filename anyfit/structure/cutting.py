@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from anyfit import modeling_cut
 from anyfit.architectures import architectures
 from anyfit.architectures.base import Architecture
+from anyfit.architectures.coverage import passthrough
 from anyfit.core.errors import ModelError
 from anyfit.core.units import Weight
 from anyfit.interface import interface_of
@@ -73,6 +74,28 @@ def cut(model: PreTrainedModel, architecture: Architecture, kept: Sequence[Kept]
                 remove(block, paths, layout, which)
     _tell(model, architecture, layout)
     return model
+
+
+def whole_again(model: PreTrainedModel, whole: PreTrainedModel, architecture: Architecture, kept: Sequence[Kept]) -> dict[str, Tensor]:
+    """Every tensor of a cut `model` in its place in the `whole` network, by its first name: zeros where parts were left out, so that it
+    computes the same.
+
+    `whole`: a skeleton, which is used up. `kept`: what the model was cut with, or cuts one after another came to.
+    """
+    shapes, found = {name: tensor.shape for name, tensor in passthrough(whole, ())[0].items()}, dict[str, Tensor]()
+    places = _numbered(whole)
+    cut(whole, architecture, kept)
+    left = whole.state_dict()
+    own = passthrough(model, ())[0]
+    for name, shape in shapes.items():
+        if name not in places:
+            found[name] = own[name].clone()
+            continue
+        found[name] = torch.zeros(shape.numel())
+        if name in own:
+            found[name][left[name].flatten()] = own[name].float().flatten()
+        found[name] = found[name].view(shape)
+    return found
 
 
 def rows_of(model: PreTrainedModel, architecture: Architecture, reader: Weight, kept: Tensor) -> dict[str, Tensor]:
@@ -154,6 +177,16 @@ class Cut{name}(CutModel, {name}):
     paths = {paths}
     layout = {layout}
 """
+
+
+def _numbered(model: PreTrainedModel) -> set[str]:
+    """Gives each parameter of a skeleton the numbers of its own places; their names."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        shape = model.get_parameter(name).shape
+        setattr(model.get_submodule(path), attribute, nn.Parameter(torch.arange(shape.numel()).view(shape), requires_grad=False))
+    return names
 
 
 def _tell(model: PreTrainedModel, architecture: Architecture, layout: Layout) -> None:

@@ -100,7 +100,7 @@ class Reference(base.Reference):
     def of(cls, model: PreTrainedModel | Logits, tokens: Tensor, batch_size: int = 8, *, kept_bytes: int = KEPT_BYTES) -> Reference:
         """Run the original over the text once. `batch_size` is lowered where the vocabulary is large."""
         logits = _logits(model)
-        with torch.inference_mode():
+        with torch.no_grad():
             vocabulary = logits(tokens[:1]).shape[-1]
             batch_size = max(1, min(batch_size, _BATCH_BYTES // (4 * vocabulary * tokens.shape[1])))
             num_predictions = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -146,7 +146,7 @@ def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size
     """
     num_predictions = reference.tokens.shape[0] * (reference.tokens.shape[1] - 1)
     losses, divergences, agreements = (torch.empty(num_predictions, dtype=torch.float64) for _ in range(3))
-    with torch.inference_mode():
+    with torch.no_grad():
         for rows, expected, log_probs in _pairs(model, reference, batch_size):
             losses[rows] = _losses(log_probs, reference.tokens, rows)
             divergences[rows] = _divergences(expected, log_probs)
@@ -157,7 +157,7 @@ def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size
 def kl(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> float:
     """Mean KL(original || model) per token in nats: `measure(...).kl_mean` without the rest. Raises as `measure` does."""
     total, count = 0.0, 0
-    with torch.inference_mode():
+    with torch.no_grad():
         for _, expected, log_probs in _pairs(model, reference, batch_size):
             total += float(_divergences(expected, log_probs).sum())
             count += len(expected)

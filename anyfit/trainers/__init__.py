@@ -14,6 +14,7 @@ samplers: Registry[type[Sampler]] = Registry(
     {
         "balanced": "anyfit.trainers.sampling:Balanced",
         "every-size": "anyfit.trainers.sampling:EverySize",
+        "frontier": "anyfit.trainers.sampling:Frontier",
         "hessian-aware": "anyfit.trainers.sampling:HessianAware",
         "sandwich": "anyfit.trainers.sampling:Sandwich",
         "shifted": "anyfit.trainers.sampling:Shifted",

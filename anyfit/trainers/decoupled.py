@@ -13,10 +13,12 @@ class Decoupled(Trainable):
 
     def __init__(self, network: ElasticNetwork, objective: Objective) -> None:
         self.network, self.objective = network, objective
+        self.sharded = network.sharded
+        trained = {id(value) for variant in network.variants().values() for value in variant.trained()}
         parameters = dict(network.model.named_parameters())
         for value in parameters.values():
             value.requires_grad_(False)
-        self.groups = {"variants": {name: value for name, value in parameters.items() if ".variants." in name}}
+        self.groups = {"variants": {name: value for name, value in parameters.items() if id(value) in trained}}
 
     def set(self, config: Config) -> None:
         self.network.set(config)

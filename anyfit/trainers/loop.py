@@ -62,11 +62,13 @@ Tensors = Mapping[str, Tensor]
 
 class Trainable(ABC):
     """What is trained, and what for. `groups`: parameters by name, by the name of their group. `buffers`: what else a step changes, by
-    name; where there are any, all processes do all of the work."""
+    name; where there are any, all processes do all of the work. `sharded`: whether processes can run the network only together, as each
+    holds a part of it."""
 
     objective: Objective
     groups: Mapping[str, Mapping[str, nn.Parameter]]
     buffers: Tensors = MappingProxyType({})
+    sharded = False
 
     @abstractmethod
     def set(self, config: Config) -> None:
@@ -178,7 +180,8 @@ class _Step:
 
     def gradients(self, configs: Sequence[Config]) -> Tensor:
         """Leaves the sum of the gradients of these configs with the parameters. Their losses, (configs,)."""
-        found = self._group.summed(range(len(self._batches)), lambda index: self._of_batch(index, configs))
+        sharded = self._trainable.sharded
+        found = self._group.summed(range(len(self._batches)), lambda index: self._of_batch(index, configs), in_step=sharded)
         for name, value in self._trained.items():
             value.grad = found.get(name)
         return found[_LOSSES]
@@ -190,9 +193,9 @@ class _Step:
         objective = self._trainable.objective
 
         def made(batch: MicroBatch) -> dict[str, Tensor]:
-            return {_LOSSES: self._part(batch) * objective.loss(objective.logits(batch), batch)}
+            return {_LOSSES: self._part(batch) * objective.loss(objective.outputs(batch), batch)}
 
-        return float(self._group.summed(self._batches, made)[_LOSSES])
+        return float(self._group.summed(self._batches, made, in_step=self._trainable.sharded)[_LOSSES])
 
     def _of_batch(self, index: int, configs: Sequence[Config]) -> dict[str, Tensor]:
         """Gradients of one micro-batch's part of the losses, by parameter, of those that the configs have; and these losses."""
@@ -209,12 +212,13 @@ class _Step:
 
     def _loss(self, index: int, batch: MicroBatch) -> Tensor:
         objective = self._trainable.objective
-        logits = objective.logits(batch)
-        if index in self._teachers:
-            return distilled(logits, self._teachers[index])
+        outputs = objective.outputs(batch)
         if self._settings.distilled:
-            self._teachers[index] = logits.detach()
-        return objective.loss(logits, batch)
+            assert outputs.logits is not None, "what teaches predicts"
+            if index in self._teachers:
+                return distilled(outputs.logits, self._teachers[index])
+            self._teachers[index] = outputs.logits.detach()
+        return objective.loss(outputs, batch)
 
     def _part(self, batch: MicroBatch) -> float:
         return len(batch.samples) / len(self._read)

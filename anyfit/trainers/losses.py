@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
+from anyfit.interface import interface_of, present
 from anyfit.tasks.language import Reference
 
 
@@ -23,17 +25,27 @@ class MicroBatch:
     samples: Tensor
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What a network makes of a batch. `logits` (samples, ..., classes); None of a network without. `states` of tokens, (samples, length,
+    width) each: what enters the first block, and what leaves every block, the last one's as the final norm leaves it; empty where no
+    loss asks for them."""
+
+    logits: Tensor | None = None
+    states: tuple[Tensor, ...] = ()
+
+
 class Objective(ABC):
     """What a network is trained for. `num_samples` that there are to read."""
 
     num_samples: int
 
     @abstractmethod
-    def logits(self, batch: MicroBatch) -> Tensor:
-        """Of the network as it is now, (samples, ..., classes)."""
+    def outputs(self, batch: MicroBatch) -> Outputs:
+        """Of the network as it is now."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
         """A mean over the batch."""
 
 
@@ -43,14 +55,72 @@ class Divergence(Objective):
     def __init__(self, model: PreTrainedModel, reference: Reference) -> None:
         self._model, self._reference, self.num_samples = model, reference, len(reference.tokens)
 
-    def logits(self, batch: MicroBatch) -> Tensor:
+    def outputs(self, batch: MicroBatch) -> Outputs:
         with _autocast(self._model.device):
             tokens = self._reference.tokens[batch.samples].to(self._model.device)
-            found: Tensor = self._model(input_ids=tokens, use_cache=False).logits
-        return found
+            return Outputs(self._model(input_ids=tokens, use_cache=False).logits)
 
-    def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        return self._reference.divergence(logits, batch.samples)
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        assert outputs.logits is not None, "a language model predicts"
+        return self._reference.divergence(outputs.logits, batch.samples)
+
+
+class TokenDistance(Objective):
+    """How far the states of tokens are from the original's, after every block: the token-level distillation of ZipLM, arXiv 2302.04089,
+    where no projection is needed, as pruning leaves the width of the states alone.
+
+    L_token is the mean over tokens that aren't padding, and over layers, of |h - h'|². Differs from the paper in that each layer's is
+    divided by the mean of |h'|², because states grow from block to block, and from network to network: so one weight beside another
+    loss serves all. Works with any network that gives its states, an encoder without predictions too.
+
+    `segments`: as the network's `Interface` reads them.
+    """
+
+    def __init__(self, model: PreTrainedModel, original: PreTrainedModel, segments: Tensor) -> None:
+        self._model, self._original, self._segments, self.num_samples = model, original, segments, len(segments)
+        self._interface = interface_of(model.config)
+
+    def outputs(self, batch: MicroBatch) -> Outputs:
+        return self._run(self._model, batch)
+
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            expected = self._run(self._original, batch).states
+        mask = present(self._segments[batch.samples]) if self._interface.words else None
+        return token_distance(outputs.states, expected, mask)
+
+    def _run(self, model: PreTrainedModel, batch: MicroBatch) -> Outputs:
+        given = self._interface.tensors(self._segments[batch.samples].to(model.device))
+        with _autocast(model.device):
+            found = model(**given, output_hidden_states=True)
+        return Outputs(getattr(found, "logits", None), tuple(found.hidden_states))
+
+
+class Both(Objective):
+    """The divergence of the predictions, and `share` of the distance of the tokens' states, on the same text."""
+
+    def __init__(self, divergence: Divergence, states: TokenDistance, share: float) -> None:
+        assert divergence.num_samples == states.num_samples, "both read the same text"
+        self._divergence, self._states, self._share, self.num_samples = divergence, states, share, states.num_samples
+
+    def outputs(self, batch: MicroBatch) -> Outputs:
+        return self._states.outputs(batch)
+
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        return self._divergence.loss(outputs, batch) + self._share * self._states.loss(outputs, batch)
+
+
+def token_distance(states: Sequence[Tensor], expected: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """See `TokenDistance`: of the `states` of a network, (samples, length, width) each, and of those that are `expected`."""
+    assert len(states) == len(expected) > 0, f"{len(states)} states where {len(expected)} are expected"
+    layers = []
+    for own, other in zip(states, expected, strict=True):
+        squares, norms = (own.float() - other.float()).square().sum(-1), other.float().square().sum(-1)
+        if mask is not None:
+            counted = mask.to(squares.device)
+            squares, norms = squares * counted, norms * counted
+        layers.append(squares.sum() / norms.sum())
+    return torch.stack(layers).mean()
 
 
 def distilled(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +19,17 @@ from anyfit.core.tilted import Bits, Probabilities
 
 Evaluate = Callable[[Config], float]
 """The loss of a config on text that is always the same."""
+
+
+class Expected(Protocol):
+    """What units and their choices are expected to lose: a `scores.table.Table`."""
+
+    @property
+    def sensitivity(self) -> Mapping[str, float]:
+        """Of each unit to an error of its outputs."""
+
+    def score(self, unit: str, choice: str) -> float:
+        """The loss that a choice brings."""
 
 
 class Draws(ABC):
@@ -40,12 +53,12 @@ class Draws(ABC):
 class Sampler(Draws):
     """States how often it draws each choice of every decision."""
 
-    learns_sensitivity = False
-    """Whether it asks for `sensitivity`."""
+    knows_losses = False
+    """Whether it asks for a `table`."""
 
-    def __init__(self, decisions: Sequence[Decision], period: int, sensitivity: Mapping[str, float] | None = None) -> None:
-        """`period`: steps after which a schedule begins anew. `sensitivity` of each unit, by name."""
-        self.decisions, self.period, self.sensitivity = tuple(decisions), period, sensitivity
+    def __init__(self, decisions: Sequence[Decision], period: int, table: Expected | None = None) -> None:
+        """`period`: steps after which a schedule begins anew. `table`: what units and their choices are expected to lose."""
+        self.decisions, self.period, self.table = tuple(decisions), period, table
 
     @abstractmethod
     def probabilities(self, step: int) -> Probabilities:
@@ -122,7 +135,7 @@ class HessianAware(EverySize):
     """
 
     MOST = 0.5
-    learns_sensitivity = True
+    knows_losses = True
 
     def probabilities(self, step: int) -> Probabilities:
         share, parts, found = self._share(step), self._parts()[1:-1], {}
@@ -154,12 +167,13 @@ class HessianAware(EverySize):
         return self.MOST * min(1.0, (step + 1) / self.period)
 
     def _own(self) -> list[NDArray[np.float64]]:
-        assert self.sensitivity is not None, "this sampler needs the units' sensitivity"
-        mean = float(np.mean([self.sensitivity[d.unit.name] for d in self.decisions]))
+        assert self.table is not None, "this sampler needs the units' sensitivity"
+        sensitivity = self.table.sensitivity
+        mean = float(np.mean([sensitivity[d.unit.name] for d in self.decisions]))
         found = []
         for decision in self.decisions:
             bits = np.array([float(choice.stored_bytes) for choice in decision.choices])
-            alike = self.sensitivity[decision.unit.name] < mean
+            alike = sensitivity[decision.unit.name] < mean
             found.append(np.full(len(bits), 1 / len(bits)) if alike else bits / bits.sum())
         return found
 
@@ -171,8 +185,8 @@ class Balanced(Sampler):
     follow from the mean isn't in the paper: here p(b) is in proportion to exp(theta b), with theta such that the mean is met.
     """
 
-    def __init__(self, decisions: Sequence[Decision], period: int, sensitivity: Mapping[str, float] | None = None) -> None:
-        super().__init__(decisions, period, sensitivity)
+    def __init__(self, decisions: Sequence[Decision], period: int, table: Expected | None = None) -> None:
+        super().__init__(decisions, period, table)
         self._bits = Bits.of(self.decisions)
         self._known: dict[int, Probabilities] = {}
 
@@ -183,8 +197,46 @@ class Balanced(Sampler):
     def probabilities(self, step: int) -> Probabilities:
         place = step % self.period
         if place not in self._known:
-            self._known[place] = self._bits.at(self.target(step))
+            self._known[place] = self._at(self.target(step))
         return self._known[place]
+
+    def _at(self, target: float) -> Probabilities:
+        """With this mean."""
+        return self._bits.at(target)
+
+
+class Frontier(Balanced):
+    """The balanced schedule along the configs that are asked for: at each mean the one that is expected to lose least.
+
+    Drawn by a tilt alone, neighbours differ more than they ever will in use, and a fine variant learns to make up for the errors of
+    coarse ones: drawn uniformly, four bits end up worse than untrained. Here units take choices in the order of what a bit more brings
+    them, and a share `EVEN` of draws follows the tilt, so that every choice is trained.
+    """
+
+    EVEN = 0.1
+    knows_losses = True
+
+    def _at(self, target: float) -> Probabilities:
+        best, tilted = self._best(target), self._bits.at(target)
+        return {key: (1 - self.EVEN) * own + self.EVEN * tilted[key] for key, own in best.items()}
+
+    def _best(self, target: float) -> dict[tuple[str, str], NDArray[np.float64]]:
+        """All for the least expected loss at this mean; the unit that the mean falls into is divided between two choices."""
+        assert self.table is not None, "this sampler needs what choices are expected to lose"
+        steps, found, missing = [], dict[tuple[str, str], NDArray[np.float64]](), target * self._bits.weights.sum()
+        for decision, bits, weights in zip(self.decisions, self._bits.choices, self._bits.weights, strict=True):
+            losses = np.array([self.table.score(decision.unit.name, choice.name) for choice in decision.choices])
+            hull = _hull(bits * weights, losses)
+            found[decision.key] = np.eye(len(bits))[hull[0]]
+            missing -= bits[hull[0]] * weights
+            for low, high in pairwise(hull):
+                more = (bits[high] - bits[low]) * weights
+                steps.append(((losses[low] - losses[high]) / more, more, decision.key, low, high))
+        for _, more, key, low, high in sorted(steps, key=lambda step: -step[0]):
+            part = min(max(missing / more, 0.0), 1.0)
+            found[key][low], found[key][high] = found[key][low] - part, found[key][high] + part
+            missing -= part * more
+        return found
 
 
 class Shifted(Sampler):
@@ -198,8 +250,8 @@ class Shifted(Sampler):
 
     BINS, INTERVAL, KEPT, TEMPERATURE, EVEN = 8, 25, 0.5, 0.5, 0.2
 
-    def __init__(self, decisions: Sequence[Decision], period: int, sensitivity: Mapping[str, float] | None = None) -> None:
-        super().__init__(decisions, period, sensitivity)
+    def __init__(self, decisions: Sequence[Decision], period: int, table: Expected | None = None) -> None:
+        super().__init__(decisions, period, table)
         bits = Bits.of(self.decisions)
         self._in_bin = [bits.at(bits.between((number + 0.5) / self.BINS)) for number in range(self.BINS)]
         self._probes = [self._drawn(stated, _generator(number, -1)) for number, stated in enumerate(self._in_bin)]
@@ -240,6 +292,24 @@ class Shifted(Sampler):
         if not state:
             return
         self._last, self._fall = state["last"].numpy().copy(), state["fall"].numpy().copy()
+
+
+def _hull(sizes: NDArray[np.float64], losses: NDArray[np.float64]) -> list[int]:
+    """Places of the choices that are best at some price of a bit, from the smallest on: each step brings less than the one before."""
+    found: list[int] = []
+    for index in np.lexsort((losses, sizes)):
+        if found and losses[index] >= losses[found[-1]]:
+            continue
+        while len(found) > 1 and _gain(found[-2:], sizes, losses) <= _gain([found[-1], index], sizes, losses):
+            found.pop()
+        found.append(int(index))
+    return found
+
+
+def _gain(places: Sequence[int], sizes: NDArray[np.float64], losses: NDArray[np.float64]) -> float:
+    """What a bit more brings between two choices."""
+    low, high = places
+    return float((losses[low] - losses[high]) / (sizes[high] - sizes[low]))
 
 
 def _at(decision: Decision, part: float) -> int:
