@@ -326,7 +326,8 @@ def measure(
     model: options.Model = None,
     target: Annotated[str, typer.Option("--target", help="The runtime to time: see `anyfit targets`.")] = "onnxruntime",
     formats: Annotated[
-        list[str] | None, typer.Option("--formats", "--format", help="Formats to time, `F32,int4_sym`. Default: the plainest.")
+        list[str] | None,
+        typer.Option("--formats", "--format", help="Formats to time, `F32,int4_sym`. Default: as it is, unquantised."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 1,
     sequence: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 128,

@@ -263,10 +263,13 @@ def test_the_command_writes_the_table_and_prints_it(tmp_path, monkeypatch):
     monkeypatch.setattr(stopwatch, "ROUNDS", 1)
     monkeypatch.setattr(levels, "STEP", 256)
     path = tmp_path / "table.json"
-    arguments = ["measure", str(save_tiny(tmp_path / "model")), "--target", "transformers", "--sequence", "16", "--threads", "1"]
+    model = save_tiny(tmp_path / "model")
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(model)
+    arguments = ["measure", str(model), "--target", "transformers", "--sequence", "16", "--threads", "1"]
     result = CliRunner().invoke(cli.app, [*arguments, "-o", str(path), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == measuring.latencies(path).to_json() == json.loads(path.read_text())
+    assert list(measuring.latencies(path).whole) == ["BF16"], "the type in which a pruned network is stored"
     again = CliRunner().invoke(cli.app, [*arguments, "-o", str(path)])
     assert again.exit_code == 2 and "exists" in again.stderr
     shown = CliRunner().invoke(cli.app, [*arguments, "-o", str(path), "--force"])
