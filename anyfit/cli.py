@@ -329,11 +329,14 @@ def measure(
     model: options.Model = None,
     target: Annotated[str, typer.Option("--target", help="The runtime to time: see `anyfit targets`.")] = "onnxruntime",
     formats: Annotated[
-        list[str] | None, typer.Option("--formats", "--format", help="Formats to time, `F32,int4_sym`. Default: the plainest.")
+        list[str] | None,
+        typer.Option("--formats", "--format", help="Formats to time, `F32,int4_sym`. Default: as it is, unquantised."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 1,
     sequence: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 128,
-    phase: Annotated[str, typer.Option(help="prefill: all tokens at once. decode: the one after them.")] = "prefill",
+    phase: Annotated[
+        str, typer.Option(help="prefill: all tokens at once. decode: the one after them, so that a budget of 20ms is 20 ms a token.")
+    ] = "prefill",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The table to write.")] = Path("latency.json"),
     force: options.Force = False,
@@ -364,7 +367,7 @@ def measure(
     rows = [("whole network", "", name, f"{ms:.3f}") for name, ms in found.whole.items()]
     rows += [("besides its modules", "", name, f"{found.rest(name):.3f}") for name in found.whole]
     rows += [(kind, str(size), name, f"{ms:.3f}") for (kind, size, name), ms in sorted(found.modules.items(), reverse=True)]
-    headline = f"{path}: {found.setting.phase} of {batch} x {sequence} tokens in {found.device.runtime}, {found.device.threads} threads"
+    headline = f"{path}: {found}"
     return Answer(found.to_json(), (headline, listing(rows, "module", "groups or width", "format", "ms")))
 
 

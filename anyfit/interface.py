@@ -29,6 +29,8 @@ class Interface(ABC):
     output: str
     words = True
     """Whether tokens are read, and there is a tokenizer."""
+    remembers = False
+    """Whether tokens are also read one after the other, with the keys and values of those before in a cache."""
     free: tuple[int, ...] = (0, 1)
     """Dimensions of segments that an exported graph leaves open."""
     segments = 1
@@ -64,6 +66,7 @@ class Language(Interface):
     """Tokens, int64 (segments, length), to the logits of each next one, (segments, length, vocabulary)."""
 
     task, auto, output = "language", "AutoModelForCausalLM", "logits"
+    remembers = True
 
     def tensors(self, segments: Tensor) -> dict[str, Tensor]:
         return {"input_ids": segments}

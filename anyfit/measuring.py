@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import UserError
 from anyfit.costs import stopwatch
@@ -12,6 +13,7 @@ from anyfit.costs.latency import PREFILL, Device, LatencyTable, Setting
 from anyfit.costs.stopwatch import Stopwatch
 from anyfit.progress import Progress
 from anyfit.targets import targets
+from anyfit.targets.base import CutTarget
 from anyfit.zoo import MODEL
 
 
@@ -29,17 +31,18 @@ def measure(
 ) -> LatencyTable:
     """Time a network and its modules, at every size that a search may choose, in a target's runtime on this device.
 
-    Only the sizes matter, so no weights are read. `formats`: by default the plainest. `threads`: by default one for each core
-    that this process may use. `phase`: "prefill", or "decode" where the runtime keeps a cache. Raises `UserError` for what
-    can't be timed.
+    Only the sizes matter, so no matrix is read. `formats`: by default the one of which a pruned network is where nothing is
+    quantised. `threads`: by default one for each core that this process may use. `phase`: "prefill", or "decode" where the
+    runtime keeps a cache. Raises `UserError` for what can't be timed.
     """
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
+    watch = _stopwatch(target)
     return stopwatch.measure(
-        _stopwatch(target),
+        watch,
         checkpoint.config,
         target,
         Setting(batch, sequence, phase),
-        formats=formats,
+        formats=formats or [_dense(checkpoint, target)],
         threads=threads,
         trust_remote_code=trust_remote_code,
         progress=progress,
@@ -51,6 +54,11 @@ def latencies(path: str | Path) -> LatencyTable:
     table = LatencyTable.read(Path(path))
     table.require(Device.here(_stopwatch(table.target).runtime, table.device.threads))
     return table
+
+
+def _dense(checkpoint: Checkpoint, target: str) -> str:
+    skeleton = checkpoint.skeleton()
+    return CutTarget.of(targets.get(target)).dense(checkpoint.source(architecture_of(skeleton).weights(skeleton)))
 
 
 def _stopwatch(target: str) -> Stopwatch:

@@ -85,7 +85,7 @@ class NoAttention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         if cache is not None:
-            token = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            token = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(token, token, self.layer_idx)
         return self.get_submodule(self.output)(hidden_states), None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
@@ -89,6 +91,13 @@ def assemble(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]
     buffers = {name for name, _ in built.named_buffers()}
     assert not info["missing_keys"] - buffers and not info["mismatched_keys"], info
     return cast(PreTrainedModel, built.requires_grad_(False))
+
+
+def with_cache(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Any:
+    """What a model gives for tokens (batch, sequence) that come after those of the cache."""
+    # transformers 5.24 gave the argument another name
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return model(tokens, use_cache=True, **{name: cache})
 
 
 def fill(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> PreTrainedModel:

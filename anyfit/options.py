@@ -22,8 +22,11 @@ MeasuringData = Annotated[list[str] | None, typer.Option("--data", help="Text to
 TargetName = Annotated[str, typer.Option("--target", help="The runtime to write for: see `anyfit targets`.")]
 Formats = Annotated[list[str] | None, typer.Option("--formats", "--format", help="Formats to offer, `Q4_K,Q6_K`. Default: the target's.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="The method: see `anyfit recipes`.")]
-Budgets = Annotated[list[str], typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated; all hold.")]
-MaybeBudgets = Annotated[list[str] | None, typer.Option("--budget", help="An upper bound: 1.5GB, '3.2 bits', 50%. May be repeated.")]
+_BOUND = (
+    "An upper bound: 1.5GB, '3.2 bits', 50%; with measured latencies 20ms (a token, where decoding was measured) or 2x. May be repeated"
+)
+Budgets = Annotated[list[str], typer.Option("--budget", help=f"{_BOUND}; all hold.")]
+MaybeBudgets = Annotated[list[str] | None, typer.Option("--budget", help=f"{_BOUND}.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens in a segment of text. Default: the model's context, at most 2048.")]
 Segments = Annotated[int | None, typer.Option(min=1, help="How many segments of text to use.")]
 Latency = Annotated[

@@ -1,7 +1,8 @@
 """Whether the latency of a smaller network is what a table of its modules' latencies predicts.
 
-The embedded default, uniformly cut and with other sizes in each block, one thread. Predicted from the table that `anyfit measure`
-makes; then each network is built whole and timed in turn with the uncut one.
+The embedded default, uniformly cut, with other sizes in each block, and with parts left out, one thread. Predicted from the table that
+`anyfit measure` makes; then each network is built whole and timed in turn with the uncut one. In every runtime that is installed, for all
+tokens at once and for one token after them.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import argparse
 import random
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from table import Row, finish
+from table import Row, Section, finish_page
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit import network
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
-from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Setting
+from anyfit.core.errors import RuntimeMissingError
+from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, PREFILL, Setting, Shape
 from anyfit.costs.probes import probe, shape_of
-from anyfit.costs.stopwatch import Clock, measure, pinned, sizes
+from anyfit.costs.stopwatch import Clock, Stopwatch, measure, pinned, sizes
 from anyfit.progress import to_stderr
 from anyfit.structure.cutting import Kept, cut
 from anyfit.targets import targets
@@ -30,50 +33,84 @@ from anyfit.zoo import MODEL
 MOST_OFF = 0.07
 UNIFORM = ((2, 256), (1, 512), (1, 128))
 NUM_MIXED = 2
+LEFT_OUT = ((2, 512), (0, 512), (2, 0), (0, 0), (1, 256), (0, 96))
+"""Groups and width in each block, of which some have only one half or nothing."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One runtime, and in what it is timed."""
+
+    target: str
+    formats: tuple[str, ...]
+    phases: tuple[str, ...] = (PREFILL, DECODE)
+
+
+RUNTIMES = (Runtime("onnxruntime", ("F32", "int4_sym")), Runtime("llama.cpp", ("F16", "Q4_0")))
 
 
 def smaller(config: PretrainedConfig, blocks: list[tuple[int, int]]) -> PreTrainedModel:
     """The network with so many groups and such a width in each block."""
     model = network.frame(config, trust_remote_code=False)
-    return cut(model, architecture_of(model), [Kept(torch.arange(groups), torch.arange(width)) for groups, width in blocks])
+    with network.quiet():
+        return cut(model, architecture_of(model), [Kept(torch.arange(groups), torch.arange(width)) for groups, width in blocks])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", default="onnxruntime")
-    parser.add_argument("--formats", default="F32,int4_sym")
-    parser.add_argument("--sequence", type=int, default=128)
-    given = parser.parse_args()
-    config, setting = Checkpoint.open(MODEL).config, Setting(1, given.sequence)
-    stopwatch = targets.get(given.target).stopwatch()
-    assert stopwatch is not None, given.target
-    formats = given.formats.split(",")
-    table = measure(stopwatch, config, given.target, setting, formats=formats, threads=1, progress=to_stderr())
-    shape, rng = shape_of(config), random.Random(0)
-    networks = {f"{groups} groups, {width} wide": [(groups, width)] * shape.blocks for groups, width in UNIFORM}
+def networks(shape: Shape) -> dict[str, list[tuple[int, int]]]:
+    """What is predicted, by what is said of it: groups and width in each block."""
+    rng = random.Random(0)
+    found = {f"{groups} groups, {width} wide": [(groups, width)] * shape.blocks for groups, width in UNIFORM}
     for number in range(NUM_MIXED):
         drawn = [(rng.choice(sizes(shape, ATTENTION)), rng.choice(sizes(shape, FEED_FORWARD))) for _ in range(shape.blocks)]
-        networks[f"a mix of sizes ({number + 1})"] = drawn
-    rows = []
-    for name in formats:
+        found[f"a mix of sizes ({number + 1})"] = drawn
+    return {**found, "parts left out": list(LEFT_OUT)}
+
+
+def rows(stopwatch: Stopwatch, runtime: Runtime, setting: Setting) -> list[Row]:
+    """One table's predictions, and what was found."""
+    config, made = Checkpoint.open(MODEL).config, list[Row]()
+    table = measure(stopwatch, config, runtime.target, setting, formats=runtime.formats, threads=1, progress=to_stderr())
+    shape = shape_of(config)
+    for name in runtime.formats:
         with pinned(1), tempfile.TemporaryDirectory() as whole:
             clock = Clock(stopwatch.ready(probe(config, shape), name, setting, 1, Path(whole)), 1)
-            rows.append(Row((name, "uncut", f"{table.whole[name]:.2f}", "", "")))
-            for about, blocks in networks.items():
+            made.append(Row((name, "uncut", f"{table.whole[name]:.3f}", "", "")))
+            for about, blocks in networks(shape).items():
                 with tempfile.TemporaryDirectory() as folder:
                     share = clock.share(stopwatch.ready(smaller(config, blocks), name, setting, 1, Path(folder)))
                 modules = [module for groups, width in blocks for module in ((ATTENTION, groups), (FEED_FORWARD, width))]
                 predicted, found = table.predict(name, modules), share * table.whole[name]
                 off = predicted / found - 1
-                cells = (name, about, f"{predicted:.2f}", f"{found:.2f}", f"{off:+.1%}")
-                rows.append(Row(cells, holds=abs(off) <= MOST_OFF))
-    remarks = (
-        f"{setting.phase} of {setting.batch} x {setting.sequence} tokens in {table.device.runtime}, one thread of "
-        f"{table.device.processor}. Medians; what was found is a share of the uncut network's time, run in turns. A row holds where "
-        f"the two differ by at most {MOST_OFF:.0%}.",
-    )
+                cells = (name, about, f"{predicted:.3f}", f"{found:.3f}", f"{off:+.1%}")
+                made.append(Row(cells, holds=abs(off) <= MOST_OFF))
+    return made
+
+
+def sections(runtime: Runtime, sequence: int) -> list[Section]:
+    """One for each phase; none where the runtime isn't installed."""
+    try:
+        stopwatch = targets.get(runtime.target).stopwatch()
+    except RuntimeMissingError as error:
+        print(f"{runtime.target} is left out: {error.problem}", file=sys.stderr)
+        return []
+    assert stopwatch is not None, runtime.target
     columns = ("format", "network", "predicted ms", "found ms", "off by")
-    return finish("latency", "Latency of a smaller network, predicted", "make bench-latency", columns, rows, remarks)
+    settings = [Setting(1, sequence, phase) for phase in runtime.phases]
+    return [Section(f"{stopwatch.runtime}: {setting}", columns, rows(stopwatch, runtime, setting)) for setting in settings]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", help="of the runtimes only this one")
+    parser.add_argument("--sequence", type=int, default=128)
+    given = parser.parse_args()
+    wanted = [runtime for runtime in RUNTIMES if given.target in (None, runtime.target)]
+    found = [section for runtime in wanted for section in sections(runtime, given.sequence)]
+    remarks = (
+        "One thread. Medians; what was found is a share of the uncut network's time, run in turns. A row holds where the two differ by at "
+        f"most {MOST_OFF:.0%}.",
+    )
+    return finish_page("latency", "Latency of a smaller network, predicted", "make bench-latency", found, remarks)
 
 
 if __name__ == "__main__":

@@ -95,17 +95,18 @@ def side_by_side(family: Family, folders: Sequence[Path], batch: int, sequence: 
     """Milliseconds of each model, all taking turns: medians of the ratios to the first, times its median."""
     config = family.source.config
     interface = interface_of(config)
-    feed = onnxruntime_session.feed(interface, interface.example(config, batch, sequence))
+    segments = interface.example(config, batch, sequence)
     times: list[list[float]] = []
     with pinned(THREADS):
         sessions = [onnxruntime_session.opened(folder, threads=THREADS) for folder in folders]
+        feeds = [onnxruntime_session.feed(session, interface, segments) for session in sessions]
         began = time.thread_time()
         while len(times) < (ROUNDS if time.thread_time() - began < SECONDS else ROUNDS // 3):
             row = []
-            for session in sessions:
-                session.run(None, feed)
+            for session, feed in zip(sessions, feeds, strict=True):
+                session.run([interface.output], feed)
                 start = time.thread_time()  # of the one thread: other processes' turns don't count
-                session.run(None, feed)
+                session.run([interface.output], feed)
                 row.append(1e3 * (time.thread_time() - start))
             times.append(row)
     first = statistics.median(row[0] for row in times)

@@ -12,13 +12,16 @@ from typer.testing import CliRunner
 
 from anyfit import cli, measuring
 from anyfit.architectures import architecture_of
+from anyfit.architectures.llama import LLAMA
 from anyfit.core.errors import UserError
 from anyfit.costs import stopwatch
-from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape
+from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, PHASES, PREFILL, Device, LatencyTable, Setting, Shape
 from anyfit.costs.probes import VOCABULARY, probe, shape_of
 from anyfit.costs.stopwatch import Stopwatch, sizes
 from anyfit.interface import interface_of
 from anyfit.structure import levels
+from anyfit.structure.cutting import Kept, cut
+from anyfit.targets import targets
 from anyfit.targets.torch_stopwatch import TorchStopwatch, _fill
 from anyfit.testing.models import save_tiny, tiny_model
 
@@ -104,7 +107,31 @@ def test_modules_are_timed_beside_the_whole_network(monkeypatch):
         assert found.rest(name) == pytest.approx(7.0 * factor * slow)
 
 
-def test_what_cannot_be_timed_is_refused_before_anything_is_built():
+def test_what_runs_in_the_place_of_a_module_is_counted(monkeypatch):
+    """Where a feed-forward can't be left out, its smallest stands beside attentions that are timed, and is what leaving it out takes."""
+
+    class NeverWithout(FakeStopwatch):
+        instead = (FEED_FORWARD,)
+
+        def ready(self, model, format_, setting, threads, folder):
+            for block in model.model.layers:
+                if hasattr(block.self_attn, "q_proj") and not hasattr(block.mlp, "up_proj"):
+                    block.mlp.up_proj = torch.nn.Linear(1, 32, device="meta")
+            return super().ready(model, format_, setting, threads, folder)
+
+    fake = NeverWithout()
+    fake.runs = iter(lambda: 0, 1)
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: fake.now)
+    monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
+    found = stopwatch.measure(fake, tiny_model("llama").config, "fake", SETTING, threads=1)
+    assert found.whole["F32"] == pytest.approx(23.0)
+    assert found.ms(FEED_FORWARD, 0, "F32") == found.ms(FEED_FORWARD, 32, "F32") == pytest.approx(0.25)
+    assert found.ms(ATTENTION, 2, "F32") == pytest.approx(4.0) and found.ms(ATTENTION, 0, "F32") == 0
+    assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(23.0)
+    assert LatencyTable.from_json(found.to_json()) == found
+
+
+def test_what_cannot_be_timed_is_refused_before_anything_is_built(monkeypatch):
     config, fake = tiny_model("llama").config, FakeStopwatch()
     for wrong, said in (
         ({"formats": ("Q4_K",)}, "Q4_K"),
@@ -116,10 +143,13 @@ def test_what_cannot_be_timed_is_refused_before_anything_is_built():
             stopwatch.measure(fake, config, "fake", **given)
     with pytest.raises(UserError, match="phase"):
         Setting(1, 1, "sleep")
+    with pytest.raises(UserError, match="decode"):
+        stopwatch.measure(fake, tiny_model("bert").config, "fake", replace(SETTING, phase=DECODE))
     with pytest.raises(UserError, match="bloom"):
         shape_of(tiny_model("bloom").config)
+    monkeypatch.setattr(type(targets.get("transformers")), "stopwatch", lambda _: None)
     with pytest.raises(UserError, match="no stopwatch"):
-        measuring.measure(target="llama.cpp")
+        measuring.measure(target="transformers")
 
 
 def test_widths_form_a_ladder_of_multiples_down_from_the_uncut_one():
@@ -175,6 +205,46 @@ def test_torch_decodes_the_token_that_comes_after_the_cached_ones(tmp_path):
         assert cache.get_seq_length() == 24
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_onnxruntime_runs_what_a_setting_says(phase, tmp_path):
+    pytest.importorskip("onnxruntime")
+    config = tiny_model("llama", num_hidden_layers=2).config
+    model = cut(probe(config, shape_of(config)), LLAMA, [Kept(torch.arange(1), torch.arange(64)), Kept(torch.arange(0), None)])
+    run = targets.get("onnxruntime").stopwatch().ready(model, "int4_sym", Setting(2, 24, phase), 1, tmp_path)
+    for _ in range(2):
+        logits, keys, values = (item.numpy() for item in run())
+        assert logits.shape == (2, 24 if phase == PREFILL else 1, config.vocab_size)
+        assert keys.shape == values.shape == (2, 1, 24 if phase == PREFILL else 25, 64)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_llamacpp_runs_what_a_setting_says(phase, batch, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    config = tiny_model("llama").config
+    watch = targets.get("llama.cpp").stopwatch()
+    for name, kept in (("F16", KINDS), ("Q8_0", (ATTENTION,)), ("Q4_K", (FEED_FORWARD,)), ("Q4_0", ())):
+        (tmp_path / name).mkdir()
+        run = watch.ready(probe(config, shape_of(config), kept), name, Setting(batch, 24, phase), 1, tmp_path / name)
+        loaded = run.__self__
+        for _ in range(2):
+            run()
+            last = [llama_cpp.llama_memory_seq_pos_max(loaded._memory, text) for text in range(batch)]
+            assert last == [23] * batch and loaded._batch.n_tokens == (batch if phase == DECODE else 24 * batch)
+
+
+def test_llamacpp_times_networks_like_llama_only():
+    pytest.importorskip("llama_cpp")
+    with pytest.raises(UserError, match="only for networks like Llama"):
+        stopwatch.measure(targets.get("llama.cpp").stopwatch(), tiny_model("qwen2").config, "llama.cpp", SETTING, threads=1)
+
+
+def test_a_table_says_what_its_milliseconds_are():
+    assert "4 x 16 tokens at once" in str(table(setting=Setting(4, 16)))
+    assert "those of one token after 128, as measured in onnxruntime 1 with 1 thread on" in str(table(setting=Setting(1, 128, DECODE)))
+    assert str(Setting(4, 128, DECODE)) == "one token of each of 4 texts after 128"
+
+
 @pytest.mark.slow
 def test_a_smaller_networks_latency_is_predicted(tmp_path):
     """In plain torch, which builds networks fast; the bar is loose because other tests run beside this one."""
@@ -193,10 +263,13 @@ def test_the_command_writes_the_table_and_prints_it(tmp_path, monkeypatch):
     monkeypatch.setattr(stopwatch, "ROUNDS", 1)
     monkeypatch.setattr(levels, "STEP", 256)
     path = tmp_path / "table.json"
-    arguments = ["measure", str(save_tiny(tmp_path / "model")), "--target", "transformers", "--sequence", "16", "--threads", "1"]
+    model = save_tiny(tmp_path / "model")
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(model)
+    arguments = ["measure", str(model), "--target", "transformers", "--sequence", "16", "--threads", "1"]
     result = CliRunner().invoke(cli.app, [*arguments, "-o", str(path), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == measuring.latencies(path).to_json() == json.loads(path.read_text())
+    assert list(measuring.latencies(path).whole) == ["BF16"], "the type in which a pruned network is stored"
     again = CliRunner().invoke(cli.app, [*arguments, "-o", str(path)])
     assert again.exit_code == 2 and "exists" in again.stderr
     shown = CliRunner().invoke(cli.app, [*arguments, "-o", str(path), "--force"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from anyfit.core.config import Config
-from anyfit.core.errors import ModelError, RuntimeMissingError
-from anyfit.targets import gguf_check, gguf_tokenizer, llamacpp_runtime
+from anyfit.architectures import architecture_of
+from anyfit.architectures.coverage import passthrough
+from anyfit.architectures.llama import LLAMA
+from anyfit.calibration.statistics import InputStatistics
+from anyfit.checkpoint import Checkpoint, Source
+from anyfit.core.config import WIDTH, Config
+from anyfit.core.errors import ModelError, RuntimeMissingError, UserError
+from anyfit.formats import formats
+from anyfit.quantizers.rtn import QUANTIZER
+from anyfit.structure.cutting import Kept, cut
+from anyfit.structure.space import structures
+from anyfit.targets import gguf_check, gguf_kinds, gguf_layout, gguf_tokenizer, llamacpp_runtime
+from anyfit.targets.base import Cut
 from anyfit.targets.llamacpp import TARGET, logits, read_model
 from anyfit.testing.models import save_tiny, tiny_text, tiny_tokenizer
 from anyfit.testing.targets import CHECKS, Trial, flip_bit
@@ -115,6 +126,120 @@ def test_llamacpp_runs_the_same_network(name: str, tmp_path: Path) -> None:
     # llama.cpp looks its gelu up in a table of halves
     tolerance = 1e-4 if kind in ("llama", "qwen2", "phi3") else 5e-2
     assert (logits(tmp_path / "model.gguf", TOKENS) - expected).abs().max() < tolerance
+
+
+WHOLE, NARROW = (2, 512), (1, 256)
+CUTS: dict[str, tuple[list[tuple[int, int]], str]] = {
+    "all alike": ([NARROW] * 4, "llama"),
+    "all alike, one block less": ([NARROW, (0, 0), NARROW, NARROW], "llama"),
+    "without the first block": ([(0, 0), WHOLE, WHOLE, WHOLE], "llama"),
+    "as it was": ([WHOLE] * 4, "llama"),
+    "different widths and heads": ([WHOLE, (1, 64), (2, 96), (1, 512)], "deci"),
+    "much left out": ([(0, 0), (0, 64), (1, 0), (0, 0)], "deci"),
+    "nothing left": ([(0, 0)] * 4, "llama"),
+    **{
+        f"no {half} in block {block}": ([WHOLE] * block + [sizes] + [WHOLE] * (3 - block), "deci")
+        for block in (0, 1, 3)
+        for half, sizes in (("attention", (0, 512)), ("feed-forward", (2, 0)))
+    },
+}
+"""Groups of heads and channels in each block, and what llama.cpp is told that it is."""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(save_tiny(tmp_path_factory.mktemp("models") / "deep", num_hidden_layers=4))
+
+
+def _cut(deep: Checkpoint, blocks: list[tuple[int, int]], names: tuple[str, ...] = ("F32",)) -> tuple[Source, Cut]:
+    """The network with the first groups and channels of each block, its matrices in these formats by turns where they can be."""
+    model, source = deep.load(), deep.source(list(LLAMA.weights(deep.skeleton())))
+    cut(model, LLAMA, [Kept(torch.arange(groups), torch.arange(channels)) for groups, channels in blocks])
+    chosen, variants = dict[str, str](), dict[str, torch.Tensor]()
+    for weight, name in zip(LLAMA.weights(model), cycle(names), strict=False):
+        grid = formats.get(gguf_layout.legal(name, weight.shape))
+        if grid.name == "F32":
+            continue
+        matrix, order = model.get_parameter(weight.name), torch.arange(weight.shape[0])
+        if weight.role in ("q", "k"):
+            order = gguf_kinds.interleaved(model.config, weight.shape[0])
+        data = QUANTIZER.encode(matrix.detach()[order], QUANTIZER.prepare(InputStatistics.unknown(weight.shape[1])), grid).data
+        chosen[weight.name], variants[weight.name] = grid.name, data
+        with torch.no_grad():
+            matrix[order] = grid.decode(data)
+    return source, Cut(model, chosen, lambda weight, format_, which=slice(None): variants[weight][which])
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_networks_with_parts_left_out(deep: Checkpoint, name: str, tmp_path: Path) -> None:
+    blocks, arch = CUTS[name]
+    source, made = _cut(deep, blocks)
+    path = tmp_path / "model.gguf"
+    size = TARGET.write_cut(path, source, made)
+    assert gguf.GGUFReader(path).get_field("general.architecture").contents() == arch
+    checks = {check.name: check for check in TARGET.check_cut(path, source, made, TOKENS)}
+    assert all(check.passed for check in checks.values()), checks
+    assert checks["transformers"].detail.startswith("skipped") == (arch == "deci")
+    most, unneeded = _predicted(source, made, blocks)
+    removed = sum((not groups) + (not channels) for groups, channels in blocks)
+    if arch == "deci" and all(groups for groups, _ in blocks):
+        assert size == most == path.stat().st_size
+    else:
+        # norms, names, and sizes that are told once
+        assert most - unneeded - 2048 * (1 + removed) <= size <= most
+
+
+def _predicted(source: Source, made: Cut, blocks: list[tuple[int, int]]) -> tuple[int, int]:
+    """Bytes as a space counts a config's, tensor by tensor, and how many of these aren't needed, in blocks of nothing."""
+    storage, whole = TARGET.storage(source, ["Q8_0"]), source.skeleton()
+    stored, _ = passthrough(made.model, ())
+    found = structures(whole, LLAMA, LLAMA.weights(whole)).values()
+    kept = {structure.reader.name: blocks[structure.reader.block or 0][structure.axis == WIDTH] for structure in found}
+    in_place = {structure.reader: storage.instead(structure) for structure in found if not kept[structure.reader.name]}
+    unneeded = sum(size for reader, size in in_place.items() if not any(blocks[reader.block or 0]))
+    tensors = sum(storage.bytes_(name, tensor.shape, made.formats.get(name, "F32"))[0] for name, tensor in stored.items())
+    return storage.fixed_bytes + sum(in_place.values()) + tensors, unneeded
+
+
+@pytest.mark.parametrize("blocks", [CUTS["different widths and heads"][0], CUTS["all alike"][0], CUTS["much left out"][0]])
+def test_what_is_left_is_stored_in_any_format(deep: Checkpoint, blocks: list[tuple[int, int]], tmp_path: Path) -> None:
+    for turn in range(3):
+        source, made = _cut(deep, blocks, (*TARGET.formats[turn:], *TARGET.formats[:turn]))
+        path = tmp_path / f"{turn}.gguf"
+        assert TARGET.write_cut(path, source, made) <= _predicted(source, made, blocks)[0]
+        checks = TARGET.check_cut(path, source, made, TOKENS)
+        assert all(check.passed for check in checks), checks
+    flip_bit(path, 0.9)
+    assert not all(check.passed for check in TARGET.check_cut(path, source, made, TOKENS))
+
+
+@needs_llamacpp
+def test_a_cut_network_gives_the_same_logits_in_llamacpp(deep: Checkpoint, tmp_path: Path) -> None:
+    for blocks, _ in CUTS.values():
+        source, made = _cut(deep, blocks)
+        path = tmp_path / "model.gguf"
+        path.unlink(missing_ok=True)
+        TARGET.write_cut(path, source, made)
+        with torch.inference_mode():
+            expected = made.model(TOKENS, use_cache=False).logits
+        assert (logits(path, TOKENS) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "reason"),
+    [
+        ("qwen2", {}, "only for networks like Llama, and this is a qwen2"),
+        ("gemma2", {}, "only for networks like Llama, and this is a gemma2"),
+        ("llama", {"attention_bias": True}, "its attention has biases"),
+        ("llama", {"mlp_bias": True}, "its feed-forwards have biases"),
+    ],
+)
+def test_what_llamacpp_cannot_run_smaller_is_refused(kind: str, overrides: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_tiny(tmp_path, kind, **overrides))
+    source = checkpoint.source(list(architecture_of(checkpoint.skeleton()).weights(checkpoint.skeleton())))
+    with pytest.raises(UserError, match=reason) as error:
+        TARGET.storage(source, [])
+    assert "onnxruntime" in str(error.value.remedy)
 
 
 def test_swapped_rows_are_noticed(trial: Callable[[str], Trial], tmp_path: Path) -> None:

@@ -10,13 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from anyfit.architectures.llama import LLAMA
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.config import Config
 from anyfit.core.errors import FamilyError, RuntimeMissingError
 from anyfit.core.units import Weight
+from anyfit.interface import LANGUAGE
+from anyfit.structure.cutting import Kept, cut
 from anyfit.targets import onnx_graph
+from anyfit.targets.base import Cut
 from anyfit.targets.onnx_graph import ExportError, Graph
 from anyfit.targets.onnxruntime import TARGET
+from anyfit.targets.onnxruntime_session import after, feed
 from anyfit.testing.models import save_tiny, tiny_model
 from anyfit.testing.targets import CHECKS, Trial
 
@@ -62,8 +67,38 @@ def test_each_format_is_read_to_the_bit_by_products_and_by_lookups(trial, name, 
     config = Config({decision.key: name for decision in net.space.decisions})
     net.write(tmp_path / "folder", config)
     session = onnxruntime.InferenceSession(tmp_path / "folder" / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [item.name for item in session.get_inputs()] == ["input_ids"]
+    assert [item.name for item in session.get_inputs()] == ["input_ids", "past_key_values.0.key", "past_key_values.0.value"]
     assert all(check.passed for check in net.check(tmp_path / "folder", config))
+
+
+def test_tokens_after_others_are_what_they_are_in_the_whole_text(trial, tmp_path):
+    """In pieces of any length, of several texts."""
+    net = trial("llama, tied")
+    config = Config({decision.key: "F32" for decision in net.space.decisions})
+    net.write(tmp_path / "folder", config)
+    session, model = onnxruntime.InferenceSession(tmp_path / "folder" / "model.onnx"), net.extract(config)
+    tokens = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    memory, start = {}, 0
+    for stop in (7, 8, 9, 25, 40):
+        given = session.run(None, feed(session, LANGUAGE, tokens[:, start:stop]) | memory)
+        assert torch.allclose(torch.from_numpy(given[0]), expected[:, start:stop], atol=1e-4)
+        memory, start = after(session, given), stop
+    assert {value.shape for value in memory.values()} == {(3, 2, 40, 64)}
+
+
+def test_blocks_of_different_sizes_remember_their_own(tmp_path):
+    checkpoint = Checkpoint.open(save_tiny(tmp_path / "model", num_hidden_layers=3))
+    source, model = checkpoint.source(list(LLAMA.weights(checkpoint.skeleton()))), checkpoint.load()
+    kept = [Kept(torch.arange(groups), torch.arange(width)) for groups, width in ((0, 64), (1, 0), (2, 96))]
+    made = Cut(cut(model, LLAMA, kept), {}, lambda *_: torch.empty(0))
+    TARGET.write_cut(tmp_path / "small", source, made)
+    checks = TARGET.check_cut(tmp_path / "small", source, made, torch.arange(96).reshape(2, 48))
+    assert all(check.passed for check in checks) and "token by token" in checks[-1].detail, checks
+    session = onnxruntime.InferenceSession(tmp_path / "small" / "model.onnx")
+    heads = {item.name: item.shape[1] for item in session.get_inputs()[1:]}
+    assert heads == {"past_key_values.1.key": 1, "past_key_values.1.value": 1, "past_key_values.2.key": 2, "past_key_values.2.value": 2}
 
 
 def test_any_batch_and_length_is_run(trial, tmp_path):
@@ -73,7 +108,7 @@ def test_any_batch_and_length_is_run(trial, tmp_path):
     session, model = onnxruntime.InferenceSession(tmp_path / "folder" / "model.onnx"), net.extract(config)
     for shape in ((1, 1), (3, 7), (1, 200)):
         tokens = torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(0))
-        (logits,) = session.run(None, {"input_ids": tokens.numpy()})
+        logits = session.run(["logits"], feed(session, LANGUAGE, tokens))[0]
         with torch.no_grad():
             assert torch.allclose(torch.from_numpy(logits), model(tokens).logits, atol=1e-4)
 

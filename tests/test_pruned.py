@@ -28,7 +28,7 @@ from anyfit.family.store import Store
 from anyfit.quantizers.base import Encoded
 from anyfit.report import summary
 from anyfit.structure.cutting import cut, sizes
-from anyfit.structure.levels import STEP, kept_of, widths
+from anyfit.structure.levels import LARGE_STEP, STEP, kept_of, widths
 from anyfit.structure.space import kept_of_blocks
 from anyfit.targets.base import Cut
 from anyfit.targets.onnxruntime import _layout_of_cut
@@ -79,6 +79,7 @@ def test_widths_fall_geometrically_in_whole_steps() -> None:
     assert all(width % STEP == 0 for width in ladder)
     assert all(0.8 <= small / large <= 0.95 for large, small in pairwise(ladder) if small >= 10 * STEP)
     assert widths(40) == [40, 32] and widths(20) == [20]
+    assert sum(width % LARGE_STEP == 0 for width in ladder) >= 7 and all(width % LARGE_STEP == 0 for width in widths(11008)[:14])
 
 
 @pytest.mark.parametrize("budget", ["95%", "60%", "macs <= 50%", "30%"])
@@ -311,8 +312,9 @@ def _device_of(target: str) -> Device:
 
 
 def test_what_can_not_be_pruned_says_so(text: Path, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"llama\.cpp takes no networks with parts left out"):
-        fitted(model, text, tmp_path / "no.family", target="llama.cpp")
+    biased = save_tiny(tmp_path / "qwen2", "qwen2")
+    with pytest.raises(UserError, match=r"llama\.cpp can't run a smaller network of this one: .* only for networks like Llama"):
+        fitted(biased, text, tmp_path / "no.family", target="llama.cpp")
     other = save_tiny(tmp_path / "bloom", "bloom")
     with pytest.raises(ModelError, match="can't be cut"):
         fitted(other, text, tmp_path / "no.family")
@@ -339,6 +341,32 @@ def test_structure_and_formats_together(joint: Family, tmp_path: Path, budget: s
     made = joint.export(budget, tmp_path / "small")
     assert all(check.passed for check in made.checks), made.checks
     assert made.bytes_ <= made.point.bytes_ and joint.budget(budget).allows(joint.space.costs(made.point.config))
+
+
+@pytest.fixture(scope="module")
+def gguf_family(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    output = tmp_path_factory.mktemp("families") / "gguf.family"
+    return fitted(model, text, output, target="llama.cpp", formats=["Q8_0", "Q4_K"])
+
+
+@pytest.mark.parametrize("budget", ["95%", "45%", "macs <= 50%", "15%"])
+def test_a_pruned_network_as_gguf(gguf_family: Family, tmp_path: Path, budget: str) -> None:
+    made = gguf_family.export(budget, tmp_path / "small.gguf")
+    assert all(check.passed for check in made.checks), made.checks
+    left_out = sum(kept_of(name) == 0 for name in made.point.config.values())
+    assert made.point.bytes_ - 32768 * left_out - 1024 <= made.bytes_ == (tmp_path / "small.gguf").stat().st_size <= made.point.bytes_
+
+
+def test_nothing_left_in_the_blocks_of_a_gguf(gguf_family: Family, tmp_path: Path) -> None:
+    least = gguf_family.space.bytes_(gguf_family.space.smallest())
+    made = gguf_family.export(f"{least}B", tmp_path / "nothing.gguf")
+    assert all(check.passed for check in made.checks), made.checks
+
+
+def test_rows_that_do_not_fill_a_block_are_no_choice(gguf_family: Family) -> None:
+    names = [c.name for d in gguf_family.space.decisions if d.axis == WIDTH for c in d.choices if format_of(c.name) == "Q4_K"]
+    assert names and all((kept_of(name) or 1) % 256 == 0 for name in names)
+    assert ("width288 Q4_K", "row length 288 is not a multiple of 256") in {row[1:] for row in gguf_family.coverage}
 
 
 def test_each_kind_of_choice_is_used(joint: Family) -> None:

@@ -276,6 +276,16 @@ def test_matrices_in_integers_are_not_trained(model: Path, text: Path, tmp_path:
             refine(family, least, model=model)
 
 
+def test_what_was_trained_is_written_as_gguf(model: Path, text: Path, tmp_path: Path) -> None:
+    """Whose rows lie in another order than the checkpoint's, in the whole network and in what is left of it."""
+    family = fitted(model, text, tmp_path / "gguf.family", target="llama.cpp", formats=["F32"], recover=BUDGETS[:2])
+    point = family.select(BUDGETS[1])
+    assert point.refined and point.search is not None
+    assert kl_of(family, point.config) == pytest.approx(point.search.kl_mean, rel=1e-4)
+    made = family.export(BUDGETS[1], tmp_path / "small.gguf")
+    assert made.point.config == point.config and all(check.passed for check in made.checks), made.checks
+
+
 def test_a_member_is_not_taken_for_another(family: Family, tmp_path: Path) -> None:
     """What a file of numbers says is checked before it is used."""
     broken = Family.open(shutil.copytree(family.path, tmp_path / "broken.family"))

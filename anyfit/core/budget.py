@@ -29,7 +29,8 @@ _PART = re.compile(
 )
 KNOWN_UNITS = (
     "B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024), bits (per weight), % (of the original's bytes), "
-    "ms, s, x (times as fast as the original), MMACs, GMACs (multiply-adds a token), macs <= 50%, weights <= 50% (that aren't zero)"
+    "ms, s (a token, where decoding was measured), x (times as fast as the original), MMACs, GMACs (multiply-adds a token), macs <= 50%, "
+    "weights <= 50% (that aren't zero)"
 )
 
 

@@ -61,6 +61,11 @@ class Setting:
         if self.batch < 1 or self.sequence < 1:
             raise UserError(f"A batch of {self.batch} texts of {self.sequence} tokens can't be run.", remedy="Give numbers from 1 on.")
 
+    def __str__(self) -> str:
+        if self.phase == PREFILL:
+            return f"{self.batch} x {self.sequence} tokens at once"
+        return f"one token{'' if self.batch == 1 else f' of each of {self.batch} texts'} after {self.sequence}"
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -94,10 +99,11 @@ class LatencyTable:
         return sorted(size for own, size, name in self.modules if (own, name) == (kind, format_))
 
     def ms(self, kind: str, size: int, format_: str) -> float:
-        """What one module takes; nothing where it is left out (size 0). Raises `UserError` for one that wasn't measured."""
-        if size == 0:
-            return 0.0
+        """What one module takes. One that is left out (size 0) takes nothing, but for what runs in its place, where that was measured.
+        Raises `UserError` for one that wasn't measured."""
         if (kind, size, format_) not in self.modules:
+            if size == 0:
+                return 0.0
             measured = ", ".join(map(str, self.sizes(kind, format_))) or "none"
             raise UserError(f"The latency of {kind} of size {size} in {format_} was not measured.", remedy=f"Measured sizes: {measured}.")
         return self.modules[kind, size, format_]
@@ -135,8 +141,9 @@ class LatencyTable:
 
     def __str__(self) -> str:
         setting, device = self.setting, self.device
-        where = f"{device.runtime} with {device.threads} threads on {device.processor}"
-        return f"Milliseconds are those of {setting.phase}, {setting.batch} x {setting.sequence} tokens, as measured in {where}."
+        threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
+        where = f"{device.runtime} with {threads} on {device.processor}"
+        return f"Milliseconds are those of {setting}, as measured in {where}."
 
     @property
     def digest(self) -> str:

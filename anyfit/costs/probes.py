@@ -40,4 +40,5 @@ def probe(config: PretrainedConfig, shape: Shape, kept: Collection[str] = KINDS,
             setattr(changed, name, value)
     model = network.frame(changed, trust_remote_code=trust_remote_code)
     own = Kept(torch.arange(shape.groups if ATTENTION in kept else 0), torch.arange(shape.width if FEED_FORWARD in kept else 0))
-    return cut(model, architecture_of(model), [own] * shape.blocks)
+    with network.quiet():
+        return cut(model, architecture_of(model), [own] * shape.blocks)

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import UserError
-from anyfit.costs.latency import ATTENTION, KINDS, Device, LatencyTable, Setting, Shape, cores
+from anyfit.costs.latency import ATTENTION, DECODE, KINDS, Device, LatencyTable, Setting, Shape, cores
 from anyfit.costs.probes import probe, shape_of
 from anyfit.interface import interface_of
 from anyfit.progress import Progress, Silent
@@ -38,9 +38,11 @@ class Stopwatch(ABC):
     runtime: str
     formats: tuple[str, ...]
     """Those that run at a speed of their own, the plainest first."""
+    instead: tuple[str, ...] = ()
+    """The kinds of modules of which the smallest runs in the place of one that is left out."""
 
-    def refuses(self, setting: Setting, config: PretrainedConfig) -> str | None:
-        """Why it can't time a network of this config so; None where it can."""
+    def refuses(self, config: PretrainedConfig) -> str | None:
+        """Why it can't time modules of a network of this config; None where it can."""
         return None
 
     @abstractmethod
@@ -92,8 +94,19 @@ def measure(
                         shares[kind, size] = clock.share(ready(part, (kind,), name, Path(own)))
                     stage.advance(detail=f"{kind} {size} {name}")
                 whole[name] = clock.whole
-                modules |= {(k, size, name): max(0.0, share - empty) / shape.blocks * clock.whole for (k, size), share in shares.items()}
+                took = {key: max(0.0, share - empty) / shape.blocks * clock.whole for key, share in shares.items()}
+                modules |= {(*key, name): ms for key, ms in _alone(took, stopwatch.instead).items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
+
+
+def _alone(took: Mapping[tuple[str, int], float], instead: Sequence[str]) -> dict[tuple[str, int], float]:
+    """Modules without what had to run beside them, and what runs where one is left out as a module of size 0; by kind and size."""
+    found = dict(took)
+    for kind in instead:
+        least = took[kind, min(size for own, size in took if own == kind)]
+        found |= {key: max(0.0, ms - least) for key, ms in found.items() if key[0] != kind}
+        found[kind, 0] = least
+    return found
 
 
 def sizes(shape: Shape, kind: str) -> list[int]:
@@ -163,8 +176,10 @@ def _new(folder: str, name: str) -> Path:
 
 
 def _require(stopwatch: Stopwatch, setting: Setting, formats: Sequence[str], threads: int, config: PretrainedConfig) -> None:
-    if reason := stopwatch.refuses(setting, config):
-        raise UserError(reason, remedy="Choose another setting or target.")
+    if setting.phase == DECODE and not interface_of(config).remembers:
+        raise UserError("An encoder writes no text, so it has no decode phase.", remedy="Measure prefill.")
+    if reason := stopwatch.refuses(config):
+        raise UserError(reason, remedy="Choose another target, such as onnxruntime.")
     if unknown := [name for name in formats if name not in stopwatch.formats]:
         raise UserError(f"{stopwatch.runtime} isn't timed in {unknown[0]}.", remedy=f"It is in: {', '.join(stopwatch.formats)}.")
     if not 1 <= threads <= cores():

@@ -74,21 +74,27 @@ class Extracted:
 
 
 class InMemory:
-    """A whole network, asked as an `Extracted` is."""
+    """A whole network, asked as an `Extracted` is. `runs`: one that computes the same, and is run in its stead."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, runs: PreTrainedModel | None = None) -> None:
+        self.model = self.skeleton = model
+        self._runs = model if runs is None else runs
 
     def weight(self, name: str) -> Weight | None:
         """What is known of a matrix; None for anything else."""
-        return self._weights.get(name)
+        return self.weights.get(name)
 
     @cached_property
-    def _weights(self) -> dict[str, Weight]:
+    def weights(self) -> dict[str, Weight]:
         return {weight.name: weight for weight in architecture_of(self.model).weights(self.model)}
 
     def parameter(self, name: str) -> Tensor:
         return self.model.get_parameter(name)
+
+    def rows(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """A parameter, all of its rows."""
+        values = self.parameter(name)
+        yield slice(0, len(values)), values
 
     @property
     def config(self) -> PretrainedConfig:
@@ -99,7 +105,7 @@ class InMemory:
 
         def run(tokens: Tensor) -> Tensor:
             with torch.inference_mode():
-                return interface(self.model, tokens)
+                return interface(self._runs, tokens)
 
         return run
 

@@ -251,7 +251,8 @@ class Family:
 
     def cut(self, config: Config) -> Cut:
         """What is written of a config from which parts are left out."""
-        model, dense = self.extract(config), CutTarget.of(targets.get(self.target)).dense(self.source)
+        target = CutTarget.of(targets.get(self.target))
+        model, dense = self.extract(config), target.dense(self.source)
         architecture, whole = architecture_of(model), self.source.skeleton()
         kept, rows = self._kept(config), dict[str, torch.Tensor]()
         formats, readers = dict[str, str](), dict[str, str]()
@@ -262,7 +263,8 @@ class Family:
             formats |= {weight.name: format_of(choice) for weight in decision.unit.weights}
             if structure := self._structures.get(decision.unit.name):
                 readers[structure.reader.name] = choice
-                rows |= rows_of(whole, architecture, structure.reader, kept[structure.reader.name])
+                own = rows_of(whole, architecture, structure.reader, kept[structure.reader.name])
+                rows |= {w.name: target.places(self.source, w, own[w.name]) for w in structure.rest if w.name in own}
 
         def variant(weight: str, format_: str, which: torch.Tensor | slice = ALL) -> torch.Tensor:
             left = self._store.variant(weight, readers.get(weight, format_), rows.get(weight, ALL))

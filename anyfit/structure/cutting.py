@@ -128,11 +128,22 @@ def plain_changes(model: PreTrainedModel, architecture: Architecture, config: Pr
     return changes if _shapes(built) == _shapes(model) else None
 
 
+def described(model: PreTrainedModel, architecture: Architecture, config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a network of the whole sizes, changed to say the cut `model`'s: once for all blocks where its own class can build
+    them, in `per_layer_config` otherwise."""
+    changes = plain_changes(model, architecture, config)
+    if changes is not None:
+        return type(config).from_dict(config.to_dict() | changes)
+    found = copy.deepcopy(config)
+    describe(found, _overrides(model, architecture, config))
+    return found
+
+
 def uneven_changes(model: PreTrainedModel, architecture: Architecture) -> tuple[dict[str, Any], str]:
     """What to change in the config of the whole network so that the file `MODULE`.py builds one of the cut `model`'s sizes, block by
     block, and that file's text."""
     name, kind = type(model).__name__, type(model.config).__name__
-    per_layer = {str(index): said for index, said in _overrides(model, architecture).items()}
+    per_layer = {str(index): said for index, said in _overrides(model, architecture, model.config).items()}
     auto_map = {"AutoConfig": f"{MODULE}.Cut{kind}", interface_of(model.config).auto: f"{MODULE}.Cut{name}"}
     changes = {
         "model_type": f"cut_{architecture.name}",
@@ -180,7 +191,7 @@ def _numbered(model: PreTrainedModel) -> set[str]:
 
 def _tell(model: PreTrainedModel, architecture: Architecture, layout: Layout) -> None:
     """Make the config say the blocks' sizes."""
-    per_layer = _overrides(model, architecture)
+    per_layer = _overrides(model, architecture, model.config)
     if not per_layer:
         return
     describe(model.config, per_layer)
@@ -189,9 +200,9 @@ def _tell(model: PreTrainedModel, architecture: Architecture, layout: Layout) ->
             block.get_submodule(layout.attention).config = own
 
 
-def _overrides(model: PreTrainedModel, architecture: Architecture) -> dict[int, dict[str, Any]]:
-    """What `per_layer_config` says, by block."""
-    whole = copy.copy(model.config)
+def _overrides(model: PreTrainedModel, architecture: Architecture, config: PretrainedConfig) -> dict[int, dict[str, Any]]:
+    """What `per_layer_config` says, by block; `config` may already say it."""
+    whole = copy.copy(config)
     whole.per_layer_config = None
     found = (overrides(own, whole, _layout(architecture)) for own in sizes(model, architecture))
     return {index: changes for index, changes in enumerate(found) if changes}

@@ -16,8 +16,9 @@ READERS = {"o": HEADS, "down": WIDTH}
 """The roles of the matrices that read what structures put out, and on which axis these are taken out."""
 SHRINKING = 0.9
 """From one width to the next smaller, about."""
-STEP = 32
-"""Of which widths are multiples: what runtimes' blocks of weights and matrix products like."""
+STEP, LARGE_STEP, NEAR = 32, 256, 0.05
+"""Of which widths are multiples: what runtimes' blocks of weights and matrix products like. Blocks of llama.cpp's smaller types are the
+larger one, so a multiple of that is taken where it is off by no more than a share of the width."""
 _NAME = re.compile(f"(?:{HEADS}|{WIDTH})([0-9]+) (.+)")
 
 
@@ -46,10 +47,11 @@ class Structure:
 
 
 def widths(whole: int) -> list[int]:
-    """Those of a feed-forward that are looked at, the whole first: a geometric ladder of multiples of `STEP`, after ZipLM."""
+    """Those of a feed-forward that are looked at, the whole first: a geometric ladder of multiples of steps, after ZipLM."""
     ladder, width = [whole], float(whole)
     while (width := width * SHRINKING) >= STEP:
-        rounded = round(width / STEP) * STEP
+        large = round(width / LARGE_STEP) * LARGE_STEP
+        rounded = large if abs(large - width) <= NEAR * width else round(width / STEP) * STEP
         if rounded < ladder[-1]:
             ladder.append(rounded)
     return ladder

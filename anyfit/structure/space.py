@@ -40,6 +40,8 @@ class Storage:
     bytes_: Callable[[str, torch.Size, str], tuple[int, int]]
     refuses: Callable[[str, torch.Size, str], str | None]
     fixed_bytes: int
+    instead: Callable[[Structure], int] = lambda _: 0
+    """Bytes of what a runtime must have in the place of an attention or a feed-forward that is left out whole."""
 
 
 def structures(model: PreTrainedModel, architecture: Architecture, weights: Iterable[Weight]) -> dict[str, Structure]:
@@ -128,7 +130,8 @@ class Pruning:
                 if not matrices & shapes.keys() and format_ != storage.dense:
                     continue  # nothing that could be quantised
                 latency = self.measured.of(structure, kept, format_) if self.measured and not why else None
-                if latency is not None and latency >= fastest:
+                # What is left out whole may take as long as the smallest does, and less once the rest of its block is, too.
+                if latency is not None and (latency >= fastest if kept else latency > fastest):
                     why = "it takes no less time than one that keeps more"
                 if why:
                     refused[name] = why
@@ -139,7 +142,8 @@ class Pruning:
                 added = [storage.bytes_(key, shape, format_ if key in matrices else storage.dense) for key, shape in shapes.items()]
                 others = {MACS: self._macs(structure, kept, shapes)} | ({} if latency is None else {LATENCY: latency})
                 plain = kept == structure.num or format_ == storage.dense
-                choices.append(Choice(name, sum(size for size, _ in added), sum(size for _, size in added), others, plain))
+                extra = 0 if kept else storage.instead(structure)
+                choices.append(Choice(name, extra + sum(size for size, _ in added), extra + sum(size for _, size in added), others, plain))
         return Decision(Unit(structure.reader.name, structure.weights), tuple(choices), structure.axis, refused)
 
     def _outside(self, weight: Weight, storage: Storage) -> Decision:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -103,6 +104,11 @@ class Target(ABC):
         """Rows of the runtime's matrix as indices into the checkpoint's (outputs,); None where equal."""
         return None
 
+    def places(self, source: Source, weight: Weight, rows: Tensor) -> Tensor:
+        """Which rows of the runtime's matrix these of the checkpoint's are: indices, int64 and rising."""
+        order = self.row_order(source, weight)
+        return rows if order is None else torch.isin(order, rows).nonzero().flatten()
+
     @abstractmethod
     def write(self, path: Path, source: Source, space: Space, config: Config, variants: Variants) -> int:
         """Write the model to `path`, which doesn't exist yet (the caller renames it when it is whole).
@@ -130,7 +136,9 @@ class CutTarget(Target):
     def of(cls, target: Target) -> CutTarget:
         """The target, if it is one. Raises `UserError` where it isn't."""
         if not isinstance(target, cls):
-            raise UserError(f"{target.name} takes no networks with parts left out.", remedy="Take --target transformers, or onnxruntime.")
+            raise UserError(
+                f"{target.name} takes no networks with parts left out.", remedy="Take --target transformers, onnxruntime or llama.cpp."
+            )
         return target
 
     @abstractmethod

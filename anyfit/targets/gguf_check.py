@@ -23,7 +23,7 @@ from anyfit import network
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.files import is_full
-from anyfit.elastic.extracted import Extracted
+from anyfit.elastic.extracted import Extracted, InMemory
 from anyfit.targets import gguf_kinds, gguf_layout, llamacpp_runtime
 from anyfit.targets.base import Check
 from anyfit.targets.gguf_layout import Matrix
@@ -44,7 +44,7 @@ class _DifferenceError(Exception):
     """What a reader found is not what was meant."""
 
 
-def checks(path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
+def checks(path: Path, source: Source, config: Config, model: Extracted | InMemory, tokens: Tensor) -> tuple[Check, ...]:
     """Audit, the gguf package, transformers, llama.cpp. After a failed audit nothing else is worth telling."""
     matrices = gguf_layout.matrices(source, {name: model.weights[name].shape for name in config.formats}, config)
     tensors = cache(lambda: gguf.GGUFReader(path).tensors)
@@ -71,7 +71,7 @@ def _look(name: str, compare: Callable[[], str]) -> Check:
         return Check(name, False, f"can't read the file: {type(error).__name__}: {error}")
 
 
-def _audit(path: Path, source: Source, matrices: list[Matrix], model: Extracted, tensors: list[ReaderTensor]) -> str:
+def _audit(path: Path, source: Source, matrices: list[Matrix], model: Extracted | InMemory, tensors: list[ReaderTensor]) -> str:
     """Each tensor once, of the type and bytes that were predicted; header and size as predicted; nothing left out."""
     parameters = {name for name, _ in model.skeleton.named_parameters()}
     left_out = parameters - {m.source for m in matrices} - set(source.passthrough) - set(source.tied)
@@ -104,7 +104,7 @@ def _header(source: Source, matrices: list[Matrix], fixed: dict[str, Tensor]) ->
         return path.read_bytes()
 
 
-def _read_back(tensors: list[ReaderTensor], source: Source, matrices: list[Matrix], model: Extracted) -> str:
+def _read_back(tensors: list[ReaderTensor], source: Source, matrices: list[Matrix], model: Extracted | InMemory) -> str:
     """Every tensor, decoded by the gguf package, is bit for bit the model's."""
     decided = {matrix.name: matrix.source for matrix in matrices}
     fixed = gguf_layout.fixed_tensors(source)
@@ -126,9 +126,9 @@ def _dequantized(tensor: ReaderTensor, rows: slice = slice(None)) -> Tensor:
     return torch.tensor(gguf.dequantize(np.asarray(tensor.data)[rows], tensor.tensor_type))
 
 
-def _oriented(source: Source, model: Extracted, name: str) -> Iterator[tuple[slice, Tensor]]:
+def _oriented(source: Source, model: Extracted | InMemory, name: str) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a matrix as (outputs, inputs), in the file's order."""
-    order = gguf_layout.row_order(source, name)
+    order = gguf_layout.row_order(source, name, model.weights[name].shape[0])
     if order is not None or model.weights[name].transposed:
         values = model.parameter(name)
         values = values.T if model.weights[name].transposed else values
@@ -144,10 +144,12 @@ def _require_equal(name: str, value: Tensor, expected: Tensor) -> None:
         raise _DifferenceError(f"{name} differs by up to {(value - expected).abs().max():.2g}")
 
 
-def _transformers(path: Path, source: Source, model: Extracted) -> str:
+def _transformers(path: Path, source: Source, model: Extracted | InMemory) -> str:
     """Every parameter that transformers' GGUF reader gives is bit for bit the model's."""
     kind = gguf_layout.kind(source)
     arch = gguf.MODEL_ARCH_NAMES[kind.arch]
+    if source.config.is_heterogeneous:
+        return "skipped: it has no class for blocks of different sizes"
     if arch not in GGUF_SUPPORTED_ARCHITECTURES:
         return f"skipped: it doesn't read GGUF files of the kind {arch}"
     if problem := model.too_large():
@@ -166,7 +168,7 @@ def _transformers(path: Path, source: Source, model: Extracted) -> str:
     return f"{len(names)} parameters bit-equal to the model's"
 
 
-def _llamacpp(path: Path, source: Source, config: Config, model: Extracted, tokens: Tensor) -> tuple[Check, ...]:
+def _llamacpp(path: Path, source: Source, config: Config, model: Extracted | InMemory, tokens: Tensor) -> tuple[Check, ...]:
     if not llamacpp_runtime.installed():
         package, extra = llamacpp_runtime.PACKAGE, llamacpp_runtime.EXTRA
         return (Check("llama.cpp", True, f"skipped: {package} is not installed (pip install 'anyfit[{extra}]')"),)
@@ -196,7 +198,7 @@ def _compare_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], ids: l
     return f"{sum(map(len, ids))} tokens of probe texts are equal"
 
 
-def _compare_outputs(model: Extracted, tokens: Tensor, logits: Tensor, bar: float, window: int | None) -> str:
+def _compare_outputs(model: Extracted | InMemory, tokens: Tensor, logits: Tensor, bar: float, window: int | None) -> str:
     """Mean KL of llama.cpp's next-token distributions from the torch model's."""
     divergence, agreement = 0.0, 0.0
     expected = model.outputs(tokens)

@@ -16,7 +16,11 @@ from gguf import MODEL_ARCH
 from torch import Tensor
 from transformers import PretrainedConfig
 
-Rows = Callable[[PretrainedConfig], Tensor]
+from anyfit.architectures.llama import LLAMA
+from anyfit.modeling_cut import Sizes, stated
+
+Rows = Callable[[PretrainedConfig, int], Tensor]
+"""Of a network's matrix with so many rows, its rows in the file's order, as indices into the checkpoint's."""
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 LAYERS = frozenset({"attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm"})
@@ -50,6 +54,20 @@ class Kind:
     reader: str | None = None
 
 
+def kind_of(config: PretrainedConfig) -> Kind:
+    """Of a network of a known kind. Where its config says the sizes of each block, they are those of a Llama-shaped one."""
+    kind = KINDS[config.model_type]
+    return replace(kind, arch=MODEL_ARCH.DECI) if config.is_heterogeneous else kind
+
+
+def block_sizes(config: PretrainedConfig) -> list[Sizes] | None:
+    """Of every block, where the config says them one by one."""
+    if not config.is_heterogeneous:
+        return None
+    assert LLAMA.layout is not None
+    return [stated(own, LLAMA.layout) for own in config.per_layer_config]
+
+
 def head_size(config: PretrainedConfig) -> int:
     """Numbers in one head of the queries."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -66,20 +84,14 @@ def activation(config: PretrainedConfig) -> str:
     return next(str(value) for name in names if (value := getattr(config, name, None)))
 
 
-def interleaved(heads: Callable[[PretrainedConfig], int]) -> Rows:
+def interleaved(config: PretrainedConfig, num_rows: int) -> Tensor:
     """Rotary pairs lie half a head apart in the checkpoint and side by side in the file."""
-
-    def rows(config: PretrainedConfig) -> Tensor:
-        size = head_size(config)
-        return torch.arange(heads(config) * size).view(-1, 2, size // 2).transpose(1, 2).reshape(-1)
-
-    return rows
+    return torch.arange(num_rows).view(-1, 2, head_size(config) // 2).transpose(1, 2).reshape(-1)
 
 
-def concatenated(config: PretrainedConfig) -> Tensor:
+def concatenated(config: PretrainedConfig, num_rows: int) -> Tensor:
     """The checkpoint has q, k, v of each head together; the file has all q, then all k, then all v."""
-    size = head_size(config)
-    return torch.arange(3 * config.num_attention_heads * size).view(-1, 3, size).transpose(0, 1).reshape(-1)
+    return torch.arange(num_rows).view(-1, 3, head_size(config)).transpose(0, 1).reshape(-1)
 
 
 def _gemma_scale(num_layers_27b: int) -> Callable[[PretrainedConfig], float]:
@@ -96,7 +108,7 @@ _LLAMA = Kind(
     MODEL_ARCH.LLAMA,
     _SILU,
     biases=QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"},
-    rows={"attn_q": interleaved(lambda config: config.num_attention_heads), "attn_k": interleaved(num_kv_heads)},
+    rows={"attn_q": interleaved, "attn_k": interleaved},
     scaling=frozenset({"default", "linear", "yarn", "llama3"}),
 )
 

@@ -18,9 +18,13 @@ from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.formats import formats
 from anyfit.targets import gguf_metadata, gguf_tokenizer
-from anyfit.targets.gguf_kinds import KINDS, Kind
+from anyfit.targets.gguf_kinds import Kind, kind_of
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+_SMALL = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0")
+_SUBSTITUTES = {"Q6_K": "Q8_0", "Q5_K": "Q5_0", **dict.fromkeys(_SMALL, "IQ4_NL")}
+"""What stands in for a type of 256 columns where rows are no multiple of that: the nearest in size of 32 columns."""
+ANY_ROW = "F16"
 _FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,
     "MXFP4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
@@ -45,12 +49,12 @@ class Matrix:
 
 def kind(source: Source) -> Kind:
     """The facts of this network's kind, which must be a known one."""
-    return KINDS[source.config.model_type]
+    return kind_of(source.config)
 
 
 def file_name(config: PretrainedConfig, name: str) -> str | None:
     """llama.cpp's name for a parameter of the checkpoint; None where it has no place for it."""
-    return _names(KINDS[config.model_type].arch, config.num_hidden_layers).get_name(name, try_suffixes=(".weight", ".bias"))
+    return _names(kind_of(config).arch, config.num_hidden_layers).get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 @lru_cache(maxsize=8)
@@ -75,12 +79,12 @@ def matrices(source: Source, shapes: Mapping[str, tuple[int, int]], config: Conf
     return sorted(found, key=lambda matrix: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", matrix.name)])
 
 
-def row_order(source: Source, name: str) -> Tensor | None:
-    """Rows of the file's tensor as indices into the checkpoint's; None where the order is the same."""
+def row_order(source: Source, name: str, num_rows: int) -> Tensor | None:
+    """Rows of the file's tensor as indices into the checkpoint's, which has so many; None where the order is the same."""
     tensor = file_name(source.config, name)
     assert tensor, name
     rows = kind(source).rows.get(_stem(tensor))
-    return rows(source.config) if rows else None
+    return rows(source.config, num_rows) if rows else None
 
 
 def _stem(tensor: str) -> str:
@@ -90,10 +94,15 @@ def _stem(tensor: str) -> str:
 
 def stored_value(source: Source, name: str, value: Tensor) -> Tensor:
     """What the file holds for a parameter that nobody decides about: float32, in the file's order."""
-    order = row_order(source, name)
     value = value.detach().float()
     if name.endswith("norm.weight"):
         value = value + kind(source).norm_offset
+    return in_order(source, name, value)
+
+
+def in_order(source: Source, name: str, value: Tensor) -> Tensor:
+    """A parameter with its rows in the file's order."""
+    order = row_order(source, name, len(value))
     return value if order is None else value[order]
 
 
@@ -116,14 +125,23 @@ def misplaced(source: Source) -> str | None:
     return None
 
 
-def write_header(path: Path, source: Source, decided: Sequence[Matrix], fixed: Mapping[str, Tensor]) -> gguf.GGUFWriter:
-    """Write all that comes before the tensors' numbers; those follow by `write_tensor_data`, in the same order."""
+def write_header(
+    path: Path, source: Source, decided: Sequence[Matrix], fixed: Mapping[str, Tensor], *, tokenizer: bool = True
+) -> gguf.GGUFWriter:
+    """Write all that comes before the tensors' numbers; those follow by `write_tensor_data`, in the same order.
+
+    A file without a `tokenizer` runs on numbers of tokens only.
+    """
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind(source).arch])
-    vocabulary = gguf_tokenizer.read(source.tokenizer(), source.config)
-    writer.add_name(_title(source.config, vocabulary))
+    vocabulary = gguf_tokenizer.read(source.tokenizer(), source.config) if tokenizer else None
+    if vocabulary is not None:
+        writer.add_name(_title(source.config, vocabulary))
     writer.add_file_type(_file_type(decided))
     gguf_metadata.add_network(writer, source.config, kind(source))
-    gguf_tokenizer.write(writer, vocabulary)
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
+        gguf_tokenizer.write(writer, vocabulary)
     for matrix in decided:
         rows, row_bytes = matrix.shape[0], formats.get(matrix.format).row_bytes(matrix.shape[1])
         type_ = gguf.GGMLQuantizationType[matrix.format]
@@ -138,6 +156,12 @@ def write_header(path: Path, source: Source, decided: Sequence[Matrix], fixed: M
         writer.close()
         raise
     return writer
+
+
+def legal(name: str, shape: tuple[int, int]) -> str:
+    """The format, or the nearest that a matrix of this shape can have."""
+    tried = (name, _SUBSTITUTES.get(name, ANY_ROW))
+    return next((other for other in tried if formats.get(other).refuses(shape) is None), ANY_ROW)
 
 
 def padded(num_bytes: int) -> int:

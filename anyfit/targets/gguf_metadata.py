@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from anyfit.targets.gguf_kinds import Kind, head_size, num_kv_heads, rope_parameters, rotary_size
+from anyfit.targets.gguf_kinds import Kind, block_sizes, head_size, num_kv_heads, rope_parameters, rotary_size
 
 
 def add_network(writer: gguf.GGUFWriter, config: PretrainedConfig, kind: Kind) -> None:
@@ -21,9 +21,14 @@ def add_network(writer: gguf.GGUFWriter, config: PretrainedConfig, kind: Kind) -
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(_feed_forward(config))
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(num_kv_heads(config))
+    if (blocks := block_sizes(config)) is None:
+        writer.add_feed_forward_length(_feed_forward(config))
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(num_kv_heads(config))
+    else:
+        writer.add_feed_forward_length([own.channels for own in blocks])
+        writer.add_head_count([own.groups * own.heads for own in blocks])
+        writer.add_head_count_kv([own.groups for own in blocks])
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
     writer.add_vocab_size(config.vocab_size)

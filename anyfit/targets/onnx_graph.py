@@ -3,6 +3,10 @@
 The exporter sees parameters that all share one zero, so that a network of any size is exported in the memory of its
 graph. They are inputs of the graph while it is simplified, so that nothing is computed of their numbers; whoever
 writes a file says where each one's numbers come from.
+
+Besides tokens a language model's graph reads the keys and values of all tokens before them, and gives back these and the tokens' own:
+for the first tokens they are of length 0. Each block with an attention has its own, under the names that Optimum gave them; of a cut
+network their numbers of heads differ. A network whose cache the exporter can't follow has a graph of tokens alone.
 """
 
 from __future__ import annotations
@@ -17,21 +21,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch._subclasses import FakeTensorMode
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from anyfit import network
 from anyfit.checkpoint import Source
 from anyfit.core.errors import RuntimeMissingError
 from anyfit.interface import Interface, interface_of
+from anyfit.modeling_cut import NoAttention
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
+PAST, PRESENT = "past_key_values", "present"
 _PREFIX = "network."
 _NAME_BYTES = 16
 """What a constant's head and longer names for it take, at most."""
-_EXAMPLE = (2, 16)
-"""Tokens that the exporter follows through the network. No size of 1: it would be taken for a constant."""
+_EXAMPLE, _EXAMPLE_PAST = (2, 16), 5
+"""Tokens that the exporter follows through the network, and how many came before. No size of 1: it would be taken for a constant."""
 
 
 class ExportError(Exception):
@@ -59,7 +67,7 @@ class Graph:
     nodes: tuple[NodeProto, ...]
     constants: tuple[TensorProto, ...]
     frame: GraphProto
-    """Name, inputs and outputs, as the network's `Interface` calls them."""
+    """Name, inputs and outputs, as the network's `Interface` calls them, and then what is remembered of the tokens before."""
     opset: int
     open: frozenset[str]
 
@@ -69,6 +77,11 @@ class Graph:
         from onnx import GraphProto
 
         return GraphProto(node=self.nodes, initializer=self.constants).SerializeToString(deterministic=True)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it reads keys and values of the tokens before."""
+        return len(self.frame.output) > 1
 
     @property
     def unshared_bytes(self) -> int:
@@ -129,7 +142,9 @@ def _of(network_: _Network) -> Graph:
 
 
 def export(model: PreTrainedModel) -> Graph:
-    """The graph from what the network reads to what comes out, for any number of segments of any length.
+    """The graph from what the network reads to what comes out, for any number of segments of any length. Where the network remembers,
+    for block i with an attention also from `past_key_values.i.key` and `.value`, float32 (batch, heads, past, numbers), to
+    `present.i.key` and `.value`, past and sequence together.
 
     `model` may have its parameters on the meta device; its ties are restored. Raises `ExportError`, and `RuntimeMissingError` without onnx.
     """
@@ -140,7 +155,13 @@ def export(model: PreTrainedModel) -> Graph:
         raise RuntimeMissingError(error.name or "onnx", "onnxruntime", "Writing ONNX") from error
     model.tie_weights()
     names = _hollow(model)
-    made = _exported(model)
+    remembered = _remembered(model)
+    try:
+        made = _exported(model, remembered)
+    except ExportError:
+        if not remembered:
+            raise
+        made = _exported(model, {})
     for name in names:
         value = made.graph.initializers.pop(_PREFIX + name, None)
         if value is not None:
@@ -151,16 +172,59 @@ def export(model: PreTrainedModel) -> Graph:
 
 
 class _Answer(nn.Module):
-    """From what the network reads, in the order of its interface, to what comes out."""
+    """From what the network reads, in the order of its interface, and the keys and values of the tokens before, to what comes out and the
+    keys and values of all. `names`: of what is read; `blocks`: whose keys and values they are."""
 
-    def __init__(self, network: PreTrainedModel, interface: Interface, names: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, interface: Interface, names: Sequence[str], blocks: Sequence[int]) -> None:
         super().__init__()
-        self.network, self.interface, self.names = network, interface, names
+        self.network, self.interface, self.names, self.blocks = model, interface, tuple(names), tuple(blocks)
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        given = dict(zip(self.names, tensors, strict=True))
-        found: Tensor = getattr(self.network(**given, **self.interface.settings()), self.interface.output)
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if not self.blocks:
+            given = dict(zip(self.names, tensors, strict=True))
+            return (getattr(self.network(**given, **self.interface.settings()), self.interface.output),)
+        tokens, *past = tensors
+        length = past[0].shape[-2]
+        held = dict(zip(self.blocks, zip(past[::2], past[1::2], strict=True), strict=True))
+        layers = [_Layer(length, held.get(index)) for index in range(self.network.config.num_hidden_layers)]
+        found = getattr(network.with_cache(self.network, tokens, Cache(layers=layers)), self.interface.output)
+        return found, *(tensor for index in self.blocks for tensor in (layers[index].keys, layers[index].values))
+
+
+class _Layer(DynamicLayer):
+    """What a block remembers of `length` tokens: keys and values, or nothing where it has no attention. All tokens are kept; where an
+    attention looks back a few only, its mask says so."""
+
+    def __init__(self, length: int, held: tuple[Tensor, Tensor] | None) -> None:
+        super().__init__()
+        self._length = length
+        if held is not None:
+            self.keys, self.values = held
+            self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            return key_states, value_states
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states)
         return found
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+
+def _remembered(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+    """{block with an attention: heads of its keys and values, numbers in each}; empty where nothing is known of them."""
+    if not interface_of(model.config).remembers:
+        return {}
+    removed = {module.layer_idx for module in model.modules() if isinstance(module, NoAttention)}
+    cache = DynamicCache()
+    try:
+        with network.quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            network.with_cache(model, torch.zeros(_EXAMPLE, dtype=torch.int64), cache)
+    except Exception:  # what a network does without numbers, and how it fails, is each class's own affair
+        return {}
+    shapes = {index: layer.keys.shape for index, layer in enumerate(cache.layers) if layer.keys is not None and index not in removed}
+    return {index: (shape[1], shape[3]) for index, shape in shapes.items() if len(shape) == 4}
 
 
 def _hollow(model: PreTrainedModel) -> dict[str, str]:
@@ -175,27 +239,32 @@ def _hollow(model: PreTrainedModel) -> dict[str, str]:
     return first
 
 
-def _exported(model: PreTrainedModel) -> Any:
+def _exported(model: PreTrainedModel, remembered: Mapping[int, tuple[int, int]]) -> Any:
     """What torch makes of it, as onnx_ir keeps a model."""
     interface = interface_of(model.config)
-    sizes = {dim: torch.export.Dim(("batch", "sequence")[dim]) for dim in interface.free}
-    example = interface.tensors(interface.example(model.config, *_EXAMPLE))
+    batch, sequence, before = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
+    read = interface.tensors(interface.example(model.config, *_EXAMPLE))
+    names = [(index, part) for index in remembered for part in ("key", "value")]
+    past = [torch.zeros(_EXAMPLE[0], heads, _EXAMPLE_PAST, size) for heads, size in remembered.values() for _ in ("key", "value")]
+    free = [{dim: (batch, sequence)[dim] for dim in interface.free} for _ in read] + [{0: batch, 2: before} for _ in past]
     try:
         with network.quiet(), _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
-                _Answer(model, interface, list(example)),
-                tuple(example.values()),
+                _Answer(model, interface, list(read), list(remembered)),
+                (*read.values(), *past),
                 dynamo=True,
                 verbose=False,
                 optimize=False,
-                input_names=list(example),
-                output_names=[interface.output],
-                dynamic_shapes=((sizes,) * len(example),),
+                input_names=[*read, *(f"{PAST}.{index}.{part}" for index, part in names)],
+                output_names=[interface.output, *(f"{PRESENT}.{index}.{part}" for index, part in names)],
+                dynamic_shapes=(tuple(free),),
             )
     except Exception as error:  # the exporter fails in many ways, and each is a finding about this network
         reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(reason) from error
     assert program is not None
+    if any(isinstance(value.shape[dim], int) for value, own in zip(program.model.graph.inputs, free, strict=True) for dim in own):
+        raise ExportError("it takes as many segments and tokens as it was exported with, and no others")
     return program.model
 
 

@@ -1,6 +1,6 @@
 """ONNX Runtime: a folder with one graph of any mixture of 2, 4 and 8 bits, run by its kernels for small integers.
 
-The graph is what torch exports of the network: tokens in, logits out, any batch and length, no cache. Parameters that
+The graph is what torch exports of the network: see `onnx_graph`. Parameters that
 nobody decides about are kept in float32.
 """
 

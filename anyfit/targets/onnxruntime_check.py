@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 OUTPUTS_BAR, OUTPUTS_SHARE = 1e-3, 1e-4
 """Largest difference of an output where nothing is rounded on the way; where outputs are large, this share of the largest."""
 SEGMENTS, LENGTH = 2, 128
+STEPS = 8
+"""Tokens that are also run one after the other."""
 
 
 class _DifferenceError(Exception):
@@ -137,5 +139,12 @@ def _outputs(path: Path, model: Extracted | InMemory, tokens: Tensor) -> str:
     found = f"largest difference of {interface.output} {difference:.1e} (bar {bar:.0e}) in float32"
     if not difference <= bar:
         raise _DifferenceError(found)
+    first = tokens.shape[1] - min(STEPS, tokens.shape[1] // 2)
+    stepped = onnxruntime_session.steps(path, interface, tokens, first) if interface.remembers else None
+    if stepped is not None:
+        difference = float((stepped - answers).abs().max())
+        found += f", {difference:.1e} token by token"
+        if not difference <= bar:
+            raise _DifferenceError(found)
     fast = task.reference(expected, tokens).measured(lambda segments: onnxruntime_session.outputs(path, interface, segments))
     return f"{found}; as people run it, {fast.distance} {fast.loss:.1e} on {tokens.numel()} tokens"

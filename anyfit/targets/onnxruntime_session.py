@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from anyfit.core.errors import RuntimeMissingError
 from anyfit.interface import Interface
 from anyfit.targets.onnx_file import EXACT, GRAPH
+from anyfit.targets.onnx_graph import PAST, PRESENT
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -54,15 +56,40 @@ def _exact(folder: Path) -> bytes:
     return model.SerializeToString()
 
 
-def feed(interface: Interface, segments: Tensor) -> dict[str, np.ndarray]:
-    """What a session reads for these segments."""
-    return {name: tensor.numpy() for name, tensor in interface.tensors(segments).items()}
+def feed(session: InferenceSession, interface: Interface, segments: Tensor) -> dict[str, np.ndarray]:
+    """What a session reads for segments. Where it remembers, these are the first tokens of texts: there is nothing before them."""
+    given = {name: tensor.numpy() for name, tensor in interface.tensors(segments).items()}
+    past = {item.name: item.shape for item in session.get_inputs() if item.name not in given}
+    return given | {name: np.zeros((len(segments), heads, 0, size), np.float32) for name, (_, heads, _, size) in past.items()}
+
+
+def after(session: InferenceSession, given: Sequence[Any]) -> dict[str, Any]:
+    """What a session remembers after a run that gave `given`, all of its outputs, as inputs of the next run."""
+    (_, *names), (_, *values) = (item.name for item in session.get_outputs()), given
+    return {name.replace(PRESENT, PAST, 1): value for name, value in zip(names, values, strict=True)}
 
 
 def outputs(folder: Path, interface: Interface, segments: Tensor, *, exact: bool = False) -> Tensor:
     """What ONNX Runtime computes for segments, one after the other, float32. Raises as `opened`."""
     session = opened(folder, exact=exact)
     try:
-        return torch.cat([torch.from_numpy(session.run(None, feed(interface, segment[None]))[0]) for segment in segments])
+        found = (session.run([interface.output], feed(session, interface, segment[None]))[0] for segment in segments)
+        return torch.cat([torch.from_numpy(values) for values in found])
     except Exception as error:
         raise OnnxRuntimeError(f"ONNX Runtime can't run it: {error}") from error
+
+
+def steps(folder: Path, interface: Interface, tokens: Tensor, first: int) -> Tensor | None:
+    """The same without any rounding on the way, the `first` tokens at once, then one after the other; None where nothing is remembered."""
+    session, found = opened(folder, exact=True), list[Tensor]()
+    if len(session.get_outputs()) == 1:
+        return None
+    try:
+        inputs = feed(session, interface, tokens[:, :first])
+        for place in range(first, tokens.shape[1] + 1):
+            given = session.run(None, inputs)
+            found.append(torch.from_numpy(given[0]))
+            inputs = feed(session, interface, tokens[:, place : place + 1]) | after(session, given)
+    except Exception as error:
+        raise OnnxRuntimeError(f"ONNX Runtime can't run it token by token: {error}") from error
+    return torch.cat(found, 1)

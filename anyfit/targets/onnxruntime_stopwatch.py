@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from anyfit.architectures import architecture_of
 from anyfit.architectures.base import is_matrix
-from anyfit.core.errors import RuntimeMissingError
+from anyfit.core.errors import RuntimeMissingError, UserError
 from anyfit.core.units import Weight
-from anyfit.costs.latency import PREFILL, Setting
+from anyfit.costs.latency import DECODE, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
 from anyfit.interface import interface_of
 from anyfit.structure.cutting import sizes
@@ -37,19 +39,24 @@ class OnnxRuntimeStopwatch(Stopwatch):
         except PackageNotFoundError as error:
             raise RuntimeMissingError(onnxruntime_session.PACKAGE, onnxruntime_session.EXTRA, "Measuring latency") from error
 
-    def refuses(self, setting: Setting, config: PretrainedConfig) -> str | None:
-        return (
-            None if setting.phase == PREFILL else "The graphs that are written for ONNX Runtime keep no cache, so there is no decode phase."
-        )
-
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
-        layout = _layout(model, self._graph(model), format_)
+        """See `Stopwatch.ready`. Raises `UserError` for the decode phase of a network whose cache can't be exported."""
+        graph = self._graph(model)
+        if setting.phase == DECODE and not graph.remembers and _has_attention(model):
+            raise UserError("torch can't export this network's cache to ONNX, so there is no decode phase.", remedy="Measure prefill.")
+        layout = _layout(model, graph, format_)
         (folder / GRAPH).write_bytes(layout.content)
         write_file(folder / NUMBERS, layout.slots, _numbers(layout))
         session = onnxruntime_session.opened(folder, threads=threads)
         interface = interface_of(model.config)
-        feed = onnxruntime_session.feed(interface, interface.example(model.config, setting.batch, setting.sequence))
-        return lambda: session.run(None, feed)
+        segments = interface.example(model.config, setting.batch, setting.sequence)
+        outputs = [item.name for item in session.get_outputs()]
+        inputs = _placed(onnxruntime_session.feed(session, interface, segments))
+        if setting.phase == DECODE:
+            given = session.run_with_ort_values(outputs, inputs)
+            last = _placed(onnxruntime_session.feed(session, interface, segments[:, -1:].contiguous()))
+            inputs = last | onnxruntime_session.after(session, given)
+        return lambda: session.run_with_ort_values(outputs, inputs)
 
     def _graph(self, model: PreTrainedModel) -> Graph:
         """Exporting takes seconds. Where graphs of two widths are the same, so are those of all others."""
@@ -62,6 +69,17 @@ class OnnxRuntimeStopwatch(Stopwatch):
             contents = [graph.content for graph in known.values()]
             known[width] = known[min(known)] if len(known) > 1 and len(set(contents)) == 1 else onnx_graph.export(model)
         return known[width]
+
+
+def _has_attention(model: PreTrainedModel) -> bool:
+    return any(own.groups for own in sizes(model, architecture_of(model)))
+
+
+def _placed(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Inputs where the runtime reads them, so that a run copies nothing."""
+    from onnxruntime import OrtValue
+
+    return {name: OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
 
 
 def _layout(model: PreTrainedModel, graph: Graph, format_: str) -> Layout:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from anyfit import network
 from anyfit.costs.latency import PREFILL, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
-from anyfit.interface import LANGUAGE, interface_of
+from anyfit.interface import interface_of
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -21,10 +21,6 @@ class TorchStopwatch(Stopwatch):
 
     def __init__(self) -> None:
         self.runtime = f"torch {torch.__version__}"
-
-    def refuses(self, setting: Setting, config: PretrainedConfig) -> str | None:
-        decodes = setting.phase == PREFILL or interface_of(config) is LANGUAGE
-        return None if decodes else "An encoder writes no text, so it has no decode phase."
 
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
         _fill(model)
@@ -45,9 +41,8 @@ class TorchStopwatch(Stopwatch):
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache) -> Tensor:
-    # transformers 5.24 gave the argument another name
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return model(tokens, use_cache=True, **{name: cache}).logits
+    found: Tensor = network.with_cache(model, tokens, cache).logits
+    return found
 
 
 def _fill(model: PreTrainedModel) -> None:
