@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.family import Family
 from anyfit.interface import PADDING, TEXTS
 from anyfit.progress import Silent
+from anyfit.recipes import recipes
 from anyfit.structure.cutting import sizes
 from anyfit.structure.levels import kept_of
 from anyfit.tasks import embedding
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
+from anyfit.trainers import loop
 
 LENGTH = 24
 ASKED = {"recipe": "ziplm", "length": LENGTH, "segments": 12, "effort": "low"}
@@ -199,3 +202,17 @@ def test_what_an_encoder_cannot_do_is_refused(model: Path, sentences: Path, fami
 def test_tiny_encoders_differ_by_seed() -> None:
     tokens = torch.arange(12)[None]
     assert not torch.equal(TEXTS(tiny_model("bert"), tokens), TEXTS(tiny_model("bert", seed=1), tokens))
+
+
+def test_a_pruned_encoder_is_trained_from_its_states(model: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, settings = recipes.get("ziplm"), loop.Settings(num_steps=60, batch_size=4, rate=3e-4)
+    assert recipe.recovery is not None
+    monkeypatch.setitem(recipe.__dict__, "recovery", replace(recipe.recovery, settings=settings))
+    asked = {**ASKED, "effort": "normal", "segments": 48, "data": sentences, "target": "transformers"}
+    family = anyfit.fit(model, output=tmp_path / "tiny.family", recover=["macs <= 20%"], **asked)
+    point = next(point for point in family.points if point.refined)
+    assert point.search is not None and point.unrefined is not None and point.search.loss < point.unrefined
+    made = family.export("macs <= 20%", tmp_path / "small")
+    assert made.point.config == point.config and all(check.passed for check in made.checks), made.checks
+    found = anyfit.evaluate(tmp_path / "small", against=model, data=sentences)
+    assert found.quality.loss > 0
