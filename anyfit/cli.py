@@ -84,6 +84,7 @@ def plan(
     _require_all_known(target, recipe, wanted)
     from anyfit import api
     from anyfit.report import tables
+    from anyfit.report.listing import listing
 
     found = api.plan(
         model,
@@ -111,19 +112,19 @@ def plan(
         ("disk", describe(BYTES, found.disk_bytes)),
         ("time", f"about {duration(found.seconds)}"),
     ]
-    shown: list[RenderableType] = [tables.listing(rows, "", "")]
+    shown: list[RenderableType] = [listing(rows, "", "")]
     shown += [tables.refusals(found.coverage)] if found.coverage else []
     shown += ["", *_saturation(found.saturation)] if saturation else []
     return Answer(found.to_json(), (*shown, *found.notes))
 
 
 def _saturation(found: Saturation | None) -> list[RenderableType]:
-    from anyfit.report import tables
+    from anyfit.report.listing import listing
 
     if found is None:
         return ["There is too little text to say whether more would help."]
     rows = [(f"{row.segments}", f"{row.tokens:,}", f"{row.error:.4g}") for row in found.rows]
-    return [tables.listing(rows, "segments", "tokens", "error on held-out text"), found.verdict]
+    return [listing(rows, "segments", "tokens", "error on held-out text"), found.verdict]
 
 
 @command
@@ -223,7 +224,8 @@ def export(
 ) -> Answer:
     """Write the best model within a budget for the family's target, and load it back."""
     from anyfit.family import Family
-    from anyfit.report import summary, tables
+    from anyfit.report import summary
+    from anyfit.report.listing import listing
 
     opened = Family.open(family)
     suffix, path = all_targets.get(opened.target).suffix, output.expanduser()
@@ -233,7 +235,7 @@ def export(
         path = path.with_name(path.name + suffix)
     made = opened.export(budget, path, force=force, check=not no_check, progress=to_stderr())
     headline = f"{made.path}: {made.bytes_:,} bytes within {made.budget}, in {duration(made.seconds)}"
-    checks = tables.listing([("passed" if c.passed else "FAILED", c.name, c.detail) for c in made.checks], "", "check", "")
+    checks = listing([("passed" if c.passed else "FAILED", c.name, c.detail) for c in made.checks], "", "check", "")
     return Answer(made.to_json(), (headline, summary.described(opened, made.point), *([checks] if made.checks else ["Not loaded back."])))
 
 
@@ -301,6 +303,7 @@ def evaluate(
     """Measure a model on held-out text: perplexity, divergence, agreement, with standard errors."""
     from anyfit import api
     from anyfit.report import summary, tables
+    from anyfit.report.listing import listing
     from anyfit.tasks.harness import check_tasks
 
     if names := _names(tasks):
@@ -317,7 +320,7 @@ def evaluate(
         progress=to_stderr(),
     )
     shown: list[RenderableType] = [f"{found.subject} on {found.text}", tables.quality(found.quality, found.original)]
-    shown += [tables.listing(summary.flat(found.tasks), "task", "value")] if found.tasks else []
+    shown += [listing(summary.flat(found.tasks), "task", "value")] if found.tasks else []
     return Answer(found.to_json(), tuple(shown))
 
 
@@ -347,7 +350,7 @@ def measure(
     _require_known(all_formats, wanted or [])
     refuse_existing(path, force=force)
     from anyfit.measuring import measure as measured
-    from anyfit.report import tables
+    from anyfit.report.listing import listing
 
     found = measured(
         model,
@@ -365,16 +368,16 @@ def measure(
     rows += [("besides its modules", "", name, f"{found.rest(name):.3f}") for name in found.whole]
     rows += [(kind, str(size), name, f"{ms:.3f}") for (kind, size, name), ms in sorted(found.modules.items(), reverse=True)]
     headline = f"{path}: {found}"
-    return Answer(found.to_json(), (headline, tables.listing(rows, "module", "groups or width", "format", "ms")))
+    return Answer(found.to_json(), (headline, listing(rows, "module", "groups or width", "format", "ms")))
 
 
 @command
 def targets(json_: options.Json = False) -> Answer:
     """The runtimes that models are written for."""
-    from anyfit.report import tables
+    from anyfit.report.listing import listing
 
     rows = [(name, all_targets.about(name)) for name in all_targets]
-    return Answer([{"name": name, "about": about} for name, about in rows], (tables.listing(rows, "target", "about"),))
+    return Answer([{"name": name, "about": about} for name, about in rows], (listing(rows, "target", "about"),))
 
 
 @command
@@ -388,7 +391,7 @@ def recipes(json_: options.Json = False) -> Answer:
 @command
 def formats(json_: options.Json = False) -> Answer:
     """The ways in which weights are stored, with what they cost and who loads them."""
-    from anyfit.report import tables
+    from anyfit.report.listing import listing
 
     loads = {name: all_targets.get(name).formats for name in all_targets}
     found = [(name, all_formats.get(name)) for name in all_formats]
@@ -415,7 +418,7 @@ def formats(json_: options.Json = False) -> Answer:
         for d in document
     ]
     header = ("format", "bits per weight", "and bytes a row", "and a matrix", "rows in multiples of", "loaded by")
-    return Answer(document, (tables.listing(rows, *header),))
+    return Answer(document, (listing(rows, *header),))
 
 
 def _headline(family: Family) -> str:

@@ -227,7 +227,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard outside": (escape_the_folder, "no file of its own folder"),
     "tensor lost": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), r"lacks tensors.*model\.norm\.weight"),
     "wrong shape": (lambda f: configure(f, intermediate_size=256), r"mlp\.gate_proj\.weight is \[512, 256\], not \[256, 256\]"),
-    "not causal": (as_bert, "no causal language model"),
+    "not causal": (as_bert, "is a bert of another kind"),
 }
 
 

@@ -121,7 +121,7 @@ def test_running_text_is_cut_into_full_segments(model: Path, tmp_path: Path) -> 
 
 def test_what_a_fit_would_take(model: Path, sentences: Path) -> None:
     plan = anyfit.plan(model, data=sentences, target="transformers", **ASKED)
-    assert plan.smallest_bytes < plan.largest_bytes <= plan.original_bytes and plan.seconds > 0
+    assert plan.smallest_bytes < plan.largest_bytes <= 1.01 * plan.original_bytes and plan.seconds > 0
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "transformers"])

@@ -24,6 +24,7 @@ from anyfit.formats.nested import bounds, integers_of, lowered, nested_bits, pac
 from anyfit.progress import Silent
 from anyfit.quantizers import double_rounding
 from anyfit.recipes import recipes
+from anyfit.scores.table import Table
 from anyfit.testing.models import save_tiny, tiny_text
 from anyfit.trainers import loop
 from anyfit.trainers.bit_switching import BitSwitching, ladder
@@ -153,7 +154,7 @@ def test_a_mix_of_sizes_runs(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
 def test_samplers_draw_mixes_of_a_nested_network(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
     network = NestedNetwork(pictures[0].eval(), ("first", "second"), SIZES)
     subject = BitSwitching(network, Labels(*pictures), shares={5: 0.5})
-    sampler = HessianAware(network.decisions, 1, {"first": 1.0, "second": 3.0})
+    sampler = HessianAware(network.decisions, 1, Table({"first": 1.0, "second": 3.0}, {}))
     drawn = [config for step in range(20) for config in sampler.draws(step, 0)]
     assert [subject.bits(config) for config in drawn[:4]][:: len(SIZES) - 1] == [8, 2]
     mixed = next(config for config in drawn if config.format("first") != config.format("second"))

@@ -392,8 +392,9 @@ def test_what_is_left_is_rounded_for_what_is_left(joint: Family) -> None:
 
 def test_only_settings_that_people_use_compete(joint: Family) -> None:
     names = {point.uniform for point in joint.points if point.uniform}
-    assert {"int8_sym", "int4_sym"} & names or {"width512 int8_sym", "width512 int4_sym"} & names
-    assert not any(name.startswith("width384 int") for name in names)
+    # A network that keeps all in a format has two names, of its attentions and of its feed-forwards.
+    assert {"heads2 int8_sym", "width512 int8_sym"} & names and {"heads2 int4_sym", "width512 int4_sym"} & names
+    assert {name.partition(" ")[0] for name in names if " int" in name} <= {"heads2", "width512"}
 
 
 def test_limits_that_oppose_each_other() -> None:

@@ -151,7 +151,7 @@ def test_what_files_are_compared_with_is_the_extracted_model(network, kind, tmp_
         assert torch.equal(found.parameter(name), parameter)
         assert torch.equal(torch.cat([rows for _, rows in found.rows(name)]), parameter)
     with torch.no_grad():
-        assert torch.equal(found.logits(tokens())(tokens()), model(tokens()).logits)
+        assert torch.equal(found.outputs(tokens())(tokens()), model(tokens()).logits)
 
 
 @needs_runtime

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.table import Table
-from rich.text import Text
 
 from anyfit.core.budget import BYTES, describe
 from anyfit.core.config import Config
 from anyfit.report import sparsity, summary
+from anyfit.report.listing import add, headed, listing
 from anyfit.structure.levels import worded
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def frontier(family: Family, chosen: Point | None = None) -> Table:
     """Every size of the frontier, with the uniform settings between them; `chosen` is marked."""
     others = list(family.space.others)
-    table = _table("", "size", "bits", *others, *family.original.report.columns(), "kind", "mostly")
+    table = headed("", "size", "bits", *others, *family.original.report.columns(), "kind", "mostly")
     for row in summary.rows(family):
         if not (row.frontier or row.point.uniform):
             continue
@@ -36,7 +36,7 @@ def frontier(family: Family, chosen: Point | None = None) -> Table:
             summary.kind(row.point),
             mostly(family, row.point.config),
         )
-        _add(table, cells, style="bold" if here else "" if row.frontier else "dim")
+        add(table, cells, style="bold" if here else "" if row.frontier else "dim")
     return table
 
 
@@ -60,11 +60,11 @@ def layers(family: Family, config: Config) -> Table:
             cells.setdefault(weight.block, {})[weight.role] = worded(config[decision.key])
     blocks = sorted(block for block in cells if block is not None)
     roles = list(dict.fromkeys(role for block in blocks for role in cells[block]))
-    table = _table("block", *roles)
+    table = headed("block", *roles)
     for block in blocks:
-        _add(table, [str(block), *[cells[block].get(role, "") for role in roles]])
+        add(table, [str(block), *[cells[block].get(role, "") for role in roles]])
     for role, format_ in cells.get(None, {}).items():
-        _add(table, [role, format_])
+        add(table, [role, format_])
     return table
 
 
@@ -84,23 +84,3 @@ def quality(figures: Quality, original: Quality | None) -> Table:
         rows += [(f"{own[0]} of the original", own[1])] if (own := original.own) else []
     rows.append(("tokens in segments", f"{figures.num_tokens:,} in {figures.num_segments:,}"))
     return listing(rows, "measure", "value")
-
-
-def listing(rows: Iterable[Sequence[str]], *columns: str) -> Table:
-    """A plain table of text; the last column may wrap."""
-    table = _table(*columns)
-    for row in rows:
-        _add(table, row)
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=column != columns[-1])
-    return table
-
-
-def _add(table: Table, cells: Iterable[str], style: str = "") -> None:
-    """Cells are text, never markup: they hold names from outside."""
-    table.add_row(*[Text(cell) for cell in cells], style=style)
