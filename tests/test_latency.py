@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import count
+from itertools import count, repeat
 
 import pytest
 import torch
@@ -105,6 +105,24 @@ def test_modules_are_timed_beside_the_whole_network(monkeypatch):
         for width in found.sizes(FEED_FORWARD, name):
             assert found.ms(FEED_FORWARD, width, name) == pytest.approx(width / 128 * factor * slow)
         assert found.rest(name) == pytest.approx(7.0 * factor * slow)
+
+
+def test_formats_are_timed_beside_each_other(monkeypatch):
+    """On a machine that becomes slow once the first is done."""
+
+    class Tiring(FakeStopwatch):
+        def ready(self, model, format_, setting, threads, folder):
+            if format_ == "F16":
+                self.runs = repeat(40)
+            return super().ready(model, format_, setting, threads, folder)
+
+    fake = Tiring()
+    fake.runs = repeat(0)
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: fake.now)
+    monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
+    found = stopwatch.measure(fake, tiny_model("llama").config, "fake", SETTING, formats=("F32", "F16"), threads=1)
+    assert found.whole == {"F32": pytest.approx(23.0), "F16": pytest.approx(11.5)}
+    assert found.ms(ATTENTION, 2, "F16") == pytest.approx(2.0)
 
 
 def test_what_runs_in_the_place_of_a_module_is_counted(monkeypatch):

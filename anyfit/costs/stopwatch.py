@@ -67,7 +67,8 @@ def measure(
     """Time a network of this config and its modules in each format (default: the stopwatch's first).
 
     Every module is timed beside the whole network, the two taking turns, and what counts is the median of their ratios: what
-    slows the machine down for a while slows down both. Raises `UserError` for what can't be timed.
+    slows the machine down for a while slows down both. So is the whole network in any format but the first, beside that.
+    Raises `UserError` for what can't be timed.
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
     _require(stopwatch, setting, formats, threads, config)
@@ -81,6 +82,12 @@ def measure(
         model = probe(config, part, kept, trust_remote_code=trust_remote_code)
         return stopwatch.ready(model, format_, setting, threads, folder)
 
+    def slower(format_: str) -> float:
+        """How many times as long the whole network takes in a format as in the first."""
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Clock(ready(shape, KINDS, formats[0], _new(folder, "plain")), threads)
+            return plain.share(ready(shape, KINDS, format_, _new(folder, "whole")))
+
     with pinned(threads), (progress or Silent()).stage("measure", len(formats) * (len(ladder) + 1)) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
@@ -93,8 +100,8 @@ def measure(
                         part = replace(shape, groups=size) if kind == ATTENTION else replace(shape, width=size)
                         shares[kind, size] = clock.share(ready(part, (kind,), name, Path(own)))
                     stage.advance(detail=f"{kind} {size} {name}")
-                whole[name] = clock.whole
-                took = {key: max(0.0, share - empty) / shape.blocks * clock.whole for key, share in shares.items()}
+                whole[name] = whole[formats[0]] * slower(name) if whole else clock.whole
+                took = {key: max(0.0, share - empty) / shape.blocks * whole[name] for key, share in shares.items()}
                 modules |= {(*key, name): ms for key, ms in _alone(took, stopwatch.instead).items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
 
