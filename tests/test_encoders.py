@@ -214,5 +214,5 @@ def test_a_pruned_encoder_is_trained_from_its_states(model: Path, sentences: Pat
     assert point.search is not None and point.unrefined is not None and point.search.loss < point.unrefined
     made = family.export("macs <= 20%", tmp_path / "small")
     assert made.point.config == point.config and all(check.passed for check in made.checks), made.checks
-    found = anyfit.evaluate(tmp_path / "small", against=model, data=sentences)
+    found = anyfit.evaluate(tmp_path / "small", against=model, data=sentences, trust_remote_code=True)
     assert found.quality.loss > 0
