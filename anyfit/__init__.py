@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anyfit.api import evaluate as evaluate
     from anyfit.api import fit as fit
     from anyfit.api import plan as plan
     from anyfit.core.budget import Budget as Budget
     from anyfit.core.errors import UserError as UserError
+    from anyfit.evaluation import evaluate as evaluate
     from anyfit.family.family import Family as Family
     from anyfit.measuring import measure as measure
     from anyfit.refinement import refine as refine
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "fit": "anyfit.api",
     "plan": "anyfit.api",
-    "evaluate": "anyfit.api",
+    "evaluate": "anyfit.evaluation",
     "measure": "anyfit.measuring",
     "refine": "anyfit.refinement",
     "Family": "anyfit.family.family",

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from anyfit import devices, estimates
 from anyfit.calibration import generated, pictures
-from anyfit.calibration.data import PURPOSES, Segments, held_out, is_named, load
+from anyfit.calibration.data import PURPOSES, Segments, is_named, load
+from anyfit.calibration.defaults import LONGEST_SEGMENT, NUM_REPORT, Data, segment_length, usual
 from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from anyfit.formats.base import CastFormat
 from anyfit.gradual import GradualFit
 from anyfit.importance import importances
 from anyfit.importance.base import NetworkImportance
-from anyfit.interface import LANGUAGE, PICTURES, interface_of
+from anyfit.interface import LANGUAGE, interface_of
 from anyfit.measuring import latencies
 from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
@@ -42,17 +42,12 @@ from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
 from anyfit.targets.base import Target
-from anyfit.tasks import task_of
-from anyfit.tasks.base import Quality, Reference
 from anyfit.training import MOST_BITS, decided, nested_sizes
-from anyfit.zoo import DATA, MODEL
+from anyfit.zoo import MODEL
 
-NUM_CALIBRATION, NUM_SEARCH, NUM_REPORT = 128, 16, 32
-LONGEST_SEGMENT = 2048
+NUM_CALIBRATION, NUM_SEARCH = 128, 16
 SHARE_OF_FREE = 0.75
 """Of the memory that nobody uses, what a fit may take unless it is told."""
-
-Data = str | Path | Sequence[str | Path] | None
 
 
 class Wishes(TypedDict, total=False):
@@ -161,9 +156,9 @@ def prepare(
     quantizers.get(method.quantizer)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
     wanted = _wanted(method, runtime, diligence, formats, checkpoint)
-    data = _data(data, embedded=model is None)
+    data = usual(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
-    length = _segment_length(length, checkpoint.config, longest)
+    length = segment_length(length, checkpoint.config, longest)
     where = devices.device(device).type
     table, times = None if latency is None else _latencies(latency, checkpoint, target, recipe), interface_of(checkpoint.config).segments
     settings = Settings(
@@ -184,18 +179,23 @@ def prepare(
     # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
     kind = GradualFit if settings.recover else Fit
     run: Fit = kind(checkpoint, _segments(data, checkpoint, settings, lambda: run.model, progress), settings, progress, group(), table)
-    reason = runtime.supports(run.source)
-    if reason:
-        raise UserError(f"{target} can't run {checkpoint.name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
-    _require_subject(method, run)
+    _require_possible(run)
+    return run
+
+
+def _require_possible(run: Fit) -> None:
+    """Raises `UserError` where the target, the recipe, the budgets, the text or the network don't go with the others."""
+    name, length = run.checkpoint.name, run.settings.length
+    if reason := run.target.supports(run.source):
+        raise UserError(f"{run.target.name} can't run {name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
+    _require_subject(run.recipe, run)
     if isinstance(run, GradualFit):
         run.require_budgets()
     most = num_batches(run.segments.num_segments("calibration"), length)
     if run.group.size > most:
         raise UserError(f"{run.group.size} processes can't share {most} batches of text.", remedy="Start fewer, or give more --segments.")
     if not any(weight.block is not None for decision in run.space.decisions for weight in decision.unit.weights):
-        raise ModelError(f"{checkpoint.name} has no blocks.", remedy="Check num_hidden_layers in its config.json.")
-    return run
+        raise ModelError(f"{name} has no blocks.", remedy="Check num_hidden_layers in its config.json.")
 
 
 def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -378,162 +378,7 @@ def plan(
     )
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Quality of one model on held-out text, beside the original's where that is at hand.
-
-    `divergence`: whether `quality`'s divergence and agreement are to the original; otherwise only its
-    perplexity says something.
-    """
-
-    subject: str
-    text: str
-    quality: Quality
-    original: Quality | None
-    tasks: dict[str, Any] | None
-
-    @property
-    def divergence(self) -> bool:
-        return self.original is not None
-
-    def to_json(self) -> dict[str, Any]:
-        quality = self.quality.to_json()
-        if not self.divergence:
-            quality = {name: value for name, value in quality.items() if name.startswith(("perplexity", "num_"))}
-        return {
-            "subject": self.subject,
-            "text": self.text,
-            "quality": quality,
-            "original": self.original and self.original.to_json(),
-            "tasks": self.tasks,
-        }
-
-
-def evaluate(
-    subject: str | Path | None = None,
-    *,
-    budget: str | Iterable[str] | None = None,
-    data: Data = None,
-    against: str | Path | None = None,
-    tasks: Sequence[str] | None = None,
-    length: int | None = None,
-    segments: int | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Measure a model: a family at a `budget`, a model folder or hub id, or a GGUF file.
-
-    `data`: text to measure on. Without it, a family is measured on the text that it kept for its own report, and
-    the embedded default on the report modules of the standard library.
-    `against`: the original, which divergence and agreement are taken to. `tasks`: names of lm-eval tasks.
-    """
-    progress = progress or Silent()
-    opened = _open_subject(subject, budget, trust_remote_code)
-    text, described = _held_out(opened, data, length, segments)
-    origin = MODEL if against is None and opened.embedded else against
-    if origin is None and interface_of(opened.model.config) is not LANGUAGE:
-        raise UserError(f"{opened.name} is an encoder, which says nothing by itself.", remedy="Name its original with --against.")
-    with progress.stage("evaluate", 1) as stage:
-        if origin is None:
-            original, quality = None, task_of(opened.model.config).reference(opened.model, text).quality
-        else:
-            reference = _original(origin, opened, trust_remote_code, text)
-            original, quality = reference.quality, reference.measured(opened.model)
-        stage.advance()
-    results = None
-    if tasks:
-        from anyfit.tasks.harness import run as run_tasks
-
-        results = run_tasks(opened.model, opened.tokenizer(), list(tasks))
-    return Evaluation(opened.name, described, quality, original, results)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A model to be measured. `folder`: where what belongs to its original lies; `kept`: the text that its family reports on."""
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: Callable[[], PreTrainedTokenizerBase]
-    folder: Path
-    embedded: bool
-    kept: Tensor | None = None
-
-
-def _open_subject(subject: str | Path | None, budget: str | Iterable[str] | None, trust_remote_code: bool) -> _Subject:
-    path = Path(subject if subject is not None else MODEL)
-    if is_family(path):
-        family = Family.open(path)
-        if budget is None:
-            raise UserError(f"{path} is a family: which of its models?", remedy="Say --budget.")
-        point = family.select(budget)
-        model = family.extract(point.config)
-        name, source = f"{path} at {family.budget(budget)}", family.source
-        return _Subject(name, model, source.tokenizer, source.folder, family.original.embedded, family.text()["report"])
-    if budget is not None:
-        raise UserError(f"{path} is no family, so it has no budget to choose by.", remedy="Leave out --budget, or name a family.")
-    if path.suffix == ".gguf":
-        from anyfit.targets.llamacpp import read_model
-
-        model, tokenizer = read_model(path)
-        return _Subject(str(path), model, lambda: tokenizer, path.parent, embedded=False)
-    checkpoint = Checkpoint.open(MODEL if subject is None else subject, trust_remote_code=trust_remote_code)
-    return _Subject(checkpoint.name, checkpoint.load(), checkpoint.tokenizer, checkpoint.folder, checkpoint.embedded)
-
-
-def _held_out(subject: _Subject, data: Data, length: int | None, segments: int | None) -> tuple[Tensor, str]:
-    """Tokens to measure on, (segments, length), and what they are."""
-    if data is None and subject.kept is not None and length is None:
-        return subject.kept[:segments], "the family's report split"
-    data = _data(data, embedded=subject.embedded)
-    if is_named(data, SELF):
-        raise DataError(
-            "There is no text to measure on, and what a model writes itself says nothing about it.",
-            remedy="Name some with --data: text files, a folder of them, JSONL, or hf:NAME.",
-        )
-    if not interface_of(subject.model.config).words:
-        return pictures.held_out(data, subject.folder, subject.model.config, segments or NUM_REPORT * PICTURES.segments)
-    return held_out(
-        data,
-        subject.tokenizer(),
-        length=_segment_length(length, subject.model.config, LONGEST_SEGMENT),
-        num_segments=segments or NUM_REPORT * interface_of(subject.model.config).segments,
-        texts=interface_of(subject.model.config) is not LANGUAGE,
-    )
-
-
-def _original(origin: str | Path, subject: _Subject, trust_remote_code: bool, text: Tensor) -> Reference:
-    checkpoint = Checkpoint.open(origin, trust_remote_code=trust_remote_code)
-    theirs, own = (getattr(config, "vocab_size", config.num_labels) for config in (checkpoint.config, subject.model.config))
-    if theirs != own or checkpoint.config.hidden_size != subject.model.config.hidden_size:
-        raise UserError(
-            f"{subject.name} has {own} tokens or classes and {origin} has {theirs}.", remedy="Name the model that it was made of."
-        )
-    return task_of(checkpoint.config).reference(checkpoint.load(), text)
-
-
 def _inputs(model: str | Path | None, data: Data) -> list[Path]:
     """What must not be written over: the model and the text."""
     texts = [] if data is None else [data] if isinstance(data, (str, Path)) else list(data)
     return [Path(given).expanduser() for given in (*([] if model is None else [model]), *texts)]
-
-
-def _data(data: Data, *, embedded: bool) -> str | Path | Sequence[str | Path]:
-    if data is not None:
-        return data
-    return DATA if embedded else SELF
-
-
-def _segment_length(length: int | None, config: PretrainedConfig, longest: int) -> int:
-    if (only := interface_of(config).length(config)) is not None:
-        if length not in (None, only):
-            raise UserError(f"This network reads {only} positions, not {length}.", remedy="Leave out --length.")
-        return only
-    context = int(getattr(config, "max_position_embeddings", longest))
-    if length is None:
-        return min(longest, context)
-    if not 2 <= length <= context:
-        raise UserError(
-            f"Segments of {length} tokens don't work with a context of {context}.", remedy=f"Give a length from 2 to {context}."
-        )
-    return length

@@ -301,14 +301,14 @@ def evaluate(
     json_: options.Json = False,
 ) -> Answer:
     """Measure a model on held-out text: perplexity, divergence, agreement, with standard errors."""
-    from anyfit import api
+    from anyfit import evaluation
     from anyfit.report import summary, tables
     from anyfit.report.listing import listing
     from anyfit.tasks.harness import check_tasks
 
     if names := _names(tasks):
         check_tasks(names)
-    found = api.evaluate(
+    found = evaluation.evaluate(
         subject,
         budget=budget,
         data=data,

@@ -180,6 +180,16 @@ class CalibrationPass(ABC):
             loads[owners[key]] += sizes[key]
         return owners
 
+    def statistics(self, sizes: Mapping[str, int], moments: dict[str, Moments]) -> Iterator[tuple[str, InputStatistics | None]]:
+        """Of each input all processes' moments, which are used up; None for a process whose work it isn't. `sizes`: of the
+        work, by input."""
+        owners = self.owners(sizes)
+        for name in sizes:
+            seen = moments.pop(name)
+            seen.add_up(self.group, owners[name])
+            yield name, seen.statistics(name) if owners[name] == self.group.rank else None
+            release()
+
     @contextmanager
     def _observed(self, groups: list[Matrices]) -> Iterator[dict[str, Moments]]:
         weights = [weight for group in groups for weight in group]

@@ -15,7 +15,6 @@ import torch
 from anyfit.calibration.collect import Moments
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.config import format_of
-from anyfit.core.memory import release
 from anyfit.core.units import Weight
 from anyfit.encoding import Encoder, Encoding, Matrices
 from anyfit.formats import formats
@@ -56,16 +55,12 @@ class _Masker:
         readers: dict[str, Matrices] = {}
         for weight in (weight for group in groups for weight in group if weight.block is not None):
             readers.setdefault(str(weight.input), []).append(weight)
-        owners = run.owners({key: sum(weight.num_weights for weight in own) for key, own in readers.items()})
-        for key, own in readers.items():
-            seen = moments.pop(key)
-            seen.add_up(run.group, owners[key])
-            if owners[key] == run.group.rank:
-                statistics = seen.statistics(key)
-                for weight in own:
+        sizes = {key: sum(weight.num_weights for weight in own) for key, own in readers.items()}
+        for key, statistics in run.statistics(sizes, moments):
+            if statistics:
+                for weight in readers[key]:
                     self._mask(weight, statistics)
-            self.stage.advance(len(own), detail=own[-1].name)
-            release()
+            self.stage.advance(len(readers[key]), detail=readers[key][-1].name)
 
     def _mask(self, weight: Weight, statistics: InputStatistics) -> None:
         run, hessian = self.masking, statistics.hessian.cpu()

@@ -20,7 +20,6 @@ from torch import Tensor
 from anyfit.calibration.collect import Moments
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.config import format_of
-from anyfit.core.memory import release
 from anyfit.core.space import Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.elastic.stream import ElasticStream
@@ -77,15 +76,12 @@ class _Pruner:
         readers = [group[0] for group in groups if group[0].name in run.structures]
         names = {weight.name for weight in readers}
         self.rest.encode([group for group in groups if group[0].name not in names], moments)
-        owners = run.owners({weight.name: weight.num_weights for weight in readers})
-        for weight in readers:
-            assert weight.input is not None
-            seen = moments.pop(weight.input)
-            seen.add_up(run.group, owners[weight.name])
-            if owners[weight.name] == run.group.rank:
-                self._prune(weight, seen.statistics(weight.input))
-            self.stage.advance(detail=weight.name)
-            release()
+        by_input = {str(weight.input): weight for weight in readers}  # nothing else reads what structures put out
+        sizes = {name: weight.num_weights for name, weight in by_input.items()}
+        for name, statistics in run.statistics(sizes, moments):
+            if statistics:
+                self._prune(by_input[name], statistics)
+            self.stage.advance(detail=by_input[name].name)
 
     def _prune(self, weight: Weight, statistics: InputStatistics) -> None:
         run, structure, hessian = self.structuring, self.structuring.structures[weight.name], statistics.hessian.cpu()

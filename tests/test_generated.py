@@ -14,6 +14,7 @@ from anyfit.calibration import generated as module
 from anyfit.calibration.data import Segments
 from anyfit.calibration.generated import Habits, generated, write
 from anyfit.core.errors import DataError
+from anyfit.evaluation import evaluate
 from anyfit.progress import Silent
 from anyfit.testing.models import VOCABULARY, tiny_model, tiny_text, tiny_tokenizer
 
@@ -141,6 +142,6 @@ def test_own_text_is_not_measured_with(tiny_llama_folder: Path, tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     for data in (None, "self", ["self"]):
         with pytest.raises(DataError, match="no text to measure on"):
-            api.evaluate(tiny_llama_folder, data=data)
+            evaluate(tiny_llama_folder, data=data)
     Path("self").write_text(tiny_text(600))
-    assert api.evaluate(tiny_llama_folder, data=["self"], length=LENGTH, segments=2).text == "self"
+    assert evaluate(tiny_llama_folder, data=["self"], length=LENGTH, segments=2).text == "self"

@@ -73,6 +73,49 @@ class Quality(ABC):
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class Divergences(Quality):
+    """Figures of what predicts: KL(original || model) in nats, over predictions, and `top1`, how often the likeliest `answer` is the
+    original's. Standard errors are over segments, and NaN for a single one."""
+
+    kl_mean: float
+    kl_stderr: float
+    kl_median: float
+    kl_p99: float
+    top1: float
+    top1_stderr: float
+
+    distance = "KL to the original"
+    per: ClassVar[str]
+    """Of what each prediction is one."""
+    answer: ClassVar[str]
+    """What is predicted."""
+
+    @property
+    def loss(self) -> float:
+        return self.kl_mean
+
+    @property
+    def loss_stderr(self) -> float:
+        return self.kl_stderr
+
+    @property
+    def own(self) -> tuple[str, str] | None:
+        return None
+
+    def columns(self) -> dict[str, str]:
+        own = {} if self.own is None else {self.own[0]: self.own[1]}
+        return {self.distance: plus_minus(self.kl_mean, self.kl_stderr), **own, "top-1": plus_minus_percent(self.top1, self.top1_stderr)}
+
+    def figures(self, original: Quality) -> list[Figure]:
+        return [
+            Figure(f"{self.distance}, mean (nats per {self.per})", "0", plus_minus(self.kl_mean, self.kl_stderr)),
+            Figure("KL, median", "0", f"{self.kl_median:.3g}"),
+            Figure("KL, 99th percentile", "0", f"{self.kl_p99:.3g}"),
+            Figure(f"same likeliest {self.answer} as the original", "100 %", plus_minus_percent(self.top1, self.top1_stderr)),
+        ]
+
+
 class Reference(ABC):
     """What the original makes of some segments. `quality`: its own figures, at no distance from itself."""
 

@@ -14,49 +14,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from anyfit.core.errors import ModelError
 from anyfit.interface import interface_of
 from anyfit.tasks import base
-from anyfit.tasks.base import KEPT_BYTES, Figure, Outputs, Task, plus_minus, plus_minus_percent
+from anyfit.tasks.base import KEPT_BYTES, Outputs, Task
 
 _PICTURES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Quality(base.Quality):
-    """Figures over `num_segments` held-out pictures. Divergences are KL(original || model) of the classes in nats, and standard errors
-    are over pictures. `top1`: how often the likeliest class is the original's."""
+class Quality(base.Divergences):
+    """Figures over `num_segments` held-out pictures, of each of which the class is predicted."""
 
-    kl_mean: float
-    kl_stderr: float
-    kl_median: float
-    kl_p99: float
-    top1: float
-    top1_stderr: float
-
-    task = "classes"
-    distance = "KL to the original"
+    task, per, answer = "classes", "picture", "class"
     about = "mean KL divergence of a picture's class, nats"
-
-    @property
-    def loss(self) -> float:
-        return self.kl_mean
-
-    @property
-    def loss_stderr(self) -> float:
-        return self.kl_stderr
-
-    @property
-    def own(self) -> None:
-        return None
-
-    def columns(self) -> dict[str, str]:
-        return {self.distance: plus_minus(self.kl_mean, self.kl_stderr), "top-1": plus_minus_percent(self.top1, self.top1_stderr)}
-
-    def figures(self, original: base.Quality) -> list[Figure]:
-        return [
-            Figure(f"{self.distance}, mean (nats per picture)", "0", plus_minus(self.kl_mean, self.kl_stderr)),
-            Figure("KL, median", "0", f"{self.kl_median:.3g}"),
-            Figure("KL, 99th percentile", "0", f"{self.kl_p99:.3g}"),
-            Figure("same likeliest class as the original", "100 %", plus_minus_percent(self.top1, self.top1_stderr)),
-        ]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import ModelError
 from anyfit.tasks import base
-from anyfit.tasks.base import KEPT_BYTES, Figure, Outputs, Task, plus_minus, plus_minus_percent
+from anyfit.tasks.base import KEPT_BYTES, Figure, Outputs, Task, plus_minus
 
 Logits = Callable[[Tensor], Tensor]
 """Tokens (segments, length) int64 to the logits of each next token, (segments, length, vocabulary)."""
@@ -26,58 +26,23 @@ _CHUNK_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
-class Quality(base.Quality):
-    """Figures over `num_tokens` predictions in `num_segments` segments of held-out text.
-
-    Divergences are KL(original || model) per token in nats. Standard errors are over segments, and NaN for a
-    single one. `top1`: how often the likeliest token is the original's.
-    """
+class Quality(base.Divergences):
+    """Figures over `num_tokens` predictions in `num_segments` segments of held-out text."""
 
     perplexity: float
     perplexity_stderr: float
-    kl_mean: float
-    kl_stderr: float
-    kl_median: float
-    kl_p99: float
-    top1: float
-    top1_stderr: float
 
-    task = "language"
-    distance = "KL to the original"
+    task, per, answer = "language", "token", "token"
     about = "mean KL divergence of the next token, nats"
-
-    @property
-    def loss(self) -> float:
-        return self.kl_mean
-
-    @property
-    def loss_stderr(self) -> float:
-        return self.kl_stderr
 
     @property
     def own(self) -> tuple[str, str]:
         return "perplexity", f"{self.perplexity:.2f}"
 
-    def columns(self) -> dict[str, str]:
-        return {
-            self.distance: plus_minus(self.kl_mean, self.kl_stderr),
-            "perplexity": f"{self.perplexity:.2f}",
-            "top-1": plus_minus_percent(self.top1, self.top1_stderr),
-        }
-
     def figures(self, original: base.Quality) -> list[Figure]:
         assert isinstance(original, Quality)
-        return [
-            Figure(
-                "perplexity",
-                plus_minus(original.perplexity, original.perplexity_stderr),
-                plus_minus(self.perplexity, self.perplexity_stderr),
-            ),
-            Figure(f"{self.distance}, mean (nats per token)", "0", plus_minus(self.kl_mean, self.kl_stderr)),
-            Figure("KL, median", "0", f"{self.kl_median:.3g}"),
-            Figure("KL, 99th percentile", "0", f"{self.kl_p99:.3g}"),
-            Figure("same likeliest token as the original", "100 %", plus_minus_percent(self.top1, self.top1_stderr)),
-        ]
+        both = (plus_minus(quality.perplexity, quality.perplexity_stderr) for quality in (original, self))
+        return [Figure("perplexity", *both), *super().figures(original)]
 
 
 @dataclass(frozen=True)
