@@ -18,7 +18,7 @@ from made_family import made_family
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from anyfit import api, cli
+from anyfit import api, cli, evaluation
 from anyfit.core.errors import DataError, UserError
 from anyfit.family import Family
 from anyfit.formats import formats
@@ -250,7 +250,7 @@ def test_unknown_tasks_are_refused_before_anything_is_measured(monkeypatch: pyte
         raise UserError(f"no task {names}")
 
     monkeypatch.setattr(harness, "check_tasks", unknown)
-    monkeypatch.setattr(api, "evaluate", interrupted)
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
     assert "no task ['foo', 'bar']" in refused(run("evaluate", "a/model", "--tasks", "foo,bar"))
 
 
