@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -348,6 +349,7 @@ def plan(
     progress = progress or Silent()
     if budget is not None:
         Budget.parse(budget, original=dict.fromkeys((BYTES, LATENCY, MACS, WEIGHTS), 1.0))
+    began = time.perf_counter()
     run = prepare(model, progress=progress, **wishes)
     space = run.space
     if budget is not None:
@@ -357,6 +359,7 @@ def plan(
             f"Saturation is about rounding, and {run.settings.recipe} is about parts.", remedy="Leave it out, or take --recipe gptq."
         )
     run.checkpoint.check_finite(progress)
+    prepared = time.perf_counter() - began  # as a fit will
     needs = estimates.needs(run)
     return Plan(
         model=run.checkpoint.name,
@@ -371,7 +374,7 @@ def plan(
         device=run.device.type,
         device_memory_bytes=needs.device_memory,
         disk_bytes=needs.disk,
-        seconds=needs.seconds,
+        seconds=prepared + needs.seconds,
         coverage=run.coverage(),
         notes=run.notes(),
         saturation=estimates.saturation(run) if saturation else None,

@@ -54,8 +54,8 @@ from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
 
-STEADY = 0.5
-"""Seconds. Anything quicker isn't known from doing it once."""
+STEADY, BRIEF = 0.5, 0.1
+"""Seconds. Anything quicker isn't known from doing it once; briefly, where there are many such things."""
 
 
 def saturation(run: Fit) -> Saturation | None:
@@ -299,7 +299,7 @@ class _Rehearsal:
                 encode = partial(variants, quantizer, prepared=prepared, name=name, within=within)
                 encode(rows[:1])  # what is compiled, or read from disk, is so only once
                 pieces = [rows] * workers.number
-                _, passed = _timed(lambda: list(workers.map(encode, pieces)))  # noqa: B023 (called at once)
+                _, passed = _steadily(lambda: list(workers.map(encode, pieces)), BRIEF)  # noqa: B023 (called at once)
                 costs[columns, weight.input is None, name] = passed / (rows.numel() * workers.number)
             return spent
 
@@ -349,11 +349,11 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
     return found, time.perf_counter() - began
 
 
-def _steadily(work: Callable[[], T]) -> tuple[T, float]:
+def _steadily(work: Callable[[], T], seconds: float = STEADY) -> tuple[T, float]:
     """What is over soon is done again for a while; the median."""
     found, spent = _timed(work)
     passed = [spent]
-    while sum(passed) < STEADY:
+    while sum(passed) < seconds:
         passed.append(_timed(work)[1])
     return found, statistics.median(passed)
 
