@@ -60,7 +60,7 @@ EXACT = 1e-4
 KEPT_BYTES = 4 << 30
 """Of the original's predictions: they are looked at some eight times."""
 RATES = (3e-3, 6e-3)
-CANDIDATES = (("balanced", 3e-3), ("frontier", 3e-3), ("frontier", 6e-3))
+CANDIDATES = (("balanced", 3e-3), ("frontier", 6e-3))
 """Of the one run: samplers and rates."""
 ONCE, THIRD, ALL, UNIFORM, NONE = "one run", "three runs, a third each", "three runs, all of it each", "one run, uniform", "GPTQ, untrained"
 

@@ -147,9 +147,10 @@ def test_the_frontier_is_that_of_the_exact_search() -> None:
     """At each mean its configs are the exact optimum of that size, but for the unit that the mean falls into and draws that are even."""
     about = decisions(12)
     sampler, table = sampler_of("frontier", about), losing(about)
+    assert isinstance(sampler, Frontier)
     space = Space(tuple(about), 0, 0, sum(d.unit.num_weights for d in about))
     for step in range(0, PERIOD // 2, 7):
-        stated = sampler.probabilities(step)
+        stated = sampler.along(step)
         likely = Config({d.key: d.choices[int(stated[d.key].argmax())].name for d in about})
         divided = [d for d in about if stated[d.key].max() < 1 - Frontier.EVEN - 1e-9]
         best = Solver(space, table).solve(Budget.parse(f"{space.bits(likely) + 1e-6:.6f} bits"))
@@ -164,10 +165,11 @@ def test_time_at_a_size_is_in_proportion_to_what_is_lost_there() -> None:
     space = Space(tuple(about), 0, 0, sum(d.unit.num_weights for d in about))
     means = np.linspace(targets.min(), targets.max(), 40)
     lost = np.array([table.predict(space, Solver(space, table).solve(Budget.parse(f"{mean + 1e-6:.6f} bits"))) for mean in means])
+    lost **= Frontier.HASTE
     expected = np.concatenate([[0], np.cumsum(lost[1:] + lost[:-1])]) / (lost[1:] + lost[:-1]).sum()
     found = [(targets < mean).mean() for mean in means]
     assert np.abs(np.array(found) - expected).max() < 0.05
-    assert found[len(means) // 4] > 0.4, "most of the time at few bits"
+    assert found[len(means) // 4] > 0.3, "most of the time at few bits"
 
 
 def test_a_loss_that_is_no_number_is_told(text: Tensor) -> None:
@@ -184,7 +186,7 @@ def test_the_expected_mean_is_the_target(name: str) -> None:
     about = decisions(12)
     sampler = samplers.get(name)(about, PERIOD, losing(about))
     for step in (0, 20, 50, 100, 130):
-        stated = sampler.probabilities(step)
+        stated = sampler.along(step) if isinstance(sampler, Frontier) else sampler.probabilities(step)
         means = [sum(p * 8 * c.stored_bytes for p, c in zip(stated[d.key], d.choices, strict=True)) for d in about]
         expected = sum(means) / sum(d.unit.num_weights for d in about)
         assert expected == pytest.approx(sampler.target(step), abs=1e-6)
