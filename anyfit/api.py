@@ -267,9 +267,7 @@ def _latencies(path: str | Path, checkpoint: Checkpoint, target: str, recipe: st
         raise UserError(
             f"{path} was measured for {table.target}, not for {target}.", remedy=f"Say --target {table.target}, or measure again."
         )
-    shape = shape_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
-    if table.shape != shape:
-        raise UserError(f"{path} was measured for a network of other sizes: {table.shape}, not {shape}.", remedy="Measure this one.")
+    table.require_of(shape_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from anyfit.architectures import architecture_of
 from anyfit.core.budget import BYTES, LATENCY, MACS
 from anyfit.core.config import HEADS, WIDTH, Config, format_of
 from anyfit.core.errors import BudgetError, ModelError, UserError
-from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting, Shape
+from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting
 from anyfit.costs.probes import shape_of
 from anyfit.elastic.extracted import InMemory
 from anyfit.family import Family
@@ -220,7 +221,8 @@ def test_latencies_of_something_else_are_refused(model: Path, text: Path, family
     others = {
         "another device": made_table(model, device=Device("abacus", 1, table.device.runtime, 1)),
         "measured for onnxruntime": made_table(model, target="onnxruntime", device=_device_of("onnxruntime")),
-        "other sizes": made_table(model, shape=Shape(64, 16, 1, 4, 128, 2)),
+        "another network's: width 256 and not 512": made_table(model, shape=replace(table.shape, width=256)),
+        "another network's: out 32000 and not 512": made_table(model, shape=replace(table.shape, out=32000)),
     }
     for said, other in others.items():
         other.write(tmp_path / "other.json")
