@@ -224,9 +224,13 @@ def _own_format(runtime: Target, checkpoint: Checkpoint) -> str:
 
 
 def _recovered(method: Recipe, budgets: Iterable[str] | None) -> tuple[str, ...]:
-    """The budgets to cut and train for. Raises `UserError` for a recipe that doesn't."""
-    found = tuple(budgets or ())
-    if found and method.recovery is None:
+    """The budgets to cut and train for. Raises `UserError` for a recipe that doesn't, and where none are named."""
+    if budgets is None:
+        return ()
+    found = tuple(budgets)
+    if not found:
+        raise UserError("No budget was named to cut and train for.", remedy="Name some, as 1.25x or 50%, or leave out --recover.")
+    if method.recovery is None:
         known = ", ".join(name for name in recipes if recipes.get(name).recovery)
         raise UserError(f"{method.name} leaves nothing out that training could make good for.", remedy=f"Take --recipe {known}.")
     return found

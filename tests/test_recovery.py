@@ -256,6 +256,10 @@ def test_what_can_not_be_recovered_says_so(model: Path, text: Path) -> None:
         prepare(model, recover=["50%"], recipe="gptq", **asked)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="no tighter than 'macs <= 50%'"):
         prepare(model, recover=["macs <= 50%", "macs <= 60%"], recipe="ziplm", **asked)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match="whole network meets the budget 'macs <= 100%'"):
+        prepare(model, recover=["macs <= 100%", "macs <= 60%"], recipe="ziplm", **asked)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="No budget was named"):
+        prepare(model, recover=[], recipe="ziplm", **asked)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="can't be met"):
         prepare(model, recover=["80%", "1B"], recipe="ziplm", **asked)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="none was measured"):
