@@ -354,9 +354,10 @@ def plan(
     space = run.space
     if budget is not None:
         require(space, Budget.parse(budget, original=space.original(run.checkpoint.bytes_)))
-    if saturation and run.structures:
+    if saturation and (run.structures or run.recipe.masks):
         raise UserError(
-            f"Saturation is about rounding, and {run.settings.recipe} is about parts.", remedy="Leave it out, or take --recipe gptq."
+            f"Saturation is about rounding, and {run.settings.recipe} is about what is left out.",
+            remedy="Leave it out, or take --recipe gptq.",
         )
     run.checkpoint.check_finite(progress)
     needs = estimates.needs(run)
