@@ -225,9 +225,13 @@ def _own_format(runtime: Target, checkpoint: Checkpoint) -> str:
 
 
 def _recovered(method: Recipe, budgets: Iterable[str] | None) -> tuple[str, ...]:
-    """The budgets to cut and train for. Raises `UserError` for a recipe that doesn't."""
-    found = tuple(budgets or ())
-    if found and method.recovery is None:
+    """The budgets to cut and train for. Raises `UserError` for a recipe that doesn't, and where none are named."""
+    if budgets is None:
+        return ()
+    found = tuple(budgets)
+    if not found:
+        raise UserError("No budget was named to cut and train for.", remedy="Name some, as 1.25x or 50%, or leave out --recover.")
+    if method.recovery is None:
         known = ", ".join(name for name in recipes if recipes.get(name).recovery)
         raise UserError(f"{method.name} leaves nothing out that training could make good for.", remedy=f"Take --recipe {known}.")
     return found
@@ -268,9 +272,7 @@ def _latencies(path: str | Path, checkpoint: Checkpoint, target: str, recipe: st
         raise UserError(
             f"{path} was measured for {table.target}, not for {target}.", remedy=f"Say --target {table.target}, or measure again."
         )
-    shape = shape_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
-    if table.shape != shape:
-        raise UserError(f"{path} was measured for a network of other sizes: {table.shape}, not {shape}.", remedy="Measure this one.")
+    table.require_of(shape_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
     return table
 
 
@@ -354,9 +356,10 @@ def plan(
     space = run.space
     if budget is not None:
         require(space, Budget.parse(budget, original=space.original(run.checkpoint.bytes_)))
-    if saturation and run.structures:
+    if saturation and (run.structures or run.recipe.masks):
         raise UserError(
-            f"Saturation is about rounding, and {run.settings.recipe} is about parts.", remedy="Leave it out, or take --recipe gptq."
+            f"Saturation is about rounding, and {run.settings.recipe} is about what is left out.",
+            remedy="Leave it out, or take --recipe gptq.",
         )
     run.checkpoint.check_finite(progress)
     prepared = time.perf_counter() - began  # as a fit will

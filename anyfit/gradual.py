@@ -67,9 +67,13 @@ class GradualFit(Fit):
         return [Budget.parse(text, original=original) for text in self.settings.recover]
 
     def require_budgets(self) -> None:
-        """Raises `BudgetError` for a budget that no network in floating point meets, or that is no tighter than the one before."""
+        """Raises `BudgetError` for a budget that no network in floating point meets, that the whole one meets, or that is no tighter than
+        the one before."""
+        whole = self._dense.costs(self._dense.largest())
         for budget in self.budgets:
             require(self._dense, budget)
+            if budget.allows(whole):
+                raise BudgetError(f"The whole network meets the budget {budget.text!r}: nothing would be left out.", remedy="Give less.")
         for before, after in pairwise(self.budgets):
             looser = dict(before.limits)
             if all(bound >= looser.get(cost, inf) for cost, bound in after.limits):

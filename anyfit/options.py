@@ -15,7 +15,8 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         help="Text: a file, JSONL, parquet, a folder of them, or a data set of the Hugging Face hub as `hf:NAME` or "
-        "`hf:NAME:CONFIG@SPLIT`. May be repeated. `self`: what the model writes itself, the default for a model of your own."
+        "`hf:NAME:CONFIG@SPLIT`; for a network of pictures: pictures, folders of them. May be repeated. `self`: what the model writes "
+        "itself, the default for a language model of your own."
     ),
 ]
 MeasuringData = Annotated[list[str] | None, typer.Option("--data", help="Text to measure on: as for `anyfit fit`, but not `self`.")]

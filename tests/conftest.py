@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyfit.testing.models import save_tiny
+from anyfit import finalists
+from anyfit.structure import levels
+from anyfit.testing.models import save_tiny, tiny_text
 
 torch.set_num_threads(1)
 
@@ -37,6 +39,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, as a Hugging Face folder. Not to be written to."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pages of made-up sentences."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(30)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def few_sizes() -> Iterator[None]:
+    """Feed-forwards of half the width at each step, and few finalists: a family that is fitted measures every size by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(levels, "SHRINKING", 0.5)
+        patch.setattr(finalists, "NUM_FINALISTS", 3)
+        yield
 
 
 @pytest.fixture

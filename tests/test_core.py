@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyfit.core.budget import Budget, describe
+from anyfit.core.budget import Budget, describe, typed
 from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError, OutputError, UnknownNameError
 from anyfit.core.files import refuse_existing, written_aside
@@ -46,6 +46,15 @@ from anyfit.core.registry import Registry
 )
 def test_budgets_as_people_type_them(text: str, limits: dict[str, float]) -> None:
     assert dict(Budget.parse(text, original={"bytes": 1000, "ms": 8, "macs": 50e6}).limits) == pytest.approx(limits)
+
+
+@pytest.mark.parametrize(
+    ("cost", "value"),
+    [("ms", 1.2345674), ("ms", 1100000 * 1e-6), ("ms", 0.0), ("bits", 3.14159), ("bytes", 7), ("macs", 123456789.0), ("weights", 5.0)],
+)
+def test_a_cost_that_is_typed_as_a_budget_is_met(cost: str, value: float) -> None:
+    limits = dict(Budget.parse(typed(cost, value)).limits)
+    assert limits.keys() == {cost} and value <= limits[cost] <= value + 0.0011
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from anyfit.targets import targets
 from anyfit.targets.torch_stopwatch import TorchStopwatch, _fill
 from anyfit.testing.models import save_tiny, tiny_model
 
-SHAPE = Shape(hidden=256, head_dim=64, queries=2, groups=2, width=512, blocks=2)
+SHAPE = Shape(kind="llama", hidden=256, head_dim=64, queries=2, groups=2, width=512, blocks=2, out=512)
 SETTING = Setting(batch=1, sequence=16)
 
 

@@ -24,22 +24,15 @@ from anyfit.refinement import refine
 from anyfit.report import page, sparsity, summary
 from anyfit.structure import masks
 from anyfit.structure.masks import Mask, mask_of, pack, unpack
-from anyfit.testing.models import save_tiny, tiny_text
+from anyfit.testing.models import save_tiny
 
 LENGTH = 32
 ASKED = {"target": "transformers", "recipe": "essential-sparsity", "length": LENGTH, "segments": 8}
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(tiny_text(300, seed=seed) for seed in range(20)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+def model(tiny_llama_folder: Path) -> Path:
+    return tiny_llama_folder
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +158,15 @@ def test_what_can_not_be_asked_for(family: Family, model: Path, text: Path) -> N
         prepare(model, data=text, **ASKED, formats=["F32", "F16"])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="one floating-point format"):
         prepare(model, data=text, **ASKED, formats=["int8_sym"])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Saturation is about rounding"):
+        anyfit.plan(model, data=text, saturation=True, **ASKED)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="was masked by essential-sparsity"):
         refine(family, "weights <= 50%")
     with pytest.raises(BudgetError, match="smallest possible is weights <= "):
         family.select("weights <= 1%")
+    with pytest.raises(BudgetError, match="smallest possible is") as refused:
+        family.select("50%")
+    assert "weights <= 50%" in refused.value.remedy
 
 
 def test_rows_that_no_pattern_fits_stay_whole(text: Path, tmp_path: Path) -> None:

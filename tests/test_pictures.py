@@ -146,17 +146,26 @@ def test_drawn_gradients_have_the_curvature_of_the_loss() -> None:
 
 def test_what_cannot_be_read_is_refused(model: Path, photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    whole = bytearray((photographs / "0.png").read_bytes())
+    whole[len(whole) // 2] ^= 255
+    (tmp_path / "damaged.png").write_bytes(whole)
     (tmp_path / "nothing").mkdir()
     for data, error, said in (
         (tmp_path / "nothing", DataError, "has no pictures"),
         (tmp_path / "none", DataError, "no file or folder"),
         (photographs / "0.png", DataError, "three purposes"),
+        (tmp_path / "broken.png", DataError, "no picture that can be read"),
         ([tmp_path / "broken.png", photographs / "0.png", photographs / "1.png"], DataError, "no picture that can be read"),
+        ([tmp_path / "damaged.png", photographs / "0.png", photographs / "1.png"], DataError, "no picture that can be read"),
     ):
         with pytest.raises(error, match=said):
             anyfit.fit(model, output=tmp_path / "x.family", data=data, target="transformers", **ASKED)
     with pytest.raises(UserError, match="17 positions"):
         anyfit.fit(model, output=tmp_path / "x.family", data=photographs, target="transformers", length=64, **ASKED)
+    for said in ("{", json.dumps({"image_mean": [0.5, 0.5]}), json.dumps({"image_std": [0.5, 0, 0.5]})):
+        (tmp_path / "preprocessor_config.json").write_text(said)
+        with pytest.raises(ModelError, match="no image_mean and image_std of 3 channels"):
+            pictures.read(photographs / "0.png", tmp_path, ViTConfig.from_pretrained(model))
     ViTModel(tiny_model("vit").config).save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match="AutoModelForImageClassification"):
         anyfit.fit(tmp_path / "bare", output=tmp_path / "x.family", data=photographs)

@@ -31,11 +31,12 @@ from anyfit.refinement import refine
 from anyfit.structure.cutting import Kept, cut, sizes, whole_again
 from anyfit.structure.levels import kept_of
 from anyfit.tasks.language import Reference, measure
-from anyfit.testing.models import save_tiny, tiny_model, tiny_text
+from anyfit.testing.models import tiny_model
 from anyfit.trainers import loop
 from anyfit.trainers.losses import Both, Divergence, MicroBatch, TokenDistance, token_distance
 from anyfit.trainers.whole import Always, Whole
 
+pytestmark = pytest.mark.usefixtures("few_sizes")
 LENGTH = 32
 BUDGETS = ("macs <= 40%", "macs <= 30%", "macs <= 20%")
 
@@ -134,15 +135,8 @@ def short() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(30)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+def model(tiny_llama_folder: Path) -> Path:
+    return tiny_llama_folder
 
 
 def fitted(model: Path, text: Path, output: Path, **wishes: object) -> Family:
@@ -198,42 +192,34 @@ def test_budgets_between_take_the_best_that_fits(family: Family) -> None:
     assert chosen.config == small.config or family.expected(chosen.predicted) < small.search.kl_mean
 
 
-@pytest.mark.parametrize("where", ["training the second", "pruning the third"])
-def test_killed_and_continued(where: str, model: Path, text: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_continued(model: Path, text: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the second network is trained, and while the third is pruned."""
     monkeypatch.setattr(loop, "SECONDS", -1.0)
-    output, done = tmp_path / "again.family", list[str]()
-    with monkeypatch.context() as killing:
-        if where == "training the second":
-            update = loop._update
+    update, prune, steps, pruned = loop._update, structuring._Pruner._prune, list[str](), list[str]()
+    dies_after = {"steps": 24 + 10, "pruned": 1000}
 
-            def dies(*given: object) -> None:
-                if len(done) == 24 + 10:
-                    raise KeyboardInterrupt
-                done.append("step")
-                update(*given)  # type: ignore[arg-type]
-
-            killing.setattr(loop, "_update", dies)
-        else:
-            prune = structuring._Pruner._prune
-
-            def dies_too(self: structuring._Pruner, weight: Weight, statistics: object) -> None:
-                if len(done) == 2 * 4 + 1:
-                    raise KeyboardInterrupt
-                done.append(weight.name)
-                prune(self, weight, statistics)  # type: ignore[arg-type]
-
-            killing.setattr(structuring._Pruner, "_prune", dies_too)
-        with pytest.raises(KeyboardInterrupt):
-            fitted(model, text, output, recover=BUDGETS)
-    steps, update = [0], loop._update
-
-    def counts(*given: object) -> None:
-        steps[0] += 1
+    def counted(*given: object) -> None:
+        if len(steps) == dies_after["steps"]:
+            raise KeyboardInterrupt
+        steps.append("step")
         update(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "_update", counts)
-    assert fitted(model, text, output, recover=BUDGETS).digest == family.digest
-    assert steps[0] == 24 + 14 if where == "training the second" else steps[0] == 24
+    def counts(self: structuring._Pruner, weight: Weight, statistics: object) -> None:
+        if len(pruned) == dies_after["pruned"]:
+            raise KeyboardInterrupt
+        pruned.append(weight.name)
+        prune(self, weight, statistics)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "_update", counted)
+    monkeypatch.setattr(structuring._Pruner, "_prune", counts)
+    for limits in ({"steps": 24 + 10}, {"steps": 1000, "pruned": 2 * 4 + 1}):
+        dies_after |= limits
+        with pytest.raises(KeyboardInterrupt):
+            fitted(model, text, tmp_path / "again.family", recover=BUDGETS)
+    assert (len(steps), len(pruned)) == (2 * 24, 2 * 4 + 1)
+    dies_after["pruned"] = 1000
+    assert fitted(model, text, tmp_path / "again.family", recover=BUDGETS).digest == family.digest
+    assert (len(steps), len(pruned)) == (3 * 24, 3 * 4)
 
 
 def test_one_size_of_a_finished_family(model: Path, text: Path, tmp_path: Path) -> None:
@@ -256,6 +242,10 @@ def test_what_can_not_be_recovered_says_so(model: Path, text: Path) -> None:
         prepare(model, recover=["50%"], recipe="gptq", **asked)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="no tighter than 'macs <= 50%'"):
         prepare(model, recover=["macs <= 50%", "macs <= 60%"], recipe="ziplm", **asked)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match="whole network meets the budget 'macs <= 100%'"):
+        prepare(model, recover=["macs <= 100%", "macs <= 60%"], recipe="ziplm", **asked)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="No budget was named"):
+        prepare(model, recover=[], recipe="ziplm", **asked)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="can't be met"):
         prepare(model, recover=["80%", "1B"], recipe="ziplm", **asked)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="none was measured"):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import ModelError
 from anyfit.modeling_cut import NoAttention
 from anyfit.structure.cutting import Kept, cut, sizes
+from anyfit.structure.levels import LARGE_STEP, STEP, widths
 from anyfit.targets import onnx_graph
 from anyfit.targets.transformers import write_cut
 from anyfit.testing.models import save_tiny, tiny_model
@@ -219,3 +221,12 @@ def test_modes_and_gradients_are_kept() -> None:
     assert all(module.training for module in model.modules())
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["model.layers.0.mlp.up_proj.weight"]
     assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
+
+
+def test_widths_fall_geometrically_in_whole_steps() -> None:
+    ladder = widths(2816)
+    assert ladder[0] == 2816 and ladder[-1] == STEP
+    assert all(width % STEP == 0 for width in ladder)
+    assert all(0.8 <= small / large <= 0.95 for large, small in pairwise(ladder) if small >= 10 * STEP)
+    assert widths(40) == [40, 32] and widths(20) == [20]
+    assert sum(width % LARGE_STEP == 0 for width in ladder) >= 7 and all(width % LARGE_STEP == 0 for width in widths(11008)[:14])

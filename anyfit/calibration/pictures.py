@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from anyfit.calibration.data import PURPOSES, Segments
-from anyfit.core.errors import DataError
+from anyfit.core.errors import DataError, ModelError
 from anyfit.interface import size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -32,7 +32,10 @@ def load(
     """
     files = _find(data)
     if len(files) < len(PURPOSES):
-        raise DataError(f"There are {len(files)} pictures, and each of three purposes needs its own.", remedy="Name more of them.")
+        for file in files:  # that one is no picture is what is told first
+            read(file, folder, config)
+        named = f"{len(files)} picture{'s' if len(files) > 1 else ''}"
+        raise DataError(f"{named} can't serve three purposes, each of which needs its own.", remedy="Name more of them.")
     files = [files[index] for index in np.random.default_rng(seed).permutation(len(files)).tolist()]
     total, notes, start, drawn = sum(wanted.values()), [], 0, {}
     for place, (purpose, number) in enumerate(wanted.items()):
@@ -58,21 +61,29 @@ def read(file: Path, folder: Path, config: PretrainedConfig) -> Tensor:
     try:
         with Image.open(file) as opened:
             picture = opened.convert("RGB" if config.num_channels == 3 else "L").resize((width, height), Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # which one a broken file raises is each image format's own affair
         raise DataError(f"{file} is no picture that can be read: {error}.", remedy="Leave it out, or save it as PNG.") from error
     values = torch.from_numpy(np.array(picture, np.float32)).reshape(height, width, -1).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(own).reshape(-1, 1, 1) for own in _spread(folder, config.num_channels))
+    mean, std = _spread(folder, config.num_channels)
     return ((values - mean) / std).contiguous()
 
 
-def _spread(folder: Path, channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, of values from 0 to 1."""
+def _spread(folder: Path, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (channels, 1, 1), of values from 0 to 1. Raises `ModelError` where the folder says
+    none that are."""
     path = folder / SETTINGS
-    said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if said.get("do_normalize", True) is False:
-        return [0.0] * channels, [1.0] * channels
-    half = [0.5] * channels
-    return list(said.get("image_mean") or half), list(said.get("image_std") or half)
+    try:
+        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        plain = said.get("do_normalize", True) is False
+        given = (0.0, 1.0) if plain else tuple(0.5 if (own := said.get(name)) is None else own for name in ("image_mean", "image_std"))
+        mean, std = (torch.tensor(own, dtype=torch.float32).expand(channels)[:, None, None] for own in given)
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise ValueError("not finite, or a spread of nothing")
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"{path} has no image_mean and image_std of {channels} channels: {error}.", remedy="Mend it, or download the model again."
+        ) from error
+    return mean, std
 
 
 def _find(data: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -95,6 +95,13 @@ def describe(cost: str, value: float) -> str:
     return f"{value:.0f} {last.strip()}"
 
 
+def typed(cost: str, value: float) -> str:
+    """A cost as a budget that allows it, to be typed: milliseconds and bits are rounded up."""
+    if cost in (BITS, LATENCY):
+        return f"{max(1, math.ceil(value * 1000)) / 1000:.3f} {cost}"
+    return f"weights <= {value:.0f}" if cost == WEIGHTS else f"{value:.0f} {'MACs' if cost == MACS else 'B'}"
+
+
 def _limit(part: str, whole: str, original: Mapping[str, float]) -> tuple[str, float]:
     match = _PART.fullmatch(part.replace(",", ""))
     if not match:

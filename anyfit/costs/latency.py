@@ -24,7 +24,7 @@ ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 KINDS = (ATTENTION, FEED_FORWARD)
 PREFILL, DECODE = "prefill", "decode"
 PHASES = (PREFILL, DECODE)
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class Device:
     def here(cls, runtime: str, threads: int) -> Device:
         """This machine with a runtime, given as its name and version."""
         return cls(_processor(), cores(), runtime, threads)
-
-    def differences(self, other: Device) -> list[str]:
-        """Where another device is not this one, for a person to read."""
-        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return [f"{name} {own} and not {their}" for name, own, their in pairs if own != their]
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a network's blocks. `queries`: query heads that share a key/value group."""
+    """What a network's time depends on: its kind, the sizes of its blocks, and the numbers that come `out` for each position. `queries`:
+    query heads that share a key/value group."""
 
+    kind: str
     hidden: int
     head_dim: int
     queries: int
     groups: int
     width: int
     blocks: int
+    out: int
 
     def full(self, kind: str) -> int:
         """The uncut size of a module: groups of an attention, width of a feed-forward."""
@@ -168,8 +166,19 @@ class LatencyTable:
 
     def require(self, here: Device) -> None:
         """Raises `UserError` where these latencies are another device's than this."""
-        if differences := self.device.differences(here):
-            raise UserError(f"These latencies are another device's: {'; '.join(differences)}.", remedy="Measure again on this one.")
+        if differences := _differences(self.device, here):
+            raise UserError(f"These latencies are another device's: {differences}.", remedy="Measure again on this one.")
+
+    def require_of(self, shape: Shape) -> None:
+        """Raises `UserError` where these latencies are another network's than one of this shape."""
+        if differences := _differences(self.shape, shape):
+            raise UserError(f"These latencies are another network's: {differences}.", remedy="Measure this one.")
+
+
+def _differences(own: Device | Shape, other: Device | Shape) -> str:
+    """Where another is not this one, for a person to read."""
+    pairs = ((field.name, getattr(own, field.name), getattr(other, field.name)) for field in fields(own))
+    return "; ".join(f"{name} {value} and not {their}" for name, value, their in pairs if value != their)
 
 
 def cores() -> int:

@@ -13,6 +13,7 @@ from anyfit import network
 from anyfit.architectures import architecture_of
 from anyfit.core.errors import UserError
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, KINDS, Shape
+from anyfit.interface import interface_of
 from anyfit.structure.cutting import Kept, cut, sizes
 
 VOCABULARY = 256
@@ -20,12 +21,13 @@ VOCABULARY = 256
 
 
 def shape_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Shape:
-    """The sizes of a network's blocks. Raises `UserError` where they differ, or where anyfit doesn't know how to cut them."""
+    """The shape of a network that isn't cut. Raises `UserError` where they differ, or where anyfit doesn't know how to cut them."""
     model = network.skeleton(config, trust_remote_code=trust_remote_code)
     first, *others = sizes(model, architecture_of(model))
     if any(other != first for other in others):
         raise UserError(f"The blocks of this {config.model_type} have different sizes.", remedy="Measure the network that it was cut from.")
-    return Shape(config.hidden_size, first.head_dim, first.heads, first.groups, first.channels, 1 + len(others))
+    out = interface_of(config).width(config)
+    return Shape(config.model_type, config.hidden_size, first.head_dim, first.heads, first.groups, first.channels, 1 + len(others), out)
 
 
 def probe(config: PretrainedConfig, shape: Shape, kept: Collection[str] = KINDS, *, trust_remote_code: bool = False) -> PreTrainedModel:

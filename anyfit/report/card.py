@@ -60,9 +60,12 @@ def _front_matter(family: Family, target: str) -> str:
     fields: dict[str, Any] = {"pipeline_tag": _PIPELINES[family.original.report.task]}
     if target in _LIBRARIES:
         fields["library_name"] = _LIBRARIES[target]
+    how = ("pruned",) if family.pruned else ("sparse",) if family.masked else ("quantized", "mixed-precision")
     if _HUB_ID.fullmatch(family.original.name):
-        fields |= {"base_model": family.original.name, "base_model_relation": "quantized"}
-    fields["tags"] = ["anyfit", "quantized", "mixed-precision"]
+        fields["base_model"] = family.original.name
+        if "quantized" in how:
+            fields["base_model_relation"] = "quantized"
+    fields["tags"] = ["anyfit", *how]
     return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anyfit.core.budget import BITS, BYTES, LATENCY, describe
+from anyfit.core.budget import BITS, BYTES, describe, typed
 from anyfit.core.config import HEADS, Config
 from anyfit.core.space import Space
 from anyfit.report import sparsity
@@ -150,10 +150,8 @@ def family_json(family: Family) -> dict[str, Any]:
 
 def budget_of(family: Family, point: Point) -> str:
     """What to ask for to get a config of the frontier, as a person types it."""
-    scale, size = family.space.scale, family.size(point)
-    if scale == BYTES:
-        return f"{point.bytes_}B"
-    return f"'{scale} <= {size:g}'" if scale == LATENCY else f"'{scale} <= {size:.0f}'"
+    scale = family.space.scale
+    return f"{point.bytes_}B" if scale == BYTES else f"'{typed(scale, family.size(point))}'"
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from anyfit.core.budget import BITS, BYTES, LATENCY, MACS, WEIGHTS, Budget
+from anyfit.core.budget import BITS, BYTES, LATENCY, WEIGHTS, Budget, typed
 from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Space
@@ -107,15 +106,8 @@ def require(space: Space, budget: Budget) -> None:
     least = {cost: space.least(cost) for cost, _ in budget.limits}
     if all(least[cost] <= bound for cost, bound in budget.limits):
         return
-    possible = " and ".join(_exactly(cost, least[cost]) for cost, _ in budget.limits)
-    raise BudgetError(
-        f"The budget {budget.text!r} can't be met: the smallest possible is {possible}.",
-        remedy=f"Give more, or fit with smaller choices than those of this family (its smallest is {space.formats()[0]}).",
-    )
-
-
-def _exactly(cost: str, value: float) -> str:
-    """A cost that, typed as a budget, is met."""
-    if cost in (BITS, LATENCY):
-        return f"{math.ceil(value * 1000) / 1000:.3f} {cost}"
-    return f"weights <= {value:.0f}" if cost == WEIGHTS else f"{value:.0f} {'MACs' if cost == MACS else 'B'}"
+    possible = " and ".join(typed(cost, least[cost]) for cost, _ in budget.limits)
+    remedy = f"Give more, or fit with smaller choices than those of this family (its smallest is {space.formats()[0]})."
+    if WEIGHTS in space.others and WEIGHTS not in least:
+        remedy = "Bound what masks change, as 'weights <= 50%': zeros take as many bytes as other numbers."
+    raise BudgetError(f"The budget {budget.text!r} can't be met: the smallest possible is {possible}.", remedy=remedy)

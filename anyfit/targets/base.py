@@ -32,7 +32,7 @@ class Variants(Protocol):
         """The variant's bytes: uint8 (data_rows, row_bytes), of all its rows or some, in the target's order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cut:
     """A network with parts left out: `model`, in memory and cut. `formats`: of its matrices that aren't dense, by parameter name, and
     `variants`: their bytes, uint8 (rows that are left, row_bytes)."""

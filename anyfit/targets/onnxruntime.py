@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -146,12 +147,18 @@ def _layout(source: Source, weights: Iterable[Weight], config: Config) -> Layout
     return Layout.of(graph, ((Place(weight, graph), config.format(weight.name)) for weight in weights), _fixed(source, graph))
 
 
+_LAYOUTS: WeakKeyDictionary[Cut, Layout] = WeakKeyDictionary()
+
+
 def _layout_of_cut(cut: Cut) -> Layout:
-    """The model keeps its numbers."""
+    """The model keeps its numbers. Exporting takes seconds, and what writes a network also checks it, so that it is remembered."""
+    if cut in _LAYOUTS:
+        return _LAYOUTS[cut]
     model = cut.model
     open_ = {id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), False) for parameter in model.parameters()}
     weights = {weight.name: weight for weight in architecture_of(model).weights(model)}
-    return _cut_layout(onnx_graph.export(copy.deepcopy(model, open_)), model, weights, cut.formats)
+    _LAYOUTS[cut] = _cut_layout(onnx_graph.export(copy.deepcopy(model, open_)), model, weights, cut.formats)
+    return _LAYOUTS[cut]
 
 
 def _cut_layout(graph: onnx_graph.Graph, model: PreTrainedModel, weights: Mapping[str, Weight], formats: Mapping[str, str]) -> Layout:

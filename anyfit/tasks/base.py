@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from anyfit.interface import interface_of
 
 Outputs = Callable[[Tensor], Tensor]
 """Segments to what a network makes of them, as its `interface.Interface` says."""
@@ -151,6 +153,16 @@ class Task(ABC):
     def pull(self, run: Outputs, hidden: Tensor, segment: Tensor, seed: int) -> Tensor:
         """A drawn gradient g by what the last block makes of one segment, (1, length, width), with E[g gᵀ] the curvature of the sum of
         the segment's losses around the original. `run`: what comes after the blocks."""
+
+
+def outputs_of(model: PreTrainedModel | Outputs) -> Outputs:
+    """What a network makes of segments, wherever it computes them."""
+    if not isinstance(model, nn.Module):
+        return model
+    assert not model.training, "a model in training mode answers at random"
+    network: PreTrainedModel = model
+    interface = interface_of(network.config)
+    return lambda segments: interface(network, segments.to(network.device))
 
 
 def plus_minus(value: float, error: float) -> str:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import ModelError
-from anyfit.interface import interface_of
 from anyfit.tasks import base
-from anyfit.tasks.base import KEPT_BYTES, Outputs, Task
+from anyfit.tasks.base import KEPT_BYTES, Outputs, Task, outputs_of
 
 _PICTURES_AT_ONCE = 32
 
@@ -50,7 +49,7 @@ class Reference(base.Reference):
 @torch.inference_mode()
 def predicted(model: PreTrainedModel | Outputs, segments: Tensor) -> Tensor:
     """Log-probabilities of each picture's classes, (pictures, classes) float32. Raises `ModelError` for any that aren't finite."""
-    run = _run(model)
+    run = outputs_of(model)
     found = torch.cat([run(part).float().log_softmax(-1).cpu() for part in segments.split(_PICTURES_AT_ONCE)])
     if not found.isfinite().all():
         raise ModelError(
@@ -58,15 +57,6 @@ def predicted(model: PreTrainedModel | Outputs, segments: Tensor) -> Tensor:
             remedy="Check the original: download it again, or run it by itself.",
         )
     return found
-
-
-def _run(model: PreTrainedModel | Outputs) -> Outputs:
-    if not isinstance(model, nn.Module):
-        return model
-    assert not model.training, "a model in training mode predicts at random"
-    network: PreTrainedModel = model
-    interface = interface_of(network.config)
-    return lambda segments: interface(network, segments.to(network.device))
 
 
 def _divergences(expected: Tensor, log_probs: Tensor) -> Tensor:

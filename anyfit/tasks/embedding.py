@@ -7,19 +7,18 @@ one less the cosine of the angle to the original's, which is half the squared di
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import ModelError
-from anyfit.interface import interface_of, present
+from anyfit.interface import present
 from anyfit.tasks import base
-from anyfit.tasks.base import KEPT_BYTES, Figure, Outputs, Task, plus_minus
+from anyfit.tasks.base import KEPT_BYTES, Figure, Outputs, Task, outputs_of, plus_minus
 
 _BATCH_TOKENS = 4096
 
@@ -98,7 +97,7 @@ def pooled(hidden: Tensor, segments: Tensor) -> Tensor:
 @torch.inference_mode()
 def embedded(model: PreTrainedModel | Outputs, segments: Tensor) -> Tensor:
     """Embeddings of texts, (texts, hidden) float32. Raises `ModelError` for any that aren't finite."""
-    run = _run(model)
+    run = outputs_of(model)
     parts = segments.split(max(1, _BATCH_TOKENS // segments.shape[1]))
     found = torch.cat([pooled(run(part).float(), part).cpu() for part in parts])
     if not found.isfinite().all():
@@ -112,15 +111,6 @@ def embedded(model: PreTrainedModel | Outputs, segments: Tensor) -> Tensor:
 def distances(embeddings: Tensor, others: Tensor) -> Tensor:
     """One less the cosine, row by row, float64. By the distance of what has length one: so that equal embeddings are at none."""
     return 0.5 * (normalize(embeddings.double(), dim=-1) - normalize(others.double(), dim=-1)).square().sum(-1)
-
-
-def _run(model: PreTrainedModel | Outputs) -> Outputs:
-    if not isinstance(model, nn.Module):
-        return model
-    assert not model.training, "a model in training mode answers at random"
-    network: PreTrainedModel = model
-    interface: Callable[[PreTrainedModel, Tensor], Tensor] = interface_of(network.config)
-    return lambda segments: interface(network, segments.to(network.device))
 
 
 def _quality(found: Tensor, segments: Tensor) -> Quality:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import ModelError
 from anyfit.tasks import base
-from anyfit.tasks.base import KEPT_BYTES, Figure, Outputs, Task, plus_minus
+from anyfit.tasks.base import KEPT_BYTES, Figure, Outputs, Task, outputs_of, plus_minus
 
 Logits = Callable[[Tensor], Tensor]
 """Tokens (segments, length) int64 to the logits of each next token, (segments, length, vocabulary)."""
@@ -62,9 +62,9 @@ class Reference(base.Reference):
     original: nn.Module | None = field(repr=False)
 
     @classmethod
-    def of(cls, model: PreTrainedModel | Logits, tokens: Tensor, batch_size: int = 8, *, kept_bytes: int = KEPT_BYTES) -> Reference:
+    def of(cls, model: PreTrainedModel | Outputs, tokens: Tensor, batch_size: int = 8, *, kept_bytes: int = KEPT_BYTES) -> Reference:
         """Run the original over the text once. `batch_size` is lowered where the vocabulary is large."""
-        logits = _logits(model)
+        logits = outputs_of(model)
         with torch.no_grad():
             vocabulary = logits(tokens[:1]).shape[-1]
             batch_size = max(1, min(batch_size, _BATCH_BYTES // (4 * vocabulary * tokens.shape[1])))
@@ -85,10 +85,10 @@ class Reference(base.Reference):
             original=model if isinstance(model, nn.Module) else None,
         )
 
-    def measured(self, outputs: PreTrainedModel | Logits) -> Quality:
+    def measured(self, outputs: PreTrainedModel | Outputs) -> Quality:
         return measure(outputs, self)
 
-    def loss(self, outputs: PreTrainedModel | Logits) -> float:
+    def loss(self, outputs: PreTrainedModel | Outputs) -> float:
         return kl(outputs, self)
 
     def expected(self, segments: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Reference(base.Reference):
         return kl_div(log_probs, expected, log_target=True, reduction="sum") / expected[..., 0].numel()
 
 
-def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> Quality:
+def measure(model: PreTrainedModel | Outputs, reference: Reference, *, batch_size: int | None = None) -> Quality:
     """Every figure for a model on the reference's text. The same model gives a divergence of exactly zero.
 
     Raises `ModelError` for predictions that are not finite.
@@ -119,7 +119,7 @@ def measure(model: PreTrainedModel | Logits, reference: Reference, *, batch_size
     return _quality(losses, divergences, agreements, reference.tokens.shape[0])
 
 
-def kl(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int | None = None) -> float:
+def kl(model: PreTrainedModel | Outputs, reference: Reference, *, batch_size: int | None = None) -> float:
     """Mean KL(original || model) per token in nats: `measure(...).kl_mean` without the rest. Raises as `measure` does."""
     total, count = 0.0, 0
     with torch.no_grad():
@@ -129,14 +129,6 @@ def kl(model: PreTrainedModel | Logits, reference: Reference, *, batch_size: int
     if not math.isfinite(total):
         raise _not_finite()
     return total / count
-
-
-def _logits(model: PreTrainedModel | Logits) -> Logits:
-    if not isinstance(model, nn.Module):
-        return model
-    assert not model.training, "a model in training mode predicts at random"
-    network: PreTrainedModel = model
-    return lambda tokens: network(input_ids=tokens.to(network.device), use_cache=False).logits
 
 
 def _predictions(logits: Logits, tokens: Tensor, batch_size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -151,9 +143,9 @@ def _predictions(logits: Logits, tokens: Tensor, batch_size: int) -> Iterator[tu
             yield slice(first, first + len(chunk)), chunk
 
 
-def _pairs(model: PreTrainedModel | Logits, reference: Reference, batch_size: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _pairs(model: PreTrainedModel | Outputs, reference: Reference, batch_size: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(place, original's log-probabilities, model's), chunk by chunk."""
-    predicted = _predictions(_logits(model), reference.tokens, batch_size or reference.batch_size)
+    predicted = _predictions(outputs_of(model), reference.tokens, batch_size or reference.batch_size)
     if reference.log_probs is not None:
         flat = reference.log_probs.flatten(0, 1)
         yield from ((rows, flat[rows].to(chunk.device), chunk) for rows, chunk in predicted)
