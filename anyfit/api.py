@@ -245,9 +245,14 @@ def _require_subject(method: Recipe, run: Fit) -> None:
             "tokens diverge by.",
             remedy="Take --recipe gptq or ziplm, and --effort normal.",
         )
-    whole = method.pruning is not None and isinstance(importances.get(method.pruning), NetworkImportance)
-    if whole and interface_of(run.checkpoint.config) is not LANGUAGE:
-        raise UserError(f"{method.name} asks a language model what it loses.", remedy="Take --recipe ziplm.")
+    found = importances.get(method.pruning) if method.pruning else None
+    if isinstance(found, NetworkImportance) and interface_of(run.checkpoint.config) not in found.reads:
+        tasks = ", ".join(interface.task for interface in found.reads)
+        raise UserError(
+            f"{method.name} asks the whole network what it loses, which {found.name} knows of {tasks}; {run.checkpoint.name} is for "
+            f"{interface_of(run.checkpoint.config).task}.",
+            remedy="Take --recipe ziplm.",
+        )
     if isinstance(method.training, Nesting):
         nested_sizes(decided(run.space, method.training))
     elif method.training and not decided(run.space, method.training):

@@ -262,7 +262,7 @@ class _Rehearsal:
         total += generated.READINGS * run.segments.num_pending / each * reading
         if (whole := _scores_whole(run)) is not None:
             text = torch.empty(tokens["calibration"] // run.settings.length, run.settings.length, device="meta")
-            total += whole.readings(run.structures, text) * text.numel() / each * reading
+            total += whole.readings(run.structures, text, stream.interface) * text.numel() / each * reading
         return total + (_more_effort(run, tokens) + _training(run)) / each * reading
 
     def _encoding(self, weights: list[Weight], moments: dict[str, Moments]) -> float:

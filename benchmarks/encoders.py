@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from peers.presets import BENCHMARKS
-from pruned import THREADS, Subject, families, side_by_side, write
+from pruned import RECIPE, THREADS, Subject, families, side_by_side
 from safetensors.torch import load_file
 from table import Row, Section
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anyfit import Family
+from anyfit import Family, recovery
 from anyfit.architectures import architecture_of
+from anyfit.core.config import Config
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, LatencyTable
+from anyfit.family.store import Store
+from anyfit.progress import to_stderr
+from anyfit.recipes import recipes
+from anyfit.recipes.base import Recovery
 from anyfit.structure.cutting import Kept, cut, sizes
 from anyfit.targets import targets
 from anyfit.targets.base import Cut, CutTarget
@@ -36,6 +44,8 @@ RATIOS = tuple(round(0.02 * step, 2) for step in range(13, 32))
 SCOPES = {"layer": "each layer", "network": "of all"}
 """What its ratio is of."""
 NUM_TRAIN, NUM_DEV, DECAY = 4000, 3000, 1e-3
+STEPS, RATE = 100, 1e-4
+"""Of distillation. Forty steps at the recipe's rate made a network worse that had been repaired."""
 
 
 @dataclass(frozen=True)
@@ -103,46 +113,99 @@ def _labels(rows: Sequence[tuple[str, int]]) -> Tensor:
     return torch.tensor([label for _, label in rows])
 
 
-def retained(subject: Subject, assets: Path, environments: Path | None) -> Section:
-    """At each speed-up: the searched network, the best uniform one and the peer's best, all within the same predicted time."""
-    setting = subject.settings[0]
-    family, table, folder = families(subject, *setting)
-    original, text = family.extract(family.space.largest()), family.text()["report"]
-    reference = task_of(family.source.config).reference(original, text)
-    probe = Probe.read(assets / "nlp-eval", family.source.tokenizer())
-    peers = _peers(subject, environments, folder / PEER, table) if environments else {}
-    rows = [Row(("", "the original", "", "1", f"{probe.accuracy(original):.1%}"))]
-    for faster in FASTER:
-        rivals = _rivals(family, table, faster, peers)
-        for number, rival in enumerate(rivals):
-            _written(family, rival, folder / f"{faster}-{number}")
-        write(family, family.space.largest(), folder / f"{faster}-whole")
-        places = [folder / f"{faster}-{number}" for number in ("whole", *range(len(rivals)))]
-        whole, *taken = side_by_side(family, places, *setting)
-        cosines = [1 - reference.loss(rival.model) for rival in rivals]
-        right = [probe.accuracy(rival.model) for rival in rivals]
+@dataclass
+class Contest:
+    """A pruned encoder, and whoever else makes it fast: each speed-up's networks, within the same predicted time."""
+
+    subject: Subject
+    assets: Path
+    environments: Path | None
+
+    def __post_init__(self) -> None:
+        self.setting = self.subject.settings[0]
+        self.family, self.table, self._folder = families(self.subject, *self.setting)
+        self.original, self.text = self.family.extract(self.family.space.largest()), self.family.text()
+        self.reference = task_of(self.family.source.config).reference(self.original, self.text["report"])
+        self.probe = Probe.read(self.assets / "nlp-eval", self.family.source.tokenizer())
+        peers = _peers(self.subject, self.environments, self._folder / PEER, self.table) if self.environments else {}
+        self.rivals = {faster: _rivals(self.family, self.table, faster, peers) for faster in FASTER}
+
+    def cosine(self, model: PreTrainedModel) -> float:
+        return 1 - self.reference.loss(model)
+
+    def rows(self, faster: float, models: Sequence[PreTrainedModel], others: Sequence[tuple[str, ...]]) -> list[Row]:
+        """Of a speed-up's rivals, as these `models` are; `others`: what else is shown of each."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            places = [Path(folder, str(number)) for number in range(1 + len(models))]
+            for place, model in zip(places, (self.original, *models), strict=True):
+                _written(self.family, model, place)
+            whole, *taken = side_by_side(self.family, places, *self.setting)
+        cosines, right = [self.cosine(model) for model in models], [self.probe.accuracy(model) for model in models]
         best = all(cosines[0] >= c and right[0] >= a for c, a in zip(cosines, right, strict=True)) and taken[0] <= SAME * min(taken)
-        for index, rival in enumerate(rivals):
-            cells = (
-                f"{faster:g}x",
-                rival.name,
-                f"{taken[index]:.2f} ({whole / taken[index]:.2f}x)",
-                f"{cosines[index]:.4f}",
-                f"{right[index]:.1%}",
-            )
+        rows = []
+        for index, rival in enumerate(self.rivals[faster]):
+            speed = f"{taken[index]:.2f} ({whole / taken[index]:.2f}x)"
+            cells = (f"{faster:g}x", rival.name, speed, *others[index], f"{cosines[index]:.4f}", f"{right[index]:.1%}")
             rows.append(Row(cells, None if index else best))
-    remarks = [
-        f"{subject.name} in {table.device.runtime}, {THREADS} thread, batch {setting[0]}, {setting[1]} tokens. Cosine: mean agreement of "
-        f"embeddings with the original's on {len(text)} held-out sentences. SST-2: a logistic regression on embeddings of {NUM_TRAIN} "
-        f"sentences, right on {NUM_DEV} others (standard error {100 * 0.4 / NUM_DEV**0.5:.1f} points). One shot: nothing is trained.",
-        "Uniform: the best of this family's settings that keep the same share everywhere, repaired by the same least squares. "
-        "Torch-Pruning: heads and channels by its group magnitude, with one ratio for each layer or one threshold for all, whichever is "
-        "closer; the width of the network stays, as embeddings of another size couldn't be compared. Each is the largest within the "
-        "predicted time that was asked for. anyfit's row holds where no figure is below another's, and it takes at most "
-        f"{SAME - 1:.0%} longer than the fastest.",
-        *([] if environments else ["Torch-Pruning wasn't run: its environment wasn't named."]),
-    ]
-    return Section("What is kept at equal time", ("asked for", "", "ms", "cosine", "SST-2"), rows, remarks)
+        return rows
+
+    @property
+    def remarks(self) -> list[str]:
+        batch, tokens = self.setting
+        return [
+            f"{self.subject.name} in {self.table.device.runtime}, {THREADS} thread, batch {batch}, {tokens} tokens. Cosine: mean agreement "
+            f"of embeddings with the original's on {len(self.text['report'])} held-out sentences. SST-2: a logistic regression on "
+            f"embeddings of {NUM_TRAIN} sentences, right on {NUM_DEV} others (standard error {100 * 0.4 / NUM_DEV**0.5:.1f} points).",
+            f"anyfit's row holds where no figure is below another's, and it takes at most {SAME - 1:.0%} longer than the fastest.",
+            *([] if self.environments else ["Torch-Pruning wasn't run: its environment wasn't named."]),
+        ]
+
+
+def retained(contest: Contest) -> Section:
+    """At each speed-up: the searched network, the best uniform one and the peer's best, all within the same predicted time."""
+    rows = [Row(("", "the original", "", "1", f"{contest.probe.accuracy(contest.original):.1%}"))]
+    for faster, rivals in contest.rivals.items():
+        rows += contest.rows(faster, [rival.model for rival in rivals], [()] * len(rivals))
+    about = (
+        "One shot: nothing is trained. Uniform: the best of this family's settings that keep the same share everywhere, repaired by the "
+        "same least squares. Torch-Pruning: heads and channels by its group magnitude, with one ratio for each layer or one threshold for "
+        "all, whichever is closer; the width of the network stays, as embeddings of another size couldn't be compared. Each is the largest "
+        "within the predicted time that was asked for."
+    )
+    return Section("What is kept at equal time", ("asked for", "", "ms", "cosine", "SST-2"), rows, [*contest.remarks, about])
+
+
+def distilled(contest: Contest) -> Section:
+    """The networks of `retained`, each trained in the same way."""
+    found = recipes.get(RECIPE).recovery
+    assert found is not None
+    settings = replace(found.settings, num_steps=STEPS, rate=RATE)
+    how, text, rows = replace(found, settings=settings), contest.text["calibration"], list[Row]()
+    for faster, rivals in contest.rivals.items():
+        models, others = [], []
+        for rival in rivals:
+            before, began = contest.cosine(rival.model), time.process_time()
+            models.append(_trained(contest, rival, how, text))
+            others.append((f"{time.process_time() - began:.0f}", f"{before:.4f}"))
+        rows += contest.rows(faster, models, others)
+    about = (
+        f"The networks that are compared in one shot: all numbers of each trained for {STEPS} steps of {settings.batch_size} sentences, "
+        f"Adam at {RATE:g} falling to zero, towards the states of the original's tokens after every block (`anyfit.recovery`, what `anyfit "
+        f"refine` does in {found.settings.num_steps} steps at {found.settings.rate:g}), on the same {len(text)} calibration sentences in "
+        "the same order. Seconds are the processor's, of one core."
+    )
+    header = ("asked for", "", "ms", "seconds", "cosine before", "cosine", "SST-2")
+    return Section("After distillation", header, rows, [*contest.remarks, about])
+
+
+def _trained(contest: Contest, rival: Rival, how: Recovery, text: Tensor) -> PreTrainedModel:
+    model = copy.deepcopy(rival.model)
+    with tempfile.TemporaryDirectory() as folder:
+        # Whoever made it, it is one network, which runs in one way: no config says more of it.
+        recovery.Recovery(contest.original, text, how, how.settings, to_stderr()).run(
+            model, Config({}), 32.0, store=Store(Path(folder)), checkpoint="checkpoint.safetensors"
+        )
+    return model.requires_grad_(False)
 
 
 def _rivals(family: Family, table: LatencyTable, faster: float, peers: Mapping[Path, float]) -> list[Rival]:
@@ -164,11 +227,11 @@ def _rivals(family: Family, table: LatencyTable, faster: float, peers: Mapping[P
     return [*found, *sorted(rivals, key=lambda rival: reference.loss(rival.model))[:1]]
 
 
-def _written(family: Family, rival: Rival, path: Path) -> None:
+def _written(family: Family, model: PreTrainedModel, path: Path) -> None:
     def nothing(*_: object) -> Tensor:
         raise AssertionError("all of it is in float32")
 
-    CutTarget.of(targets.get(family.target)).write_cut(path, family.source, Cut(rival.model, {}, nothing))
+    CutTarget.of(targets.get(family.target)).write_cut(path, family.source, Cut(model, {}, nothing))
 
 
 def _peers(subject: Subject, environments: Path, out: Path, table: LatencyTable) -> dict[Path, float]:

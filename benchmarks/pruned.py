@@ -31,6 +31,7 @@ Taken = Mapping[Config, float]
 """Milliseconds."""
 Qualities = Mapping[Config, Quality]
 
+RECIPE = "ziplm"
 THREADS, ROUNDS, SECONDS = 1, 31, 20.0
 """Rounds of everything that is timed side by side; a third of them where they take longer than this."""
 NUM_SENTENCES, LENGTH = 2000, 32
@@ -85,7 +86,7 @@ def families(subject: Subject, batch: int, sequence: int, formats: tuple[str, ..
         wishes = {"target": "onnxruntime", "formats": formats, "progress": to_stderr()}
         table = measure_latency(subject.model, batch=batch, sequence=sequence, threads=THREADS, **wishes)
         table.write(folder / "latency.json")
-        wishes |= {"recipe": "ziplm", "latency": folder / "latency.json", **subject.wishes}
+        wishes |= {"recipe": RECIPE, "latency": folder / "latency.json", **subject.wishes}
         _MADE[key] = place, fit(subject.model, output=folder / "made.family", **wishes), table
     place, family, table = _MADE[key]
     return family, table, Path(tempfile.mkdtemp(dir=place.name))

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import recovery
 import torch
-from encoders import retained
+from encoders import Contest, distilled, retained
 from pruned import (
     THREADS,
     Qualities,
@@ -33,6 +34,7 @@ from pruned import (
     shown,
     timed,
 )
+from singles import NUM_SEGMENTS, singles
 from table import Row, Section, finish_page
 from torch import Tensor
 
@@ -188,6 +190,13 @@ def quarter(bench: Bench) -> Section:
         f"what magnitude loses ({lost})."
     )
     return Section("A quarter of the channels", ("importance", named(original), "lost", "seconds"), rows, [remark])
+
+
+def trajectory(bench: Bench) -> Section:
+    """Scores of structures against what removing them costs, on the search split."""
+    text = bench.run.segments.search[:NUM_SEGMENTS]
+    found = replace(bench, reference=task_of(bench.run.checkpoint.config).reference(bench.run.model, text))
+    return singles(found.run, found.reference.quality, found.with_matrices)
 
 
 def speed(subject: Subject, batch: int, sequence: int) -> list[Section]:
@@ -361,7 +370,7 @@ def _patterns_hold(family: Family) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    names = ("exactness", "quarter", "speed", "retained", "batch", "joint", "recovery", "searched", "essential")
+    names = ("exactness", "quarter", "trajectory", "speed", "retained", "distilled", "batch", "joint", "recovery", "searched", "essential")
     parser.add_argument("--only", choices=names, nargs="+", default=None)
     parser.add_argument("--steps", type=int, default=200, help="of recovery, for each budget")
     parser.add_argument("--minilm", type=Path, help="the folder of all-MiniLM-L6-v2")
@@ -373,15 +382,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         subject = minilm(given.minilm, given.assets, Path(work)) if given.minilm else default()
         # The recursion knows no network; structure with formats is shown on the default, what a task keeps on the encoder.
-        others = ("exactness", "joint", "recovery", "searched") if given.minilm else ("retained",)
+        others = ("exactness", "trajectory", "joint", "recovery", "searched") if given.minilm else ("retained", "distilled")
         wanted = [name for name in names if (name in given.only if given.only else name not in others)]
-        bench = Bench.made(subject) if "quarter" in wanted else None
+        bench = cache(lambda: Bench.made(subject))
+        contest = cache(lambda: Contest(subject, given.assets, given.environments))
         works: dict[str, Callable[[], Iterable[Section]]] = {
             "exactness": lambda: [exactness()],
-            "quarter": lambda: [quarter(bench)] if bench else [],
+            "quarter": lambda: [quarter(bench())],
+            "trajectory": lambda: [trajectory(bench())],
             "speed": lambda: speed(subject, *subject.settings[0]),
             "batch": lambda: speed(subject, *subject.settings[1]),
-            "retained": lambda: [retained(subject, given.assets, given.environments)],
+            "retained": lambda: [retained(contest())],
+            "distilled": lambda: [distilled(contest())],
             "joint": lambda: [joint()],
             "recovery": lambda: recovered(given.steps),
             "searched": searched,

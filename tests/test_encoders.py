@@ -189,6 +189,8 @@ def test_what_an_encoder_cannot_do_is_refused(model: Path, sentences: Path, fami
         anyfit.fit(model, output=tmp_path / "x.family", target="transformers", **ASKED)
     with pytest.raises(UserError, match="no language model"):
         anyfit.fit(model, output=tmp_path / "x.family", data=sentences, target="transformers", recipe="llm-qfa", length=LENGTH)
+    with pytest.raises(UserError, match="knows of language, classes"):
+        anyfit.fit(model, output=tmp_path / "x.family", data=sentences, target="transformers", recipe="optin", length=LENGTH)
     with pytest.raises(UserError, match="says nothing by itself"):
         anyfit.evaluate(model, data=sentences, length=LENGTH)
     found = anyfit.evaluate(family.path, budget="70%", data=sentences, against=model, length=LENGTH)

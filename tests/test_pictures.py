@@ -17,7 +17,9 @@ from anyfit.calibration import pictures
 from anyfit.core.budget import MACS
 from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.family import Family
+from anyfit.importance.trajectory import trajectories
 from anyfit.interface import PICTURES
+from anyfit.progress import Silent
 from anyfit.structure.cutting import sizes
 from anyfit.structure.levels import kept_of
 from anyfit.tasks import classes
@@ -110,6 +112,21 @@ def test_what_is_written_is_measured_on_other_pictures(family: Family, model: Pa
     assert found.quality.loss > 0 and found.quality.num_segments == 40 and found.text == "40 pictures"
     again = anyfit.evaluate(family.path, budget=f"{family.space.bytes_(family.space.largest())}B", against=model)
     assert again.quality.loss == pytest.approx(0, abs=1e-9) and again.quality.num_segments == len(family.text()["report"])
+
+
+def test_structures_that_later_blocks_miss_least_are_left_out(model: Path, photographs: Path, tmp_path: Path) -> None:
+    wishes = {**ASKED, "recipe": "optin", "data": photographs, "target": "transformers"}
+    assert anyfit.plan(model, **wishes).seconds > 0
+    family = anyfit.fit(model, output=tmp_path / "small.family", **wishes)
+    original, network = family.extract(family.space.largest()), family.extract("macs <= 60%")
+    text, architecture = family.text()["calibration"], architecture_of(original)
+    found = trajectories(original, architecture, text, channels_together=1, progress=Silent())
+    kept = sizes(network, architecture)
+    assert kept != sizes(original, architecture)
+    for index, (scores, own) in enumerate(zip(found, kept, strict=True)):
+        whole, cut = (network.get_submodule(f"vit.layers.{index}.mlp.fc2").weight for network in (original, network))
+        best = scores.channels.argsort(descending=True)[: own.channels].sort().values
+        assert torch.equal(cut, whole[:, best])
 
 
 def test_what_a_fit_would_take(model: Path, photographs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,32 +12,52 @@ from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
 from anyfit.importance.trajectory import MANIFOLD_SHARE, TEMPERATURE, Trajectory, trajectories
+from anyfit.interface import PICTURES, interface_of
 from anyfit.progress import Silent
 from anyfit.structure.cutting import Kept, cut, sizes
 from anyfit.testing.models import tiny_model
 
 TOKENS = torch.randint(512, (2, 20), generator=torch.Generator().manual_seed(0))
+PHOTOGRAPHS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def read_by(model: PreTrainedModel) -> Tensor:
+    return PHOTOGRAPHS if interface_of(model.config) is PICTURES else TOKENS
 
 
 def scored(model: PreTrainedModel, together: int = 128) -> list[Trajectory]:
-    return trajectories(model, architecture_of(model), TOKENS, channels_together=together, progress=Silent())
+    return trajectories(model, architecture_of(model), read_by(model), channels_together=together, progress=Silent())
 
 
 def seen(model: PreTrainedModel) -> tuple[list[Tensor], Tensor]:
-    """Gram matrices of the blocks' outputs, and predictions, by the network's own means."""
+    """Relations of the blocks' outputs, and predictions, by the network's own means."""
     with torch.no_grad():
-        output = model(TOKENS, output_hidden_states=True)
+        output = model(read_by(model), output_hidden_states=True)
         states: list[Tensor] = []
         path = architecture_of(model).block.removesuffix(".{i}")
         hook = model.get_submodule(path)[-1].register_forward_hook(lambda module, args, result: states.append(result))
-        model(TOKENS)
+        model(read_by(model))
         hook.remove()
-    outputs = [*output.hidden_states[1:-1], *states]
-    normalised = [torch.nn.functional.normalize(state.flatten(0, 1), dim=-1) for state in outputs]
-    return [state @ state.T for state in normalised], (output.logits / TEMPERATURE).log_softmax(-1)
+    related = between_pictures if interface_of(model.config) is PICTURES else between_tokens
+    return [related(state) for state in [*output.hidden_states[1:-1], *states]], (output.logits / TEMPERATURE).log_softmax(-1)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox", "phi3", "gemma2"])
+def between_tokens(states: Tensor) -> Tensor:
+    normalised = torch.nn.functional.normalize(states.flatten(0, 1), dim=-1)
+    return normalised @ normalised.T
+
+
+def between_pictures(states: Tensor) -> Tensor:
+    """By definition: of each pair of pictures the mean, over positions, of the cosine of their states there."""
+    number, length = states.shape[:2]
+    found = torch.zeros(number, number)
+    for one, other, position in itertools.product(range(number), range(number), range(length)):
+        a, b = states[one, position], states[other, position]
+        found[one, other] += a @ b / (a.norm() * b.norm()) / length
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox", "phi3", "gemma2", "vit"])
 def test_scores_are_those_of_the_networks_that_were_really_cut(kind: str, same_random_state: None) -> None:
     model = tiny_model(kind, num_hidden_layers=3)
     architecture = architecture_of(model)
@@ -76,6 +97,24 @@ def test_nothing_is_lost_with_what_is_zero_and_no_place_is_preferred() -> None:
         weight.data = weight.data[columns]
     after = scored(model)
     assert torch.allclose(after[0].channels, before[0].channels[order], rtol=1e-3, atol=1e-9)
+    assert torch.allclose(after[1].groups, before[1].groups, rtol=1e-3)
+
+
+def test_a_head_of_pictures_that_is_zero_costs_nothing_and_no_head_is_preferred() -> None:
+    model = tiny_model("vit")
+    attention, size = model.get_submodule("vit.layers.0.attention"), 64
+    attention.o_proj.weight.data[:, size : 2 * size] = 0
+    before = scored(model)
+    assert before[0].groups[1] < 1e-9 < before[0].groups[[0, 2, 3]].min() / 1e3
+    order = torch.tensor([2, 3, 0, 1])
+    rows = (order[:, None] * size + torch.arange(size)).flatten()
+    attention.o_proj.weight.data = attention.o_proj.weight.data[:, rows]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        projection = attention.get_submodule(name)
+        projection.weight.data, projection.bias.data = projection.weight.data[rows], projection.bias.data[rows]
+    after = scored(model)
+    assert torch.allclose(after[0].groups, before[0].groups[order], rtol=1e-3, atol=1e-9)
+    assert torch.allclose(after[0].channels, before[0].channels, rtol=1e-3)
     assert torch.allclose(after[1].groups, before[1].groups, rtol=1e-3)
 
 

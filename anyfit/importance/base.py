@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anyfit.calibration.statistics import DAMPING
+from anyfit.interface import LANGUAGE, Interface
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,22 +75,24 @@ class Importance(ABC):
 
 
 class NetworkImportance(ABC):
-    """One that takes the whole network: in memory, in evaluation mode. Stateless. `repairs`: as an importance's."""
+    """One that takes the whole network: in memory, in evaluation mode. Stateless. `repairs`: as an importance's. `reads`: what the networks
+    read that it can be asked about."""
 
     name: str
     repairs: bool
+    reads: tuple[Interface, ...] = (LANGUAGE,)
 
     @abstractmethod
     def scores(
-        self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], tokens: Tensor, progress: Progress
+        self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], segments: Tensor, progress: Progress
     ) -> dict[str, Tensor]:
         """By the name of the matrix that reads them, what the removal of each of its structures is expected to cost: (structures,)
-        float64, not below zero; those of an axis can be compared and added up over the network. `tokens` (segments, length) int64. The
-        model isn't changed, nor is the global random state. Deterministic."""
+        float64, not below zero; those of an axis can be compared and added up over the network. `segments`: as the network's interface
+        reads them. The model isn't changed, nor is the global random state. Deterministic."""
 
     @abstractmethod
-    def readings(self, structures: Mapping[str, Structure], tokens: Tensor) -> float:
-        """What `scores` takes, as how many passes over as many tokens through the whole network."""
+    def readings(self, structures: Mapping[str, Structure], segments: Tensor, interface: Interface) -> float:
+        """What `scores` takes, as how many passes over as many segments (segments, positions) through the whole network."""
 
     def of(self, scores: Tensor) -> Importance:
         """What these scores make of one matrix."""

@@ -12,7 +12,12 @@ class Magnitude(Importance):
         self.name, self.repairs = name, repairs
 
     def order(self, weight: Tensor, moments: Tensor, size: int) -> Tensor:
-        return by_score(weight.double().square().sum(0).unflatten(0, (-1, size)).sum(1))
+        return by_score(squares(weight, size))
+
+
+def squares(weight: Tensor, size: int) -> Tensor:
+    """Of each structure of `size` columns the sum, (structures,) float64."""
+    return weight.double().square().sum(0).unflatten(0, (-1, size)).sum(1)
 
 
 IMPORTANCE = Magnitude("magnitude", repairs=False)

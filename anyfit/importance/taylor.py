@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from anyfit.architectures.base import Architecture
 from anyfit.importance.base import NetworkImportance
+from anyfit.interface import Interface
 from anyfit.progress import Progress
 from anyfit.structure.levels import Structure
 
@@ -39,21 +40,21 @@ class Taylor(NetworkImportance):
         self.name, self.repairs = name, repairs
 
     def scores(
-        self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], tokens: Tensor, progress: Progress
+        self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], segments: Tensor, progress: Progress
     ) -> dict[str, Tensor]:
         found = {name: torch.zeros(structure.num, dtype=torch.float64) for name, structure in structures.items()}
-        with progress.stage("importance", len(tokens)) as stage, torch.enable_grad():
-            for some in tokens.split(_SEGMENTS_TOGETHER):
+        with progress.stage("importance", len(segments)) as stage, torch.enable_grad():
+            for some in segments.split(_SEGMENTS_TOGETHER):
                 with _gated(model, architecture, structures, len(some)) as gates:
                     logits = model(input_ids=some.to(model.device), use_cache=False).logits[:, :-1].float()
                     losses = functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten().to(logits.device), reduction="sum")
                     gradients = torch.autograd.grad(losses / (some.shape[1] - 1), list(gates.values()))
                 for name, gradient in zip(gates, gradients, strict=True):
-                    found[name] += gradient.double().square().sum(0).cpu() / len(tokens)
+                    found[name] += gradient.double().square().sum(0).cpu() / len(segments)
                 stage.advance(len(some))
         return found
 
-    def readings(self, structures: Mapping[str, Structure], tokens: Tensor) -> float:
+    def readings(self, structures: Mapping[str, Structure], segments: Tensor, interface: Interface) -> float:
         return 3  # forward, and back through what each product read
 
 

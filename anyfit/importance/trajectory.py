@@ -5,6 +5,9 @@ zero and the network run on from there. With f the outputs of a block, normalise
 ‖f fᵀ - f' f'ᵀ‖²; the importance is its sum over the blocks after i (for the last block, its own) and a weighted KL divergence of
 the predictions at temperature 4.
 
+Of pictures f has a row for each, its state at one position, and f fᵀ is the mean over positions: the loss is about how pictures lie to
+each other. That is the patch form, for vision alone, in the authors' code, of which the rest of the vision part wasn't released.
+
 Differences from the paper, and why:
 
 * One weight serves all structures: it makes the sum of the divergences a tenth of the sum of the manifold losses. The authors' code
@@ -13,6 +16,8 @@ Differences from the paper, and why:
   for its place.
 * A structure is a whole KV group, or some channels that lie side by side, and several are run as one batch.
 * Their factor of one half for all heads is left out: heads and channels are ordered separately.
+* The paper also removes tokens of pictures. Not here: all positions stay in every block.
+* 32 pictures are read, where the settings that were released, for text, read 128 samples: each structure takes a run with them.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from transformers import PreTrainedModel
 from anyfit.architectures.base import Architecture
 from anyfit.core.config import HEADS, WIDTH
 from anyfit.importance.base import NetworkImportance
+from anyfit.interface import LANGUAGE, PICTURES, Interface, interface_of
 from anyfit.progress import Progress
 from anyfit.structure.cutting import sizes
 from anyfit.structure.levels import STEP, Structure
@@ -40,8 +46,8 @@ MANIFOLD_SHARE = 10
 """Times the divergences' sum that the manifold losses' sum is."""
 LAST_BLOCK = 0.5
 """Factor of the last block's scores, which see no later block."""
-NUM_TOKENS = 1024
-"""Of the text, that are read without each structure."""
+NUM_TOKENS, NUM_PICTURES = 1024, 32
+"""Of the text, or of the pictures, that are read without each structure."""
 MOST_RUNS = 4096
 """Channels, above which neighbours are removed together."""
 _TOKENS_TOGETHER = 4096
@@ -58,14 +64,15 @@ class Trajectory:
 
 @torch.no_grad()
 def trajectories(
-    model: PreTrainedModel, architecture: Architecture, tokens: Tensor, *, channels_together: int, progress: Progress
+    model: PreTrainedModel, architecture: Architecture, segments: Tensor, *, channels_together: int, progress: Progress
 ) -> list[Trajectory]:
-    """Of every block. `tokens` (segments, length) int64. The model is in memory, whole, in evaluation mode, and isn't changed.
+    """Of every block. `segments`: as the network's interface reads them. The model is in memory, whole, in evaluation mode, and isn't
+    changed.
 
     Takes one run of the rest of the network for each structure. Raises `ModelError` where anyfit doesn't know where heads and channels
     are.
     """
-    network = _Network(model, architecture, tokens)
+    network = _Network(model, architecture, segments)
     found: list[tuple[Tensor, Tensor]] = []
     with progress.stage("importance", 2 * len(network.blocks)) as stage:
         for index, own in enumerate(sizes(model, architecture)):
@@ -85,12 +92,13 @@ class Trajectories(NetworkImportance):
     share their score."""
 
     name, repairs = "trajectory", False
+    reads = (LANGUAGE, PICTURES)
 
     def scores(
-        self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], tokens: Tensor, progress: Progress
+        self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], segments: Tensor, progress: Progress
     ) -> dict[str, Tensor]:
-        together = _together(structures)
-        found = trajectories(model, architecture, _some(tokens), channels_together=together, progress=progress)
+        together, some = num_together(structures), segments[: _num_read(interface_of(model.config), segments)]
+        found = trajectories(model, architecture, some, channels_together=together, progress=progress)
         scores = {}
         for name, structure in structures.items():
             assert structure.reader.block is not None
@@ -98,17 +106,19 @@ class Trajectories(NetworkImportance):
             scores[name] = own.groups if structure.axis == HEADS else own.channels.repeat_interleave(together) / together
         return scores
 
-    def readings(self, structures: Mapping[str, Structure], tokens: Tensor) -> float:
-        together = _together(structures)
+    def readings(self, structures: Mapping[str, Structure], segments: Tensor, interface: Interface) -> float:
+        together = num_together(structures)
         runs = sum(structure.num if structure.axis == HEADS else structure.num // together for structure in structures.values())
-        return runs / 2 * _some(tokens).numel() / tokens.numel()  # from a structure's block on: half of the network, on average
+        share = _num_read(interface, segments) / len(segments)
+        return runs / 2 * share  # from a structure's block on: half of the network, on average
 
 
-def _some(tokens: Tensor) -> Tensor:
-    return tokens[: max(1, NUM_TOKENS // tokens.shape[1])]
+def _num_read(interface: Interface, segments: Tensor) -> int:
+    return min(len(segments), NUM_PICTURES if interface is PICTURES else max(1, NUM_TOKENS // segments.shape[1]))
 
 
-def _together(structures: Mapping[str, Structure]) -> int:
+def num_together(structures: Mapping[str, Structure]) -> int:
+    """Neighbouring channels that are removed together."""
     channels = [structure.num for structure in structures.values() if structure.axis == WIDTH]
     together = 1
     while 2 * together <= STEP and sum(channels) > together * MOST_RUNS and all(number % (2 * together) == 0 for number in channels):
@@ -119,17 +129,18 @@ def _together(structures: Mapping[str, Structure]) -> int:
 class _Network:
     """The intact network's states, and how far others are from them."""
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, tokens: Tensor) -> None:
-        self.model, self.architecture, self.tokens = model, architecture, tokens.to(model.device)
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, segments: Tensor) -> None:
+        self.model, self.architecture, self.segments = model, architecture, segments.to(model.device)
+        self.interface = interface_of(model.config)
         self.blocks = [model.get_submodule(architecture.block.format(i=i)) for i in range(architecture.num_blocks(model))]
-        number = tokens.numel()
-        order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
-        self.sampled = order[:SAMPLED_TOKENS].sort().values.to(model.device)
         self.inputs: list[Tensor] = []
         with ExitStack() as hooks:
             for block in self.blocks:
                 hooks.callback(block.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
             outputs, logits = self._run(0, 1)
+        self.positions = outputs[0].shape[:-1].numel()
+        order = torch.randperm(self.positions, generator=torch.Generator().manual_seed(0))
+        self.sampled = order[:SAMPLED_TOKENS].sort().values.to(model.device)
         self.grams = [self._grams(output, 1) for output in outputs]
         self.predictions = _at_temperature(logits)
 
@@ -137,7 +148,7 @@ class _Network:
         """(manifold losses, divergences) without each of the `number` structures that the output projection `role` of a block reads."""
         if not number:
             return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
-        together = max(1, _TOKENS_TOGETHER // self.tokens.numel())
+        together = max(1, _TOKENS_TOGETHER // self.positions)
         parts = [self._without(index, role, number, some) for some in torch.arange(number).split(together)]
         manifold, divergence = zip(*parts, strict=True)
         return torch.cat(manifold), torch.cat(divergence)
@@ -160,11 +171,13 @@ class _Network:
         for intact, output in zip(self.grams[first:], outputs[first - index :], strict=True):
             manifold += (self._grams(output, len(removed)) - intact).square().sum((1, 2), dtype=torch.float64).cpu()
         predictions = _at_temperature(logits).unflatten(0, (len(removed), -1))
-        divergence = (self.predictions.exp() * (self.predictions - predictions)).sum(-1, dtype=torch.float64)
+        further = self.predictions - predictions
+        # Probabilities add up to one, so that this is Σ p further; rounding of what is the same is squared here.
+        divergence = (self.predictions.exp() * (further + torch.expm1(-further))).sum(-1, dtype=torch.float64)
         return manifold, TEMPERATURE**2 * divergence.flatten(1).mean(1).clamp_min(0).cpu()
 
     def _run(self, first: int, copies: int) -> tuple[list[Tensor], Tensor]:
-        """The outputs of the blocks from the `first` on, and the logits, of so many copies of the text side by side."""
+        """The outputs of the blocks from the `first` on, and the logits, of so many copies of what is read side by side."""
         outputs: list[Tensor] = []
 
         def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -181,16 +194,20 @@ class _Network:
                 hooks.callback(block.register_forward_hook(keep).remove)
             if first < len(self.inputs):
                 hooks.callback(self.blocks[first].register_forward_pre_hook(start, with_kwargs=True).remove)
-            logits = self.model(input_ids=self.tokens.repeat(copies, 1), use_cache=False).logits
+            logits = self.interface(self.model, self.segments.repeat(copies, *[1] * (self.segments.ndim - 1)))
         return outputs, logits
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.inputs.append(args[0] if args else kwargs["hidden_states"])
 
     def _grams(self, output: Tensor, copies: int) -> Tensor:
-        """(copies, tokens, tokens): cosines between the sampled tokens' states."""
-        states = output.flatten(0, 1).unflatten(0, (copies, -1))[:, self.sampled]
-        states = functional.normalize(states.float(), dim=-1)
+        """Cosines of states: between the sampled tokens, (copies, tokens, tokens); between pictures, (copies, pictures, pictures), means
+        over positions."""
+        states = functional.normalize(output.float(), dim=-1)
+        if self.interface is PICTURES:
+            states = states.flatten(1).unflatten(0, (copies, -1))  # a product of these rows sums up over positions
+            return states @ states.mT / output.shape[1]
+        states = states.flatten(0, 1).unflatten(0, (copies, -1))[:, self.sampled]
         return states @ states.mT
 
 

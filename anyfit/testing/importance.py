@@ -8,18 +8,21 @@ from transformers import PreTrainedModel
 from anyfit.architectures import architecture_of
 from anyfit.core.config import HEADS, WIDTH
 from anyfit.importance.base import Importance, NetworkImportance, damped
+from anyfit.interface import LANGUAGE, PICTURES, TEXTS, interface_of
 from anyfit.modeling_cut import spread
 from anyfit.progress import Silent
 from anyfit.structure.cutting import rows_of
 from anyfit.structure.space import structures
 from anyfit.testing.models import tiny_model
 
+_KINDS = {LANGUAGE: ("llama", "gpt2", "opt"), TEXTS: ("bert",), PICTURES: ("vit",)}
+
 
 def check_importance(importance: Importance | NetworkImportance) -> None:
     """Raises AssertionError where the importance breaks its contract: one of matrices, for single columns and for wider structures; one of
-    networks, for several kinds of these."""
+    networks, for several kinds of those that it can be asked about."""
     if isinstance(importance, NetworkImportance):
-        for kind in ("llama", "gpt2", "opt"):
+        for kind in (kind for interface in importance.reads for kind in _KINDS[interface]):
             _check_scores(importance, kind)
         scores = torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         order = importance.of(scores).order(torch.ones(2, 60), torch.eye(60), 1)
@@ -34,12 +37,12 @@ def _check_scores(importance: NetworkImportance, kind: str) -> None:
     model = tiny_model(kind, num_hidden_layers=2).requires_grad_(False)
     architecture = architecture_of(model)
     found = structures(model, architecture, list(architecture.weights(model)))
-    tokens = torch.randint(512, (3, 24), generator=torch.Generator().manual_seed(0))
+    segments = _segments(model)
     heads, width = (next(s for s in found.values() if s.axis == axis and s.reader.block == 0) for axis in (HEADS, WIDTH))
     for structure in (heads, width):
         _columns(model, structure.reader.name, structure.reader.transposed)[:, : structure.size] = 0
     before, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
-    scores = importance.scores(model, architecture, found, tokens, Silent())
+    scores = importance.scores(model, architecture, found, segments, Silent())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "the model isn't changed"
     assert torch.equal(torch.get_rng_state(), state), "nor is the global random state"
     assert scores.keys() == found.keys()
@@ -49,7 +52,7 @@ def _check_scores(importance: NetworkImportance, kind: str) -> None:
     for structure in (heads, width):
         own = scores[structure.reader.name]
         assert own[0] <= 1e-6 * own.max() and own.max() > 0, "what does nothing costs nothing"
-    again = importance.scores(model, architecture, found, tokens, Silent())
+    again = importance.scores(model, architecture, found, segments, Silent())
     assert all(torch.equal(again[name], own) for name, own in scores.items()), "the same in, the same out"
     moved = torch.arange(width.num).flip(0)
     rows = rows_of(model, architecture, width.reader, moved)
@@ -61,10 +64,19 @@ def _check_scores(importance: NetworkImportance, kind: str) -> None:
             bias.data = bias.data[which].contiguous()
     columns = _columns(model, width.reader.name, width.reader.transposed)
     columns.copy_(columns[:, spread(moved, width.size)].clone())
-    others = importance.scores(model, architecture, found, tokens, Silent())
+    others = importance.scores(model, architecture, found, segments, Silent())
     for name, own in others.items():
         expected = scores[name][moved] if name == width.reader.name else scores[name]
         assert torch.allclose(own, expected, rtol=2e-2, atol=1e-4 * float(expected.max())), "no structure is preferred for its place"
+
+
+def _segments(model: PreTrainedModel) -> torch.Tensor:
+    """Three, at random."""
+    generator, interface = torch.Generator().manual_seed(0), interface_of(model.config)
+    if interface.words:
+        return torch.randint(model.config.vocab_size, (3, 24), generator=generator)
+    example = interface.example(model.config, 3, 1)
+    return torch.randn(example.shape, generator=generator)
 
 
 def _columns(model: PreTrainedModel, name: str, transposed: bool) -> torch.Tensor:
