@@ -18,7 +18,7 @@ from pathlib import Path
 
 import recovery
 import torch
-from encoders import retained
+from encoders import integers, retained
 from pruned import (
     THREADS,
     Qualities,
@@ -361,7 +361,7 @@ def _patterns_hold(family: Family) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    names = ("exactness", "quarter", "speed", "retained", "batch", "joint", "recovery", "searched", "essential")
+    names = ("exactness", "quarter", "speed", "retained", "batch", "joint", "recovery", "searched", "essential", "int8")
     parser.add_argument("--only", choices=names, nargs="+", default=None)
     parser.add_argument("--steps", type=int, default=200, help="of recovery, for each budget")
     parser.add_argument("--minilm", type=Path, help="the folder of all-MiniLM-L6-v2")
@@ -373,7 +373,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         subject = minilm(given.minilm, given.assets, Path(work)) if given.minilm else default()
         # The recursion knows no network; structure with formats is shown on the default, what a task keeps on the encoder.
-        others = ("exactness", "joint", "recovery", "searched") if given.minilm else ("retained",)
+        others = ("exactness", "joint", "recovery", "searched") if given.minilm else ("retained", "int8")
         wanted = [name for name in names if (name in given.only if given.only else name not in others)]
         bench = Bench.made(subject) if "quarter" in wanted else None
         works: dict[str, Callable[[], Iterable[Section]]] = {
@@ -386,6 +386,7 @@ def main() -> int:
             "recovery": lambda: recovered(given.steps),
             "searched": searched,
             "essential": lambda: [essential(subject)],
+            "int8": lambda: [integers(subject, Path(work))],
         }
         sections, status = list[Section](), 1
         page, command = ("structure-minilm", " MINILM=FOLDER ASSETS=FOLDER") if given.minilm else ("structure", "")

@@ -103,7 +103,9 @@ def _numbers(layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Of the size that a network's are, so that nothing overflows or vanishes on the way."""
     rng = torch.Generator().manual_seed(0)
     for slot in layout.slots:
-        if slot.dtype == torch.uint8:
-            yield slot.name, torch.randint(256, slot.shape, generator=rng, dtype=torch.uint8)
+        if not slot.dtype.is_floating_point:
+            bounds = torch.iinfo(slot.dtype)
+            yield slot.name, torch.randint(bounds.min, bounds.max + 1, slot.shape, generator=rng, dtype=slot.dtype)
         else:
-            yield slot.name, (0.02 * torch.randn(slot.shape, generator=rng)).to(slot.dtype)
+            values = 0.02 * torch.randn(slot.shape, generator=rng)
+            yield slot.name, (values if slot.shape else values.abs()).to(slot.dtype)  # the scale of what is rounded is positive
