@@ -177,8 +177,8 @@ def integers(subject: Subject, work: Path) -> Section:
             rows.append(Row(cells, taken[name] < taken["int8_sym"] if name in ROUNDED else None))
     processor = Device.here("", THREADS).processor
     remarks = [
-        f"{subject.name} in ONNX Runtime {version('onnxruntime')}, {THREADS} thread, {TOKENS} tokens; {processor}. The table of words is int8 "
-        "in groups of 32 in all but float32. Distance: of embeddings from the original's, as ONNX Runtime makes them of "
+        f"{subject.name} in ONNX Runtime {version('onnxruntime')}, {THREADS} thread, {TOKENS} tokens; {processor}. The table of words is "
+        "int8 in groups of 32 in all but float32. Distance: of embeddings from the original's, as ONNX Runtime makes them of "
         f"{len(text)} held-out sentences, so many together (padded to the longest). Rows hold where they take less time than groups do.",
     ]
     return Section("Inputs rounded to 8 bits", ("texts", "matrices", "size", "ms", "1 - cosine"), rows, remarks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from anyfit.activations import HIGHEST, Dynamic, Static, round_inputs, roundings
 from anyfit.calibration.spread import Spread
 from anyfit.core.config import Config
 from anyfit.core.errors import UserError
+from anyfit.costs.latency import Setting
 from anyfit.distributed import ALONE
 from anyfit.elastic.model import ElasticModel
 from anyfit.family import Family
@@ -25,9 +27,10 @@ from anyfit.interface import TEXTS, interface_of
 from anyfit.quantizers.base import Encoded
 from anyfit.quantizers.inputs import with_inputs
 from anyfit.targets import onnxruntime_session, targets
+from anyfit.targets.onnx_file import ROUNDED, ROUNDING
 from anyfit.targets.onnxruntime import TARGET
 from anyfit.tasks import task_of
-from anyfit.testing.models import save_tiny, tiny_text
+from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.testing.targets import Trial
 
 onnx = pytest.importorskip("onnx")
@@ -64,7 +67,9 @@ def test_a_dynamic_grid_is_the_runtimes_to_the_bit(shift: float) -> None:
 def test_a_static_grid_is_the_runtimes_to_the_bit() -> None:
     grid = Static(float(np.float32(0.037)), 93)
     x = torch.cat([5 * numbers(1, 40, 96), grid.scale * (torch.arange(96) + 0.5).expand(1, 1, 96)], 1)  # ties
-    codes = run("QuantizeLinear", {"x": x.numpy(), "scale": np.float32(grid.scale), "zero": np.uint8(grid.zero)}, ["codes"])[0]
+    codes = run(
+        "QuantizeLinear", {"x": x.numpy(), "scale": np.array(grid.scale, np.float32), "zero": np.array(grid.zero, np.uint8)}, ["codes"]
+    )[0]
     assert np.array_equal(grid(x).numpy(), (codes.astype(np.float32) - grid.zero) * np.float32(grid.scale))
     assert {0, HIGHEST} <= set(codes.flatten().tolist()), "cut off at both ends"
 
@@ -104,7 +109,7 @@ def test_a_grid_loses_what_it_says_and_no_more_than_the_whole_range(kind: str) -
     whole = Static((high - low) / HIGHEST, round(-low / (high - low) * HIGHEST))
     measured, widest = (float((x - own(x)).square().mean()) for own in (grid, whole))
     assert measured == pytest.approx(error, rel=0.1)
-    assert measured <= 1.001 * widest and (kind != "normal" or measured < 0.9 * widest)
+    assert measured <= 1.001 * widest and (kind != "normal" or measured < 0.98 * widest)
 
 
 def test_what_was_seen_adds_up_in_any_order() -> None:
@@ -158,10 +163,10 @@ def family(request: pytest.FixtureRequest, sentences: Path, tmp_path_factory: py
 
 
 def configs(family: Family) -> list[Config]:
-    """Measured ones that round: each format everywhere, and a mix; where sizes differ, some that leave parts out."""
-    rounds = [p.config for p in family.points if any(name in choice for choice in p.config.chosen.values() for name in NAMES)]
-    everywhere = [family.space.uniform(name) for name in family.space.uniforms() if name.rpartition(" ")[2] in NAMES]
-    return [*everywhere[:2], rounds[0], rounds[len(rounds) // 2]]
+    """Measured ones that round: the smallest, the largest, and one between; each format everywhere, where these are settings."""
+    rounds = [p for p in family.points if any(name in choice for choice in p.config.chosen.values() for name in NAMES)]
+    some = (rounds[0], rounds[len(rounds) // 2], rounds[-1])
+    return list(dict.fromkeys(p.config for p in (*some, *(p for p in rounds if p.uniform in NAMES))))
 
 
 def test_what_is_measured_rounds_as_what_is_extracted_and_as_the_file_does(family: Family, tmp_path: Path) -> None:
@@ -169,14 +174,14 @@ def test_what_is_measured_rounds_as_what_is_extracted_and_as_the_file_does(famil
     reference = task_of(family.source.config).reference(family.extract(family.space.largest()), text)
     for index, config in enumerate(configs(family)):
         point, model = family.point(config), family.extract(config)
-        assert roundings(model) and point.report is not None
+        assert point.report is not None
         assert reference.loss(model) == pytest.approx(point.report.loss, rel=0.02, abs=1e-7)
-        with unrounded(model):
-            assert reference.loss(model) < point.report.loss
-        budget = f"{family.space.bytes_(config)}B"
-        made = family.export(next((p.uniform for p in family.points if p.config == config and p.uniform), budget), tmp_path / f"{index}")
-        assert all(check.passed for check in made.checks) and "products of rounded inputs" in made.checks[-1].detail, made.checks
-        if made.point.config == config:
+        made = family.export(point.uniform or f"{point.bytes_}B", tmp_path / f"{index}")
+        assert all(check.passed for check in made.checks), made.checks
+        if made.point.config == config and roundings(model):
+            assert "products of rounded inputs" in made.checks[-1].detail
+            with unrounded(model):
+                assert reference.loss(model) != pytest.approx(point.report.loss, rel=1e-4)
             run = lambda segments, path=made.path: onnxruntime_session.outputs(path, TEXTS, segments)  # noqa: E731
             assert reference.loss(run) == pytest.approx(point.report.loss, rel=0.05, abs=1e-7)
 
@@ -222,6 +227,18 @@ def test_pictures_are_rounded_too(tmp_path: Path) -> None:
         assert torch.allclose(found, expected, atol=0.02 * float(expected.abs().max())), name
         with unrounded(model), torch.no_grad():
             assert not torch.allclose(interface(model, segments), expected, atol=1e-4)
+
+
+def test_a_stopwatch_times_what_is_written(tmp_path: Path) -> None:
+    stopwatch, setting, model = TARGET.stopwatch(), Setting(2, 16), tiny_model("bert", num_hidden_layers=1)
+    for name, rounding in zip(ROUNDED, ROUNDING, strict=True):
+        (folder := tmp_path / name).mkdir()
+        (states, *_) = stopwatch.ready(model, name, setting, 1, folder)()  # type: ignore[misc]
+        assert np.isfinite(states.numpy()).all() and states.shape() == [2, 16, 256]
+        kinds = Counter(node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+        assert kinds["MatMulIntegerToFloat"] == kinds[rounding] == 6
+    with pytest.raises(UserError, match="encoders only"):
+        stopwatch.ready(tiny_model("llama", num_hidden_layers=1), ROUNDED[0], setting, 1, tmp_path)
 
 
 def test_who_cannot_round_says_so(tmp_path: Path, sentences: Path) -> None:

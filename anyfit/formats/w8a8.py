@@ -44,7 +44,8 @@ class RoundedFormat(Format):
     def read(self, data: Tensor) -> tuple[Tensor, Tensor]:
         """The codes, int8 (rows, columns), and scales, float32 (rows,), of uint8 (data_rows, row_bytes)."""
         rows = data[self._shared_rows(data.shape[1]) :]
-        scales, codes = rows[:, :_SCALE_BYTES].contiguous(), rows[:, _SCALE_BYTES:].contiguous()
+        # Of no rows or one, `contiguous` would leave strides that aren't a float's.
+        scales, codes = (part.clone(memory_format=torch.contiguous_format) for part in (rows[:, :_SCALE_BYTES], rows[:, _SCALE_BYTES:]))
         return codes.view(torch.int8), scales.view(torch.float32).squeeze(1)
 
     def decode(self, data: Tensor) -> Tensor:

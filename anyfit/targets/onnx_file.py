@@ -48,6 +48,7 @@ ROUNDED = ("int8_static", "int8_dynamic")
 """Formats of matrices whose inputs are rounded as well."""
 ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear")
 """The nodes that round, of each of these formats."""
+ENCODERS_ONLY = "inputs are rounded to 8 bits in encoders only: here tokens are read one by one, too, and would be rounded otherwise"
 DTYPES = {"F32": torch.float32, "F16": torch.float16}
 FAST, EXACT = 4, 0
 """Levels of accuracy: of what is written, and of what is compared."""
@@ -94,7 +95,7 @@ class Place:
             if format_.rounds and use.kind == "Gather":
                 return "rows are looked up in it, so it multiplies nothing whose numbers could be rounded"
         if format_.rounds and self.graph.remembers:
-            return "inputs are rounded to 8 bits in encoders only: here tokens are read one by one, too, and would be rounded otherwise"
+            return ENCODERS_ONLY
         return format_.refuses(self.weight.shape)
 
     def substitute(self, name: str) -> str:

@@ -91,15 +91,17 @@ def seen(folder: Path, interface: Interface, segments: Tensor) -> Iterator[tuple
 
     model = onnx.load(folder / GRAPH, load_external_data=False)
     products = watched(model)
+    if not products:
+        return
     session = opened(folder, graph=model.SerializeToString())
-    try:
-        for segment in segments:
-            given = feed(session, interface, segment[None])
-            for output, (read, node) in products.items():
-                before, after_ = session.run([read, output], given)
-                yield node, torch.from_numpy(before), torch.from_numpy(after_)
-    except Exception as error:
-        raise OnnxRuntimeError(f"ONNX Runtime can't run it product by product: {error}") from error
+    names = list(dict.fromkeys([*(read for read, _ in products.values()), *products]))
+    for segment in segments:
+        try:
+            given = session.run(names, feed(session, interface, segment[None]))
+        except Exception as error:
+            raise OnnxRuntimeError(f"ONNX Runtime can't run it product by product: {error}") from error
+        found = {name: torch.from_numpy(value) for name, value in zip(names, given, strict=True)}
+        yield from ((node, found[read], found[output]) for output, (read, node) in products.items())
 
 
 def steps(folder: Path, interface: Interface, tokens: Tensor, first: int) -> Tensor | None:
