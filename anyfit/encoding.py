@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from anyfit.calibration.collect import Moments, observed
+from anyfit.calibration.spread import Spread
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Source
+from anyfit.core.config import format_of
 from anyfit.core.errors import ModelError, UserError
 from anyfit.core.files import remove, written_aside
 from anyfit.core.memory import release
@@ -33,6 +35,7 @@ from anyfit.formats import formats
 from anyfit.formats.nested import held, lowered
 from anyfit.progress import Progress, Stage
 from anyfit.quantizers.base import Encoded, Quantizer
+from anyfit.quantizers.inputs import with_inputs
 from anyfit.quantizers.worker import Workers
 from anyfit.streaming import States, Stream, batches
 from anyfit.targets.base import Target
@@ -53,13 +56,14 @@ _Pieces = list[tuple[Weight, slice]]
 
 @dataclass(frozen=True)
 class _Task:
-    """Rows of a group's matrices, their numbers, what was prepared for them, the format that they are encoded in, and those that its
-    bytes hold."""
+    """Rows of a group's matrices, their numbers, what was prepared for them, how large the numbers of their inputs are, the format that
+    they are encoded in, and those that its bytes hold."""
 
     group: Matrices
     pieces: _Pieces
     matrix: Tensor
     prepared: Any
+    spread: Spread | None
     format_: str
     held: tuple[str, ...]
 
@@ -139,6 +143,10 @@ class CalibrationPass(ABC):
         """{weight: its formats}."""
         return {w.name: tuple(c.name for c in d.choices) for d in self.space.decisions for w in d.unit.weights}
 
+    def rounded(self, weights: Iterable[Weight]) -> set[str]:
+        """The inputs of these matrices that are rounded under one of their choices."""
+        return {str(w.input) for w in weights if any(formats.get(format_of(choice)).rounds for choice in self.choices[w.name])}
+
     def _begin(self, todo: dict[int, list[Matrices]], encoder: Encoder) -> tuple[int, States]:
         """A block before all that is missing in the blocks, and what it reads."""
         first, before = min([index for index in todo if index >= 0], default=0), todo.get(-1, [])
@@ -193,7 +201,8 @@ class CalibrationPass(ABC):
     @contextmanager
     def _observed(self, groups: list[Matrices]) -> Iterator[dict[str, Moments]]:
         weights = [weight for group in groups for weight in group]
-        with observed(self.stream.model, self.stream.architecture, weights, self.group) as moments, matrix_speed(self.stream.device):
+        seen = observed(self.stream.model, self.stream.architecture, weights, self.group, self.rounded(weights))
+        with seen as moments, matrix_speed(self.stream.device):
             yield moments
 
     def _path(self, index: int) -> Path:
@@ -267,27 +276,27 @@ class _Worker:
             statistics = seen.statistics(key) if seen else InputStatistics.unknown(own[0][0].shape[1])
             del seen
             names = dict.fromkeys(name for group in own for name in self.encoding.choices[group[0].name])
-            prepared = self.encoding.quantizer.prepare(statistics, [formats.get(name) for name in names])
+            prepared, spread = self.encoding.quantizer.prepare(statistics, [formats.get(name) for name in names]), statistics.spread
             del statistics
             release()
             for group in own:
-                yield from self._of_group(group, prepared)
+                yield from self._of_group(group, prepared, spread)
             del prepared
 
-    def _of_group(self, group: Matrices, prepared: Any) -> Iterator[_Task]:
+    def _of_group(self, group: Matrices, prepared: Any, spread: Spread | None) -> Iterator[_Task]:
         of_rows, of_matrices = list[Work](), list[Work]()
         for work in works(self.encoding.choices[group[0].name]):
             (of_matrices if formats.get(work[0]).whole else of_rows).append(work)
-        yield from self._pieces(group, of_rows, prepared)
+        yield from self._pieces(group, of_rows, prepared, spread)
         for weight in group:
             matrix = self.encoding.rows(weight, slice(None)) if of_matrices else torch.empty(0)
-            yield from (_Task(group, [(weight, slice(0, weight.shape[0]))], matrix, prepared, *work) for work in of_matrices)
+            yield from (_Task(group, [(weight, slice(0, weight.shape[0]))], matrix, prepared, spread, *work) for work in of_matrices)
 
-    def _pieces(self, group: Matrices, works: list[Work], prepared: Any) -> Iterator[_Task]:
+    def _pieces(self, group: Matrices, works: list[Work], prepared: Any, spread: Spread | None) -> Iterator[_Task]:
         for pieces in _pieces(group, NUMBERS_AT_ONCE[self.encoding.stream.device.type]) if works else ():
             # Numbers of a column lie side by side, as the quantizer takes them.
             matrix = torch.cat([self.encoding.rows(weight, rows) for weight, rows in pieces]).T.contiguous().T
-            yield from (_Task(group, pieces, matrix, prepared, *work) for work in works)
+            yield from (_Task(group, pieces, matrix, prepared, spread, *work) for work in works)
 
     def _write(self, results: Iterator[tuple[_Task, ByFormat]]) -> None:
         """The variants of one group, whose pieces come in order."""
@@ -315,7 +324,8 @@ class _Worker:
 
     def _variant(self, task: _Task) -> tuple[_Task, ByFormat]:
         try:
-            return task, variants(self.encoding.quantizer, task.matrix, task.prepared, task.format_, task.held)
+            found = variants(self.encoding.quantizer, task.matrix, task.prepared, task.format_, task.held)
+            return task, {name: with_inputs(formats.get(name), encoded, task.spread) for name, encoded in found.items()}
         except UserError as error:
             rest = ",".join(other for other in self.encoding.choices[task.group[0].name] if other != task.format_)
             listed = ", ".join(weight.name for weight in task.group)

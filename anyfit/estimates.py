@@ -237,7 +237,8 @@ class _Rehearsal:
         states, embedding = _steadily(lambda: stream.embedded(self.tokens, stream.original))
         weights = [weight for weight in run.weights if weight.block == block]
         into = stream.states(states.length, states.width)
-        with observed(stream.model, run.architecture, weights) as moments, devices.matrix_speed(run.device):
+        rounded = run.calibration_pass(self.store, stream, self.tokens).rounded(weights)
+        with observed(stream.model, run.architecture, weights, rounded=rounded) as moments, devices.matrix_speed(run.device):
             _, calibrating = _timed(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         _, forward = _steadily(lambda: stream.advance(block, self.tokens, states, stream.original, into))
         encoding = self._encoding(weights, moments)

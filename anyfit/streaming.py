@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from anyfit.activations import Rounding, round_inputs
 from anyfit.architectures.base import Architecture
 from anyfit.core.memory import release
 from anyfit.core.units import Weight
@@ -47,6 +48,9 @@ class Numbers(Protocol):
 
     def rows(self, weight: Weight, which: Tensor | slice) -> Tensor:
         """Some rows of the embedding or the head."""
+
+    def inputs(self, weight: Weight) -> Rounding | None:
+        """How what it multiplies is rounded first; None where it isn't. Never of the embedding or the head."""
 
 
 class Stored(Protocol):
@@ -76,6 +80,9 @@ class Original:
 
     def rows(self, weight: Weight, which: Tensor | slice) -> Tensor:
         return self.stored.read(weight.name)[which].float()
+
+    def inputs(self, weight: Weight) -> Rounding | None:
+        return None
 
 
 class States:
@@ -303,6 +310,8 @@ class Stream:
             weight = self._decided.get(name)
             values = numbers.matrix(weight) if weight else self.stored.read(name)
             self._put(name, values.to(self.device).float())
+            if weight:
+                round_inputs(self.model.get_submodule(name.rpartition(".")[0]), numbers.inputs(weight))
 
     def _put(self, name: str, values: Tensor) -> None:
         module, _, attribute = name.rpartition(".")

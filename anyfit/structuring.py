@@ -31,6 +31,7 @@ from anyfit.importance.base import Importance, squared_error
 from anyfit.modeling_cut import spread
 from anyfit.progress import Progress, Stage
 from anyfit.quantizers.base import Encoded
+from anyfit.quantizers.inputs import with_inputs
 from anyfit.scores.base import Sensitivity, probe
 from anyfit.scores.table import Table
 from anyfit.structure.levels import Structure, filled, first, kept_of
@@ -105,9 +106,10 @@ class _Pruner:
                 for name, grid in grids.items():
                     nothing = Encoded(torch.empty(len(level), 0, dtype=torch.uint8), NONE)
                     made = run.quantizer.encode(level, prepared, grid) if kept else nothing
+                    rounded = with_inputs(grid, made, statistics.spread) if kept else made
                     lost = matrix - filled(grid.decode(made.data) if kept else level, ladder.order, matrix.shape[1])
-                    error = torch.tensor([squared_error(lost, hessian)], dtype=torch.float64)
-                    writing.put(name, 0, Encoded(made.data, error, made.notes))
+                    error = squared_error(lost, hessian) + rounded.error - made.error
+                    writing.put(name, 0, Encoded(rounded.data, torch.tensor([error], dtype=torch.float64), made.notes))
 
 
 def table(

@@ -1,4 +1,5 @@
-"""What is kept of an encoder once it is fast: embeddings, and what can be told from them, against uniform pruning and a peer."""
+"""What is kept of an encoder once it is fast: embeddings, and what can be told from them, against uniform pruning and a peer; and with
+inputs of matrices rounded to 8 bits against without."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +24,21 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anyfit import Family, recovery
+from anyfit import Family, fit, recovery
 from anyfit.architectures import architecture_of
 from anyfit.core.config import Config
-from anyfit.costs.latency import ATTENTION, FEED_FORWARD, LatencyTable
+from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable
 from anyfit.family.store import Store
+from anyfit.interface import interface_of
 from anyfit.progress import to_stderr
 from anyfit.recipes import recipes
 from anyfit.recipes.base import Recovery
 from anyfit.structure.cutting import Kept, cut, sizes
-from anyfit.targets import targets
+from anyfit.targets import onnxruntime_session, targets
 from anyfit.targets.base import Cut, CutTarget
+from anyfit.targets.onnx_file import ROUNDED
 from anyfit.tasks import task_of
+from anyfit.tasks.base import Outputs
 from anyfit.tasks.embedding import embedded
 
 FASTER = (1.5, 2.0)
@@ -46,6 +51,13 @@ SCOPES = {"layer": "each layer", "network": "of all"}
 NUM_TRAIN, NUM_DEV, DECAY = 4000, 3000, 1e-3
 STEPS, RATE = 100, 1e-4
 """Of distillation. Forty steps at the recipe's rate made a network worse that had been repaired."""
+INTEGERS = {
+    "F32": "float32",
+    "int8_sym": "int8 in groups of 32, inputs rounded block by block (MatMulNBits, accuracy_level 4)",
+    "int8_dynamic": "int8, inputs on a grid found anew each time",
+    "int8_static": "int8, inputs on a stored grid",
+}
+TOGETHER, TOKENS = (1, 32), 128
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,45 @@ def _trained(contest: Contest, rival: Rival, how: Recovery, text: Tensor) -> Pre
             model, Config({}), 32.0, store=Store(Path(folder)), checkpoint="checkpoint.safetensors"
         )
     return model.requires_grad_(False)
+
+
+def integers(subject: Subject, work: Path) -> Section:
+    """One format everywhere, one text at a time and many: how long a text takes, and how far its embedding is off in ONNX Runtime."""
+    family = fit(subject.model, output=work / "int8.family", target="onnxruntime", formats=list(INTEGERS), **subject.wishes)
+    text, rows = family.text()["report"], []
+    reference = task_of(family.source.config).reference(family.extract("F32"), text)
+    made = {name: family.export(name, work / name) for name in INTEGERS}
+    for batch in TOGETHER:
+        taken = dict(zip(INTEGERS, side_by_side(family, [export.path for export in made.values()], batch, TOKENS), strict=True))
+        for name, about in INTEGERS.items():
+            loss = reference.loss(_in_batches(family, made[name].path, batch))
+            cells = (
+                f"{batch}",
+                about,
+                f"{made[name].bytes_ / 1e6:.1f} MB",
+                f"{taken[name]:.2f} ({taken['F32'] / taken[name]:.2f}x)",
+                f"{loss:.2g}",
+            )
+            rows.append(Row(cells, taken[name] < taken["int8_sym"] if name in ROUNDED else None))
+    processor = Device.here("", THREADS).processor
+    remarks = [
+        f"{subject.name} in ONNX Runtime {version('onnxruntime')}, {THREADS} thread, {TOKENS} tokens; {processor}. The table of words is "
+        "int8 in groups of 32 in all but float32. Distance: of embeddings from the original's, as ONNX Runtime makes them of "
+        f"{len(text)} held-out sentences, so many together (padded to the longest). Rows hold where they take less time than groups do.",
+    ]
+    return Section("Inputs rounded to 8 bits", ("texts", "matrices", "size", "ms", "1 - cosine"), rows, remarks)
+
+
+def _in_batches(family: Family, path: Path, batch: int) -> Outputs:
+    """What ONNX Runtime computes for texts, so many at once, whoever asks for how many."""
+    interface = interface_of(family.source.config)
+    session = onnxruntime_session.opened(path, threads=THREADS)
+
+    def run(segments: Tensor) -> Tensor:
+        parts = (onnxruntime_session.feed(session, interface, part) for part in segments.split(batch))
+        return torch.cat([torch.from_numpy(session.run([interface.output], part)[0]) for part in parts])
+
+    return run
 
 
 def _rivals(family: Family, table: LatencyTable, faster: float, peers: Mapping[Path, float]) -> list[Rival]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import recovery
 import torch
-from encoders import Contest, distilled, retained
+from encoders import Contest, distilled, integers, retained
 from pruned import (
     THREADS,
     Qualities,
@@ -370,7 +370,9 @@ def _patterns_hold(family: Family) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    names = ("exactness", "quarter", "trajectory", "speed", "retained", "distilled", "batch", "joint", "recovery", "searched", "essential")
+    language = ("exactness", "trajectory", "joint", "recovery", "searched")
+    encoder = ("retained", "distilled", "int8")
+    names = ("exactness", "quarter", "trajectory", "speed", "retained", "distilled", "int8", "batch", *language[2:], "essential")
     parser.add_argument("--only", choices=names, nargs="+", default=None)
     parser.add_argument("--steps", type=int, default=200, help="of recovery, for each budget")
     parser.add_argument("--minilm", type=Path, help="the folder of all-MiniLM-L6-v2")
@@ -382,7 +384,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         subject = minilm(given.minilm, given.assets, Path(work)) if given.minilm else default()
         # The recursion knows no network; structure with formats is shown on the default, what a task keeps on the encoder.
-        others = ("exactness", "trajectory", "joint", "recovery", "searched") if given.minilm else ("retained", "distilled")
+        others = language if given.minilm else encoder
         wanted = [name for name in names if (name in given.only if given.only else name not in others)]
         bench = cache(lambda: Bench.made(subject))
         contest = cache(lambda: Contest(subject, given.assets, given.environments))
@@ -398,6 +400,7 @@ def main() -> int:
             "recovery": lambda: recovered(given.steps),
             "searched": searched,
             "essential": lambda: [essential(subject)],
+            "int8": lambda: [integers(subject, Path(work))],
         }
         sections, status = list[Section](), 1
         page, command = ("structure-minilm", " MINILM=FOLDER ASSETS=FOLDER") if given.minilm else ("structure", "")

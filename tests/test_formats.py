@@ -21,7 +21,7 @@ from anyfit.formats.integer import IntegerFormat
 from anyfit.quantizers.rtn import encode_nearest
 from anyfit.testing.formats import CHECKS, check_format
 
-INTEGERS = tuple(name for name in formats if name.startswith("int"))
+INTEGERS = tuple(name for name in formats if isinstance(formats.get(name), IntegerFormat))
 NAIVE_IN_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ2_0")
 WEIGHTS = ("normal", "laplace", "outliers")
 

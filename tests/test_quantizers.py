@@ -40,7 +40,7 @@ def grid(name: str) -> GridFormat:
 
 @pytest.mark.parametrize("name", quantizers)
 def test_conformance(name: str) -> None:
-    names = ("Q2_K", "Q4_K", "Q8_0", "MXFP4", "int3_asym", "table3", "aqlm_2x8g8", "BF16")
+    names = ("Q2_K", "Q4_K", "Q8_0", "MXFP4", "int3_asym", "table3", "aqlm_2x8g8", "BF16", "int8_static")
     check_quantizer(quantizers.get(name), [formats.get(f) for f in names])
 
 

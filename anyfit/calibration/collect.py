@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anyfit.architectures.base import Architecture
+from anyfit.calibration.spread import Spread
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.errors import DataError
 from anyfit.core.units import Weight
@@ -26,11 +27,12 @@ _ROWS_AT_ONCE = 512
 class Moments:
     """Running sum of x xᵀ of one input, float64 across batches, and exact: the same in any order of the batches. Where x is.
 
-    `agree`: what is called with the largest number of this process's first batch, and returns that of all batches' first.
+    `agree`: what is called with the largest number of this process's first batch, and returns that of all batches' first. `spread`: what
+    is told besides how large the numbers are.
     """
 
-    def __init__(self, columns: int, agree: Callable[[float], float]) -> None:
-        self.columns, self.count = columns, 0
+    def __init__(self, columns: int, agree: Callable[[float], float], spread: Spread | None = None) -> None:
+        self.columns, self.count, self.spread = columns, 0, spread
         self.total: Tensor | None = None
         self._agree = agree
         self._largest: float | None = None
@@ -51,6 +53,8 @@ class Moments:
         if self.total is not None:
             group.add(self.total, owner)
         self.count = sum(group.gathered(self.count))
+        if self.spread is not None:
+            self.spread.add_up(group)
 
     def statistics(self, name: str) -> InputStatistics:
         """Uses less memory than the moments: these may be dropped afterwards."""
@@ -65,7 +69,7 @@ class Moments:
                 f"The calibration text makes the inputs of {name} overflow.",
                 remedy="The model may be broken in float32: check that it predicts text at all.",
             )
-        return InputStatistics(hessian, self.count)
+        return InputStatistics(hessian, self.count, self.spread)
 
 
 def collect(
@@ -112,11 +116,12 @@ def collect_growing(
 
 @contextmanager
 def observed(
-    model: PreTrainedModel, architecture: Architecture, weights: Iterable[Weight], group: Group = ALONE
+    model: PreTrainedModel, architecture: Architecture, weights: Iterable[Weight], group: Group = ALONE, rounded: Collection[str] = ()
 ) -> Iterator[dict[str, Moments]]:
     """The moments of everything that these matrices multiply while the block lasts, by input name; each is observed once.
 
     Those of this process's text, without its padding; all processes of the `group` must run the same modules, each on some text.
+    `rounded`: names of inputs of which is seen, too, how large their numbers are.
     """
     moments: dict[str, Moments] = {}
     text = _Text()
@@ -124,7 +129,7 @@ def observed(
     for weight in weights:
         if weight.input is None or weight.input in moments:
             continue
-        moments[weight.input] = Moments(weight.shape[1], group.told)
+        moments[weight.input] = Moments(weight.shape[1], group.told, Spread() if weight.input in rounded else None)
         module = model.get_submodule(architecture.hook_path(weight))
         handles.append(module.register_forward_pre_hook(_observer(moments[weight.input], text)))
     try:
@@ -148,6 +153,9 @@ class _Text:
 def _observer(moments: Moments, text: _Text) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         present, x = text.present, inputs[0]
-        moments.add(x if present is None or x.shape[:2] != present.shape else x[present])
+        own = x if present is None or x.shape[:2] != present.shape else x[present]
+        moments.add(own)
+        if moments.spread is not None:
+            moments.spread.add(x, own)
 
     return observe

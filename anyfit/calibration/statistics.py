@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anyfit.calibration.spread import Spread
+
 DAMPING = 0.05
 """Part of the mean diagonal that is added to second moments before they are inverted."""
 
@@ -15,11 +17,13 @@ DAMPING = 0.05
 class InputStatistics:
     """Second moments of the vectors x that a group of matrices multiplies.
 
-    `hessian`: mean of x xᵀ, (columns, columns) float32, symmetric. `count`: how many vectors were seen.
+    `hessian`: mean of x xᵀ, (columns, columns) float32, symmetric. `count`: how many vectors were seen. `spread`: how large their numbers
+    are, where somebody asked.
     """
 
     hessian: Tensor
     count: int
+    spread: Spread | None = None
 
     @classmethod
     def unknown(cls, columns: int) -> InputStatistics:

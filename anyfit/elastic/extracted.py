@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from anyfit.activations import Rounding, roundings, unrounded
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source
 from anyfit.core import memory
@@ -17,7 +19,7 @@ from anyfit.core.budget import BYTES, describe
 from anyfit.core.config import Config
 from anyfit.core.units import Weight
 from anyfit.elastic.model import Decoded
-from anyfit.elastic.stream import Chosen
+from anyfit.elastic.stream import Chosen, Unrounded
 from anyfit.interface import interface_of
 from anyfit.streaming import Original, Predictions, Stream, some_rows
 from anyfit.tasks.base import Outputs
@@ -60,9 +62,13 @@ class Extracted:
     def config(self) -> PretrainedConfig:
         return self.skeleton.config
 
-    def outputs(self, tokens: Tensor) -> Predictions:
-        """What comes out for tokens (segments, length)."""
-        return self._stream.predictions(tokens, self._numbers)
+    def rounding(self, name: str) -> Rounding | None:
+        """How what a decided matrix multiplies is rounded first; None where it isn't."""
+        return self._numbers.inputs(self.weights[name])
+
+    def outputs(self, tokens: Tensor, *, rounded: bool = True) -> Predictions:
+        """What comes out for tokens (segments, length); with `rounded` False as if nothing were rounded on the way."""
+        return self._stream.predictions(tokens, self._numbers if rounded else Unrounded(self._numbers))
 
     def too_large(self) -> str | None:
         """Why a reader that loads the whole network can't be asked; None where there is room."""
@@ -100,11 +106,14 @@ class InMemory:
     def config(self) -> PretrainedConfig:
         return self.model.config
 
-    def outputs(self, tokens: Tensor) -> Outputs:
+    def rounding(self, name: str) -> Rounding | None:
+        return roundings(self.model).get(name.rpartition(".")[0])
+
+    def outputs(self, tokens: Tensor, *, rounded: bool = True) -> Outputs:
         interface = interface_of(self.config)
 
         def run(tokens: Tensor) -> Tensor:
-            with torch.inference_mode():
+            with torch.inference_mode(), nullcontext() if rounded else unrounded(self._runs):
                 return interface(self._runs, tokens)
 
         return run

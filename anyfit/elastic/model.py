@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from anyfit.activations import Rounding, round_inputs
 from anyfit.core.config import Config
 from anyfit.core.space import Space
 from anyfit.core.units import Weight
@@ -23,6 +24,9 @@ class Decoded(Protocol):
 
     def rows(self, weight: Weight, choice: str, which: Tensor | slice, /) -> Tensor:
         """Some rows of the embedding or the head."""
+
+    def inputs(self, weight: Weight, choice: str, /) -> Rounding | None:
+        """How what it multiplies is rounded first under that choice; None where it isn't."""
 
 
 class ElasticModel:
@@ -49,6 +53,7 @@ class ElasticModel:
             for weight in decision.unit.weights:
                 parameter = self._parameters[weight.name]
                 parameter.copy_(self._decoded(weight, chosen))
+                round_inputs(self.model.get_submodule(weight.name.rpartition(".")[0]), self._decoded.inputs(weight, chosen))
             self._now[decision.unit.name] = chosen
         return self.model
 

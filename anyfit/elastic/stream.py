@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from anyfit.activations import Rounding
 from anyfit.core.config import Config
 from anyfit.core.space import Decision, Space
 from anyfit.core.units import Weight
@@ -30,6 +31,26 @@ class Chosen:
     def rows(self, weight: Weight, which: Tensor | slice) -> Tensor:
         choice = self.choices.get(weight.name)
         return self.original.rows(weight, which) if choice is None else self.decoded.rows(weight, choice, which)
+
+    def inputs(self, weight: Weight) -> Rounding | None:
+        choice = self.choices.get(weight.name)
+        return self.original.inputs(weight) if choice is None else self.decoded.inputs(weight, choice)
+
+
+@dataclass(frozen=True)
+class Unrounded:
+    """The same matrices, of which none rounds what it multiplies."""
+
+    numbers: Numbers
+
+    def matrix(self, weight: Weight) -> Tensor:
+        return self.numbers.matrix(weight)
+
+    def rows(self, weight: Weight, which: Tensor | slice) -> Tensor:
+        return self.numbers.rows(weight, which)
+
+    def inputs(self, weight: Weight) -> None:
+        return None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
 from anyfit import network
+from anyfit.activations import round_inputs
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source, read_config
 from anyfit.core.budget import Budget
@@ -223,12 +224,19 @@ class Family:
         return {name: own if own.is_floating_point() else own.long() for name, own in found.items()}
 
     def extract(self, budget: str | Iterable[str] | Budget | Config) -> PreTrainedModel:
-        """An ordinary transformers model in float32, with the very values that an exported file holds."""
+        """An ordinary transformers model in float32, with the very values that an exported file holds. Modules whose inputs the file rounds
+        to 8 bits round them by a hook (`anyfit.activations`), which saving the model loses."""
         config = budget if isinstance(budget, Config) else self.select(budget).config
         if self.pruned and self.point(config).refined:
             return self._recovered(config)
-        model = self.source.build(self._decoder(config).matrices(self.space, config))
-        return self._cut(model, self._kept(config)) if self.pruned else model
+        decoder = self._decoder(config)
+        model = self.source.build(decoder.matrices(self.space, config))
+        model = self._cut(model, self._kept(config)) if self.pruned else model
+        for decision in self.space.decisions:
+            for weight in decision.unit.weights:
+                if rounding := decoder.left_inputs(weight, config[decision.key]):
+                    round_inputs(model.get_submodule(weight.name.rpartition(".")[0]), rounding)
+        return model
 
     def _recovered(self, config: Config) -> PreTrainedModel:
         """A network that was cut and trained: all of its numbers are its own, and so is which structures are left, so that sizes are

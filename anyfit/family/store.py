@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anyfit.activations import Among, Rounding
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config, format_of
 from anyfit.core.errors import FamilyError
@@ -240,10 +241,8 @@ class Decoder:
     source: Source
 
     def __call__(self, weight: Weight, choice: str) -> Tensor:
-        parts, format_ = kept_of(choice) is not None, formats.get(format_of(choice))
-        reads = parts and weight.role in READERS
-        stored = self.variants(weight.name, format_.name if parts and not reads else choice)
-        if reads:
+        format_, stored = formats.get(format_of(choice)), self._stored(weight, choice)
+        if _reads(weight, choice):
             level = format_.decode(stored) if stored.shape[1] else torch.empty(len(stored), 0)
             values = filled(level, self.variants(weight.name, ORDER)[0].clone().view(torch.int64), weight.shape[1])
         else:
@@ -255,6 +254,24 @@ class Decoder:
             values = original
         return values.T.contiguous() if weight.transposed else values
 
+    def inputs(self, weight: Weight, choice: str) -> Rounding | None:
+        rounding = self.left_inputs(weight, choice)
+        if rounding is None or not _reads(weight, choice):
+            return rounding
+        order = self.variants(weight.name, ORDER)[0].clone().view(torch.int64)
+        size = weight.shape[1] // len(order)
+        kept = torch.isin(torch.arange(len(order)), order[: kept_of(choice)])
+        return Among(kept.repeat_interleave(size), rounding)
+
+    def left_inputs(self, weight: Weight, choice: str) -> Rounding | None:
+        """The same for a network from which the parts that a choice leaves out are gone."""
+        format_ = formats.get(format_of(choice))
+        return format_.inputs(self._stored(weight, choice)) if format_.rounds and kept_of(choice) != 0 else None
+
+    def _stored(self, weight: Weight, choice: str) -> Tensor:
+        parts = kept_of(choice) is not None
+        return self.variants(weight.name, format_of(choice) if parts and not _reads(weight, choice) else choice)
+
     def matrices(self, space: Space, config: Config) -> Mapping[str, Tensor]:
         """Every decided matrix by name, decoded when it is asked for."""
         chosen = {w.name: (w, config[decision.key]) for decision in space.decisions for w in decision.unit.weights}
@@ -263,6 +280,11 @@ class Decoder:
     def rows(self, weight: Weight, format_: str, which: Tensor | slice) -> Tensor:
         assert self.target.row_order(self.source, weight) is None and not weight.transposed, weight
         return formats.get(format_).decode(self.variants(weight.name, format_, which))
+
+
+def _reads(weight: Weight, choice: str) -> bool:
+    """Whether a choice is about what is left of the structures that a matrix reads."""
+    return kept_of(choice) is not None and weight.role in READERS
 
 
 @dataclass(frozen=True)

@@ -40,5 +40,6 @@ formats: Registry[Format] = Registry(
         },
         **{f"table{bits}": f"anyfit.formats.table:table{bits}" for bits in TABLE_BITS},
         **{name: f"anyfit.formats.aqlm:{name}" for name in AQLM_SCHEMES},
+        **{name: f"anyfit.formats.w8a8:{name}" for name in ("int8_dynamic", "int8_static")},
     },
 )

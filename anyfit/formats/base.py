@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyfit.activations import Rounding
 from anyfit.formats.choose import choose_each, levels_book
 
 SPAN = 256
@@ -51,6 +52,8 @@ class Format(ABC):
     """Stored bytes of a row besides its `bits`, whatever its length: a scale or tables of its own."""
     shared: int = 0
     """Stored bytes of a matrix besides its rows: what these have in common, codebooks for instance."""
+    rounds: bool = False
+    """Whether what such a matrix multiplies is rounded, too."""
 
     @property
     @abstractmethod
@@ -96,6 +99,10 @@ class Format(ABC):
     @abstractmethod
     def decode(self, data: Tensor) -> Tensor:
         """uint8 (data_rows, row_bytes) to float32 (rows, columns), bit-equal to what the runtime computes."""
+
+    def inputs(self, data: Tensor) -> Rounding | None:
+        """How what such a matrix multiplies is rounded first; None where it isn't. Its bytes with or without its rows."""
+        return None
 
 
 class CastFormat(Format):

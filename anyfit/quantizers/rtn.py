@@ -15,6 +15,7 @@ from anyfit.calibration.statistics import InputStatistics
 from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, join, quantize
 from anyfit.formats.table import TableFormat
+from anyfit.formats.w8a8 import RoundedFormat
 from anyfit.quantizers import aqlm
 from anyfit.quantizers.base import Encoded, Quantizer, output_errors
 
@@ -41,7 +42,7 @@ def encode_nearest(format_: Format, weight: Tensor, importance: Tensor) -> Tenso
     """
     if isinstance(format_, CastFormat):
         return format_.encode(weight)
-    if isinstance(format_, TableFormat):
+    if isinstance(format_, (TableFormat, RoundedFormat)):
         return format_.encode(weight, importance)
     if isinstance(format_, AdditiveFormat):
         return aqlm.encode(format_, weight, importance.diag())

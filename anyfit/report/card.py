@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateNotFound
 
+from anyfit.formats import formats
 from anyfit.report import summary
 from anyfit.report.page import environment
 from anyfit.structure.levels import worded
@@ -45,6 +46,7 @@ def model_card(family: Family, point: Point, file_name: str, *, dense: bool = Fa
         "shares": summary.shares(family.space, point.config),
         "roles": _roles(family, point.config),
         "front_matter": _front_matter(family, target),
+        "rounded": sorted({name for name in point.config.formats.values() if formats.get(name).rounds}),
         "needs": Needs() if dense else targets.get(target).needs(point.config),
         "provenance": summary.flat(family.provenance),
     }

@@ -10,6 +10,10 @@ file. Found by loading files with ONNX Runtime 1.32, and checked again on every 
 - Scales must have the type of what is multiplied, so a Cast makes float32 of the halves; it runs once, on loading.
 - `accuracy_level` 4 lets the kernels round what enters a matrix to 8 bits in blocks, which is what makes them fast. At 0
   they multiply in float32: the same file, exact and slow.
+- What `int8_dynamic` and `int8_static` round is rounded by a node of ONNX's own, DynamicQuantizeLinear or QuantizeLinear, and multiplied by
+  MatMulIntegerToFloat, with the codes in columns of inputs. Matrices that read the same share the former: equal nodes become one on
+  loading. Signed codes are what kernels of processors with instructions for them (VNNI, AMX) are written for, and fast; older ones may
+  saturate sums of two products, which the check then shows.
 - Numbers in a graph take as many bytes as they need, and so does the length of the graph itself. Offsets are written with
   leading zeros and the length with all five bytes, so that a matrix adds the same bytes whatever else there is.
 """
@@ -23,11 +27,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anyfit.activations import Static
 from anyfit.core.units import Weight
 from anyfit.formats import INTEGER_GROUPS, formats
 from anyfit.formats.base import CastFormat
 from anyfit.formats.fields import pack_dense, pack_fields
 from anyfit.formats.integer import IntegerFormat
+from anyfit.formats.w8a8 import RoundedFormat, StaticFormat
 from anyfit.targets.onnx_graph import Graph, Use
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot, offsets
 
@@ -36,8 +42,13 @@ if TYPE_CHECKING:
 
 GRAPH, NUMBERS = "model.onnx", "weights.safetensors"
 BITS, KINDS = (8, 4, 2), ("asym", "sym")
-READERS = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+READERS = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "MatMulIntegerToFloat": 1}
 """The nodes that read a matrix of integers, and which of their inputs is the codes."""
+ROUNDED = ("int8_static", "int8_dynamic")
+"""Formats of matrices whose inputs are rounded as well."""
+ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear")
+"""The nodes that round, of each of these formats."""
+ENCODERS_ONLY = "inputs are rounded to 8 bits in encoders only: here tokens are read one by one, too, and would be rounded otherwise"
 DTYPES = {"F32": torch.float32, "F16": torch.float16}
 FAST, EXACT = 4, 0
 """Levels of accuracy: of what is written, and of what is compared."""
@@ -81,11 +92,15 @@ class Place:
                 return f"ONNX Runtime multiplies integers by MatMul only, and this network's graph has an {use.kind} here"
             if use.turned == (self.weight.transposed or use.kind == "Gather"):
                 return "ONNX Runtime keeps integers in rows of inputs, and this network's graph reads the matrix the other way"
+            if format_.rounds and use.kind == "Gather":
+                return "rows are looked up in it, so it multiplies nothing whose numbers could be rounded"
+        if format_.rounds and self.graph.remembers:
+            return ENCODERS_ONLY
         return format_.refuses(self.weight.shape)
 
     def substitute(self, name: str) -> str:
         """The nearest format to one that is refused: smaller groups of the same integers, otherwise 16 bits."""
-        integers, _, _ = name.partition("_g")
+        integers = "int8_sym" if name in ROUNDED else name.partition("_g")[0]
         others = (integers + group for group in INTEGER_GROUPS.values())
         return next((other for other in others if self.refuses(other) is None), "F16")
 
@@ -94,6 +109,10 @@ class Place:
         own, (rows, columns) = self.weight.name, self.weight.shape
         if name in DTYPES:
             return (Slot(own, DTYPES[name], (columns, rows) if self.weight.transposed else (rows, columns)),)
+        if name in ROUNDED:
+            found = (Slot(f"{own}.codes", torch.int8, (columns, rows)), Slot(f"{own}.scales", torch.float32, (rows,)))
+            grid = (Slot(f"{own}.input_scale", torch.float32, ()), Slot(f"{own}.input_zero", torch.uint8, ()))
+            return (*found, *grid) if isinstance(formats.get(name), StaticFormat) else found
         format_ = integer(name)
         groups = columns // format_.group
         codes = Slot(f"{own}.codes", torch.uint8, (rows, groups, format_.group * format_.num_bits // 8))
@@ -106,6 +125,12 @@ class Place:
         if name in DTYPES:
             values = data.clone().view(DTYPES[name])
             return {self.weight.name: values.T if self.weight.transposed else values}
+        format_ = formats.get(name)
+        if isinstance(format_, RoundedFormat):
+            codes, scales = format_.read(data)
+            grid = format_.inputs(data)
+            own = [torch.tensor(grid.scale), torch.tensor(grid.zero, dtype=torch.uint8)] if isinstance(grid, Static) else []
+            return {slot.name: tensor for slot, tensor in zip(self.slots(name), [codes.T, scales, *own], strict=True)}
         format_ = integer(name)
         codes, scales, zeros = format_.unpack(data)
         parts = [pack_dense(codes.unflatten(1, (-1, format_.group)), format_.num_bits), scales]
@@ -136,12 +161,15 @@ class Place:
         if isinstance(format_, CastFormat):
             tensors[0].name = f"{own}.half"
             return Part(tuple(tensors), (_cast(f"{own}.half", own),), {})
+        nodes = self.graph.by_name
+        instead: dict[str, tuple[NodeProto, ...]] = {name: () for use in self.uses for name in use.transposes}
+        if format_.rounds:
+            instead |= {use.node: self._rounding(nodes[use.node], name) for use in self.uses}
+            return Part(tuple(tensors), (), instead)
         kinds = {use.kind == "Gather" for use in self.uses}
         codes = self.slots(name)[0]
         rows = Slot(f"{own}.rows", codes.dtype, (codes.shape[0], codes.shape[1] * codes.shape[2]))
         aliases = {False: tensors[0], True: external(rows, starts.get(codes.name, 0))}
-        nodes = self.graph.by_name
-        instead: dict[str, tuple[NodeProto, ...]] = {name: () for use in self.uses for name in use.transposes}
         instead |= {use.node: self._reading(nodes[use.node], integer(name), aliases[use.kind == "Gather"].name) for use in self.uses}
         cast = _cast(f"{own}.scales", f"{own}.scales32")
         return Part((*(aliases[kind] for kind in sorted(kinds)), *tensors[1:]), (cast,), instead)
@@ -154,22 +182,36 @@ class Place:
         if node.op_type == "Gather":
             inputs = [codes, node.input[1], *grid]
             settings |= {"gather_axis": 0, "quantize_axis": 1}
-            return (_node("GatherBlockQuantized", node.name, inputs, node.output[0], settings),)
+            return (_node("GatherBlockQuantized", node.name, inputs, node.output[0], settings=settings),)
         bias = node.input[2] if len(node.input) > 2 else None
         product = node.output[0] if bias is None else f"{node.output[0]}.product"
         inputs = [node.input[0], codes, *grid]
         settings |= {"K": columns, "N": rows, "accuracy_level": FAST}
-        made = _node("MatMulNBits", node.name, inputs, product, settings)
+        made = _node("MatMulNBits", node.name, inputs, product, settings=settings)
         if bias is None:
             return (made,)
         return made, _node("Add", f"{node.name}.bias", [product, bias], node.output[0])
+
+    def _rounding(self, node: NodeProto, name: str) -> tuple[NodeProto, ...]:
+        """The nodes that round what `node` reads and multiply it."""
+        own, (read, *_) = self.weight.name, node.input
+        codes, scale, zero = (f"{node.output[0]}.{part}" for part in ("rounded", "scale", "zero"))
+        if isinstance(formats.get(name), StaticFormat):
+            scale, zero = f"{own}.input_scale", f"{own}.input_zero"
+            first = _node(ROUNDING[0], f"{node.name}.rounded", [read, scale, zero], codes)
+        else:
+            first = _node(ROUNDING[1], f"{node.name}.rounded", [read], codes, scale, zero)
+        bias = ["", node.input[2]] if len(node.input) > 2 else []
+        inputs = [codes, f"{own}.codes", scale, f"{own}.scales", zero, *bias]
+        return first, _node("MatMulIntegerToFloat", node.name, inputs, node.output[0])
 
 
 def external(slot: Slot, offset: int) -> TensorProto:
     """A tensor of the graph whose numbers lie at an offset of the other file."""
     from onnx import StringStringEntryProto, TensorProto
 
-    types = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.uint8: TensorProto.UINT8}
+    types = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
+    types |= {torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8}
     place = {"location": NUMBERS, "offset": f"{offset:0{_OFFSET_WIDTH}}", "length": str(slot.data_bytes)}
     return TensorProto(
         name=slot.name,
@@ -262,10 +304,10 @@ def _long(length: int) -> bytes:
 def _cast(halves: str, name: str) -> NodeProto:
     from onnx import TensorProto
 
-    return _node("Cast", f"{name}.cast", [halves], name, {"to": TensorProto.FLOAT})
+    return _node("Cast", f"{name}.cast", [halves], name, settings={"to": TensorProto.FLOAT})
 
 
-def _node(kind: str, name: str, inputs: list[str], output: str, settings: Mapping[str, int] | None = None) -> NodeProto:
+def _node(kind: str, name: str, inputs: list[str], *outputs: str, settings: Mapping[str, int] | None = None) -> NodeProto:
     from onnx import helper
 
-    return helper.make_node(kind, inputs, [output], name=name, domain=_CONTRIB if kind in READERS else "", **(settings or {}))
+    return helper.make_node(kind, inputs, outputs, name=name, domain=_CONTRIB if kind in READERS else "", **(settings or {}))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from anyfit.activations import unrounded
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
@@ -42,7 +43,9 @@ class OnnxRuntime(CutTarget):
     suffix = ""
     formats = (
         *("F32", "F16"),
-        *(f"int{bits}_{kind}{group}" for bits in onnx_file.BITS for kind in onnx_file.KINDS for group in INTEGER_GROUPS.values()),
+        *(f"int8_{kind}{group}" for kind in onnx_file.KINDS for group in INTEGER_GROUPS.values()),
+        *onnx_file.ROUNDED,
+        *(f"int{bits}_{kind}{group}" for bits in onnx_file.BITS[1:] for kind in onnx_file.KINDS for group in INTEGER_GROUPS.values()),
     )
     default_formats = ("F16", "int8_sym", "int4_asym", "int4_sym_g128", "int2_asym")
 
@@ -157,7 +160,9 @@ def _layout_of_cut(cut: Cut) -> Layout:
     model = cut.model
     open_ = {id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), False) for parameter in model.parameters()}
     weights = {weight.name: weight for weight in architecture_of(model).weights(model)}
-    _LAYOUTS[cut] = _cut_layout(onnx_graph.export(copy.deepcopy(model, open_)), model, weights, cut.formats)
+    with unrounded(model):  # who writes a matrix's nodes writes what rounds its inputs
+        graph = onnx_graph.export(copy.deepcopy(model, open_))
+    _LAYOUTS[cut] = _cut_layout(graph, model, weights, cut.formats)
     return _LAYOUTS[cut]
 
 

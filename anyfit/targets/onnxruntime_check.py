@@ -11,12 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from anyfit.activations import Static
 from anyfit.core.files import is_full
 from anyfit.elastic.extracted import Extracted, InMemory
-from anyfit.interface import interface_of
+from anyfit.interface import Interface, interface_of
 from anyfit.targets import onnx_file, onnxruntime_session
 from anyfit.targets.base import Check
 from anyfit.targets.onnx_file import GRAPH, NUMBERS, Layout
+from anyfit.targets.onnxruntime_rounding import PRODUCT
 from anyfit.targets.safetensors_file import EMPTY_BYTES, Slot
 from anyfit.tasks import task_of
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 OUTPUTS_BAR, OUTPUTS_SHARE = 1e-3, 1e-4
 """Largest difference of an output where nothing is rounded on the way; where outputs are large, this share of the largest."""
+PRODUCT_SHARE = 1e-5
+"""Largest difference of a product whose inputs are rounded from the model's of the same inputs, as a share of its largest output. Products
+are looked at one by one: a difference in the last place before one makes another code of a number here and there, and codes of the next
+products differ for it until their errors have little in common, whoever rounds."""
 SEGMENTS, LENGTH = 2, 128
 STEPS = 8
 """Tokens that are also run one after the other."""
@@ -79,7 +85,10 @@ def _values(path: Path, layout: Layout, model: Extracted | InMemory) -> str:
     for node in graph.node:
         if node.op_type in onnx_file.READERS:
             name = node.input[onnx_file.READERS[node.op_type]].rpartition(".")[0]
-            weight, values = model.weight(name), _dequantized(node, tensors, data)
+            rounds = node.op_type == PRODUCT
+            weight, values = model.weight(name), (_unscaled if rounds else _dequantized)(node, tensors, data)
+            if rounds and node.input[2] in tensors:
+                _require_grid(name, node, tensors, data, model)
             read.add(_required_equal(name, values.T if weight and weight.transposed else values, model))
         elif node.op_type == "Cast" and node.input[0].endswith(".half"):
             read.add(_required_equal(node.output[0], _array(tensors[node.input[0]], data).astype(np.float32), model))
@@ -97,6 +106,19 @@ def _array(tensor: TensorProto, data: np.ndarray) -> np.ndarray:
     place = {entry.key: entry.value for entry in tensor.external_data}
     start, length = int(place["offset"]), int(place["length"])
     return data[start : start + length].view(helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tensor.dims)
+
+
+def _unscaled(node: NodeProto, tensors: dict[str, TensorProto], data: np.ndarray) -> np.ndarray:
+    """The matrix, float32 (rows, columns), of a node that multiplies what was rounded."""
+    codes, scales = (_array(tensors[node.input[place]], data) for place in (1, 3))
+    return (codes.astype(np.float32) * scales).T
+
+
+def _require_grid(name: str, node: NodeProto, tensors: dict[str, TensorProto], data: np.ndarray, model: Extracted | InMemory) -> None:
+    """That inputs are rounded on the grid that the model has for them."""
+    scale, zero = (_array(tensors[node.input[place]], data).item() for place in (2, 4))
+    if model.rounding(name) != Static(scale, zero):
+        raise _DifferenceError(f"what {name} reads is rounded on another grid than the extracted model's")
 
 
 def _dequantized(node: NodeProto, tensors: dict[str, TensorProto], data: np.ndarray) -> np.ndarray:
@@ -133,7 +155,7 @@ def _outputs(path: Path, model: Extracted | InMemory, tokens: Tensor) -> str:
     if problem := model.too_large():
         return f"skipped: {problem}"
     interface, task = interface_of(model.config), task_of(model.config)
-    expected = model.outputs(tokens)
+    expected = model.outputs(tokens, rounded=False)
     exact, answers = onnxruntime_session.outputs(path, interface, tokens, exact=True), expected(tokens)
     difference, bar = float((exact - answers).abs().max()), max(OUTPUTS_BAR, OUTPUTS_SHARE * float(answers.abs().max()))
     found = f"largest difference of {interface.output} {difference:.1e} (bar {bar:.0e}) in float32"
@@ -146,5 +168,28 @@ def _outputs(path: Path, model: Extracted | InMemory, tokens: Tensor) -> str:
         found += f", {difference:.1e} token by token"
         if not difference <= bar:
             raise _DifferenceError(found)
+    if products := _products(path, interface, tokens, model):
+        found, expected = f"{found}; {products}", model.outputs(tokens)
     fast = task.reference(expected, tokens).measured(lambda segments: onnxruntime_session.outputs(path, interface, segments))
     return f"{found}; as people run it, {fast.distance} {fast.loss:.1e} on {tokens.numel()} tokens"
+
+
+def _products(path: Path, interface: Interface, tokens: Tensor, model: Extracted | InMemory) -> str:
+    """What ONNX Runtime rounds and multiplies, as people run it, against the model's rounding of the same inputs; empty where it rounds
+    nothing."""
+    worst: dict[str, float] = {}
+    for node, inputs, outputs in onnxruntime_session.seen(path, interface, tokens):
+        name = node.input[1].rpartition(".")[0]
+        weight, rounding, values = model.weight(name), model.rounding(name), model.parameter(name)
+        if rounding is None:
+            raise _DifferenceError(f"what {name} reads is rounded in the file alone")
+        made = rounding(inputs) @ (values if weight and weight.transposed else values.T)
+        if len(node.input) > 6:
+            made += model.parameter(node.input[6])
+        share = float((outputs - made).abs().max() / made.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        if not share <= PRODUCT_SHARE:
+            raise _DifferenceError(f"{name} differs by {share:.1e} of its largest output (bar {PRODUCT_SHARE:.0e}), its inputs rounded")
+        worst[name] = max(share, worst.get(name, 0.0))
+    if not worst:
+        return ""
+    return f"{len(worst)} products of rounded inputs within {max(worst.values()):.1e} of their largest output (bar {PRODUCT_SHARE:.0e})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from anyfit.core.errors import RuntimeMissingError
 from anyfit.interface import Interface
 from anyfit.targets.onnx_file import EXACT, GRAPH
 from anyfit.targets.onnx_graph import PAST, PRESENT
+from anyfit.targets.onnxruntime_rounding import watched, without_rounding
 
 if TYPE_CHECKING:
+    from onnx import NodeProto
     from onnxruntime import InferenceSession
 
 PACKAGE, EXTRA = "onnxruntime", "onnxruntime"
@@ -25,8 +27,9 @@ class OnnxRuntimeError(Exception):
     """ONNX Runtime could not load or run a file; the message is its own."""
 
 
-def opened(folder: Path, *, exact: bool = False, threads: int | None = None) -> InferenceSession:
-    """A session on the CPU with so many threads (default: torch's). `exact`: nothing is rounded on the way.
+def opened(folder: Path, *, exact: bool = False, threads: int | None = None, graph: bytes | None = None) -> InferenceSession:
+    """A session on the CPU with so many threads (default: torch's). `exact`: nothing is rounded on the way. `graph`: one that is run in the
+    place of the folder's, with its numbers.
 
     Raises `RuntimeMissingError` without onnxruntime, `OnnxRuntimeError` where it can't load the file.
     """
@@ -39,13 +42,14 @@ def opened(folder: Path, *, exact: bool = False, threads: int | None = None) -> 
     settings.log_severity_level = 4
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     try:
-        return onnxruntime.InferenceSession(_exact(folder) if exact else folder / GRAPH, settings, providers=["CPUExecutionProvider"])
+        read = graph or (_exact(folder) if exact else folder / GRAPH)
+        return onnxruntime.InferenceSession(read, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own classes of errors derive from nothing else
         raise OnnxRuntimeError(f"ONNX Runtime can't load it: {error}") from error
 
 
 def _exact(folder: Path) -> bytes:
-    """The graph with the level of accuracy at which nothing is rounded on the way."""
+    """The graph with the level of accuracy at which nothing is rounded on the way, and without the nodes that round."""
     import onnx
 
     model = onnx.load(folder / GRAPH, load_external_data=False)
@@ -53,6 +57,7 @@ def _exact(folder: Path) -> bytes:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = EXACT
+    without_rounding(model.graph)
     return model.SerializeToString()
 
 
@@ -77,6 +82,26 @@ def outputs(folder: Path, interface: Interface, segments: Tensor, *, exact: bool
         return torch.cat([torch.from_numpy(values) for values in found])
     except Exception as error:
         raise OnnxRuntimeError(f"ONNX Runtime can't run it: {error}") from error
+
+
+def seen(folder: Path, interface: Interface, segments: Tensor) -> Iterator[tuple[NodeProto, Tensor, Tensor]]:
+    """The nodes that multiply what was rounded, as people run them: each with what was read before, and what came out, for each of the
+    segments. Raises as `opened`."""
+    import onnx
+
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    products = watched(model)
+    if not products:
+        return
+    session = opened(folder, graph=model.SerializeToString())
+    names = list(dict.fromkeys([*(read for read, _ in products.values()), *products]))
+    for segment in segments:
+        try:
+            given = session.run(names, feed(session, interface, segment[None]))
+        except Exception as error:
+            raise OnnxRuntimeError(f"ONNX Runtime can't run it product by product: {error}") from error
+        found = {name: torch.from_numpy(value) for name, value in zip(names, given, strict=True)}
+        yield from ((node, found[read], found[output]) for output, (read, node) in products.items())
 
 
 def steps(folder: Path, interface: Interface, tokens: Tensor, first: int) -> Tensor | None:

@@ -23,7 +23,7 @@ from anyfit.costs.stopwatch import Run, Stopwatch
 from anyfit.interface import interface_of
 from anyfit.structure.cutting import sizes
 from anyfit.targets import onnx_graph, onnxruntime_session
-from anyfit.targets.onnx_file import GRAPH, NUMBERS, Layout, Place
+from anyfit.targets.onnx_file import ENCODERS_ONLY, GRAPH, NUMBERS, ROUNDED, Layout, Place
 from anyfit.targets.onnx_graph import Graph
 from anyfit.targets.safetensors_file import Slot, write_file
 
@@ -40,8 +40,11 @@ class OnnxRuntimeStopwatch(Stopwatch):
             raise RuntimeMissingError(onnxruntime_session.PACKAGE, onnxruntime_session.EXTRA, "Measuring latency") from error
 
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
-        """See `Stopwatch.ready`. Raises `UserError` for the decode phase of a network whose cache can't be exported."""
+        """See `Stopwatch.ready`. Raises `UserError` for the decode phase of a network whose cache can't be exported, and for a format that
+        no matrix of it can be in."""
         graph = self._graph(model)
+        if format_ in ROUNDED and graph.remembers:
+            raise UserError(f"No matrix of this network can be in {format_}: {ENCODERS_ONLY}.", remedy="Leave that format out.")
         if setting.phase == DECODE and not graph.remembers and _has_attention(model):
             raise UserError("torch can't export this network's cache to ONNX, so there is no decode phase.", remedy="Measure prefill.")
         layout = _layout(model, graph, format_)
@@ -103,7 +106,9 @@ def _numbers(layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Of the size that a network's are, so that nothing overflows or vanishes on the way."""
     rng = torch.Generator().manual_seed(0)
     for slot in layout.slots:
-        if slot.dtype == torch.uint8:
-            yield slot.name, torch.randint(256, slot.shape, generator=rng, dtype=torch.uint8)
+        if not slot.dtype.is_floating_point:
+            bounds = torch.iinfo(slot.dtype)
+            yield slot.name, torch.randint(bounds.min, bounds.max + 1, slot.shape, generator=rng, dtype=slot.dtype)
         else:
-            yield slot.name, (0.02 * torch.randn(slot.shape, generator=rng)).to(slot.dtype)
+            values = 0.02 * torch.randn(slot.shape, generator=rng)
+            yield slot.name, (values if slot.shape else values.abs()).to(slot.dtype)  # the scale of what is rounded is positive

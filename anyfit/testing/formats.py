@@ -16,6 +16,7 @@ from anyfit.core.errors import UserError
 from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, Scales, join, quantize
 from anyfit.formats.table import TableFormat
+from anyfit.formats.w8a8 import RoundedFormat
 from anyfit.quantizers.rtn import encode_nearest
 
 MANY_ROWS = 101
@@ -56,6 +57,10 @@ def check_what_was_chosen_is_what_is_read(format_: Format) -> None:
             codes, tables = format_.read(format_.encode(weight, _importance(columns)))
             chosen = torch.take_along_dim(tables[:, -(2**format_.num_bits) :].float(), codes.long(), 1)
             _check_bits(format_.decode(format_.pack(codes, tables)), chosen, format_.name)
+            continue
+        if isinstance(format_, RoundedFormat):
+            codes, scale = format_.read(format_.encode(weight, _importance(columns)))
+            _check_bits(format_.decode(format_.pack(codes, scale)), codes.float() * scale[:, None], format_.name)
             continue
         assert isinstance(format_, GridFormat)
         scales = _fit(format_, weight, _importance(columns))
