@@ -7,7 +7,7 @@ original's predictions say more, and the text need not be the task's. Encoders, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -42,10 +42,11 @@ class Recovery:
     def run(self, model: PreTrainedModel, config: Config, bits: float, *, store: Store, checkpoint: str) -> None:
         """Train the cut `model`, which runs as `config`, of so many bits a weight, in place. A killed run goes on from the store's file
         `checkpoint`, to the same numbers."""
+        factor = 1.0 if interface_of(model.config) is LANGUAGE else self.how.encoders
         train(
             Whole(model, self._objective(model), bits),
             Always(config),
-            self.settings,
+            replace(self.settings, rate=factor * self.settings.rate),
             checkpoint=store.tensors(checkpoint) if self.group.told((store.folder / checkpoint).exists()) else {},
             keep=lambda state: store.write_tensors(checkpoint, state),
             progress=self.progress,

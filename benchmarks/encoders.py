@@ -49,8 +49,8 @@ RATIOS = tuple(round(0.02 * step, 2) for step in range(13, 32))
 SCOPES = {"layer": "each layer", "network": "of all"}
 """What its ratio is of."""
 NUM_TRAIN, NUM_DEV, DECAY = 4000, 3000, 1e-3
-STEPS, RATE = 100, 1e-4
-"""Of distillation. Forty steps at the recipe's rate made a network worse that had been repaired."""
+STEPS = 100
+"""Of distillation."""
 INTEGERS = {
     "F32": "float32",
     "int8_sym": "int8 in groups of 32, inputs rounded block by block (MatMulNBits, accuracy_level 4)",
@@ -191,7 +191,7 @@ def distilled(contest: Contest) -> Section:
     """The networks of `retained`, each trained in the same way."""
     found = recipes.get(RECIPE).recovery
     assert found is not None
-    settings = replace(found.settings, num_steps=STEPS, rate=RATE)
+    settings = replace(found.settings, num_steps=STEPS)
     how, text, rows = replace(found, settings=settings), contest.text["calibration"], list[Row]()
     for faster, rivals in contest.rivals.items():
         models, others = [], []
@@ -202,8 +202,8 @@ def distilled(contest: Contest) -> Section:
         rows += contest.rows(faster, models, others)
     about = (
         f"The networks that are compared in one shot: all numbers of each trained for {STEPS} steps of {settings.batch_size} sentences, "
-        f"Adam at {RATE:g} falling to zero, towards the states of the original's tokens after every block (`anyfit.recovery`, what `anyfit "
-        f"refine` does in {found.settings.num_steps} steps at {found.settings.rate:g}), on the same {len(text)} calibration sentences in "
+        f"Adam at {found.encoders * settings.rate:g} falling to zero, towards the states of the original's tokens after every block (`anyfit.recovery`, what `anyfit "
+        f"refine` does in {found.settings.num_steps} steps), on the same {len(text)} calibration sentences in "
         "the same order. Seconds are the processor's, of one core."
     )
     header = ("asked for", "", "ms", "seconds", "cosine before", "cosine", "SST-2")
