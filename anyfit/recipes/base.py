@@ -52,8 +52,8 @@ class Nesting(_Stage["Settings"]):
 @dataclass(frozen=True)
 class Recovery(_Stage["Settings"]):
     """How a recipe trains networks from which parts were left out. `states`: the share in the loss of how far tokens' states are from the
-    original's, see `trainers.losses.TokenDistance`; the rest is the divergence of what is predicted. `encoders`: what the rate is multiplied
-    by for those that learn from states alone."""
+    original's, see `trainers.losses.TokenDistance`; the rest is the divergence of what is predicted. `encoders`: what the rate is
+    multiplied by for those that learn from states alone."""
 
     states: float = 0.0
     encoders: float = 1.0
