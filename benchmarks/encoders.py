@@ -203,8 +203,8 @@ def distilled(contest: Contest) -> Section:
     about = (
         f"The networks that are compared in one shot: all numbers of each trained for {STEPS} steps of {settings.batch_size} sentences, "
         f"Adam at {found.encoders * settings.rate:g} falling to zero, towards the states of the original's tokens after every block "
-        f"(`anyfit.recovery`, what `anyfit refine` does in {found.settings.num_steps} steps), on the same {len(text)} calibration sentences "
-        "in the same order. Seconds are the processor's, of one core."
+        f"(`anyfit.recovery`, what `anyfit refine` does in {found.settings.num_steps} steps), on the same {len(text)} calibration "
+        "sentences in the same order. Seconds are the processor's, of one core."
     )
     header = ("asked for", "", "ms", "seconds", "cosine before", "cosine", "SST-2")
     return Section("After distillation", header, rows, [*contest.remarks, about])
