@@ -157,21 +157,6 @@ def test_the_frontier_is_that_of_the_exact_search() -> None:
         assert len(divided) <= 1 and table.predict(space, likely) == pytest.approx(table.predict(space, best)), step
 
 
-def test_time_at_a_size_is_in_proportion_to_what_is_lost_there() -> None:
-    """Against the losses of the exact search, without what the sampler knows of them."""
-    about, period = decisions(12), 2000
-    sampler, table = samplers.get("frontier")(about, period, losing(about)), losing(about)
-    targets = np.array([sampler.target(step) for step in range(period)])
-    space = Space(tuple(about), 0, 0, sum(d.unit.num_weights for d in about))
-    means = np.linspace(targets.min(), targets.max(), 40)
-    lost = np.array([table.predict(space, Solver(space, table).solve(Budget.parse(f"{mean + 1e-6:.6f} bits"))) for mean in means])
-    lost **= Frontier.HASTE
-    expected = np.concatenate([[0], np.cumsum(lost[1:] + lost[:-1])]) / (lost[1:] + lost[:-1]).sum()
-    found = [(targets < mean).mean() for mean in means]
-    assert np.abs(np.array(found) - expected).max() < 0.05
-    assert found[len(means) // 4] > 0.3, "most of the time at few bits"
-
-
 def test_a_loss_that_is_no_number_is_told(text: Tensor) -> None:
     with pytest.raises(ModelError, match="aren't finite"):
         Shifted(decisions(3), PERIOD).observe(0, lambda _: float("nan"))

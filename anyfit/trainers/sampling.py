@@ -210,21 +210,13 @@ class Frontier(Balanced):
 
     Drawn by a tilt alone, neighbours differ more than they ever will in use, and a fine variant learns to make up for the errors of
     coarse ones: drawn uniformly, four bits end up worse than untrained. Here units take choices in the order of what a bit more brings
-    them, and a share `EVEN` of draws follows the tilt, so that every choice is trained. The mean stays at a size for a time in proportion
-    to a power, `HASTE`, of what is expected to be lost there: there is little to be gained where little is lost. A share `LEAST` of
-    all draws is the smallest config. It has the most to gain, a variant there has to do with the errors of all others, and along the
-    frontier it is met at the turn alone.
+    them, and a share `EVEN` of draws follows the tilt, so that every choice is trained. A share `LEAST` of all draws is the smallest
+    config. It has the most to gain, a variant there has to do with the errors of all others, and along the frontier it is met at the
+    turn alone.
     """
 
-    EVEN, HASTE, LEAST, PLACES = 0.1, 0.5, 0.25, 65
+    EVEN, LEAST = 0.1, 0.25
     knows_losses = True
-
-    def __init__(self, decisions: Sequence[Decision], period: int, table: Expected | None = None) -> None:
-        super().__init__(decisions, period, table)
-        self._means = np.array([self._bits.between(part) for part in np.linspace(0, 1, self.PLACES)])
-        time = np.array([self._loss(self._best(mean)) for mean in self._means]) ** self.HASTE
-        passed = np.cumsum((time[1:] + time[:-1]) / 2)
-        self._passed = np.concatenate([[0.0], passed / passed[-1]]) if passed[-1] > 0 else np.linspace(0, 1, self.PLACES)
 
     def probabilities(self, step: int) -> Probabilities:
         return {key: (1 - self.LEAST) * own + self.LEAST * self._certain(key, min) for key, own in self.along(step).items()}
@@ -237,15 +229,6 @@ class Frontier(Balanced):
         generator = _generator(step, seed)
         smallest = float(torch.rand(1, generator=generator)) < self.LEAST
         return self._extreme(min) if smallest else self._drawn(self.along(step), generator)
-
-    def target(self, step: int) -> float:
-        return float(np.interp(abs(2 * (step % self.period) / self.period - 1), self._passed, self._means))
-
-    def _loss(self, stated: Probabilities) -> float:
-        """Expected of configs that are drawn like this."""
-        assert self.table is not None
-        lost = [self.table.score(d.unit.name, c.name) * p for d in self.decisions for c, p in zip(d.choices, stated[d.key], strict=True)]
-        return max(0.0, float(sum(lost)))
 
     def _at(self, target: float) -> Probabilities:
         best, tilted = self._best(target), self._bits.at(target)
