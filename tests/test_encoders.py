@@ -154,7 +154,9 @@ def test_padding_is_no_part_of_the_statistics(model: Path) -> None:
     num_tokens = int((tokens != PADDING).sum())
     for name, own in found.items():
         assert own.count == num_tokens
-        assert torch.allclose(own.hessian, sums[name] / num_tokens, rtol=1e-4, atol=1e-5), name
+        # Some processors read texts in bfloat16, and what comes out depends a little on what is read together. Padding would add a lot.
+        alone = sums[name] / num_tokens
+        assert (own.hessian - alone).norm() < 5e-3 * alone.norm(), name
 
 
 def test_what_comes_after_a_text_changes_nothing(model: Path) -> None:
