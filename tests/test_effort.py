@@ -15,7 +15,7 @@ from anyfit.core.effort import Effort
 from anyfit.core.errors import UserError
 from anyfit.progress import Silent
 from anyfit.targets import targets
-from anyfit.testing.models import save_tiny, tiny_text
+from anyfit.testing.models import save_tiny
 from anyfit.tuning.refining import Refinery, windows
 
 SMALL: dict[str, Any] = {"formats": ("BF16", "Q4_0", "Q2_K", "IQ2_XS"), "length": 32, "segments": 16}
@@ -34,13 +34,6 @@ def fewer_measurements() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny") / "tiny-llama", "llama", num_hidden_layers=1, tie_word_embeddings=True)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "notes.txt"
-    path.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

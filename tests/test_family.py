@@ -25,7 +25,7 @@ from anyfit.family.family import Family
 from anyfit.family.journal import Journal
 from anyfit.targets import gguf_check
 from anyfit.tasks.language import Reference, measure
-from anyfit.testing.models import save_tiny, tiny_text
+from anyfit.testing.models import save_tiny
 
 FORMATS = ("BF16", "Q8_0", "Q4_K", "Q2_K")
 SMALL: dict[str, Any] = {"formats": FORMATS, "length": 32, "segments": 8}
@@ -46,13 +46,6 @@ def fewer_measurements() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny") / "tiny-llama", "llama", tie_word_embeddings=True)
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "notes.txt"
-    path.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ _ROWS_AT_ONCE = 512
 class Moments:
     """Running sum of x xᵀ of one input, float64 across batches, and exact: the same in any order of the batches. Where x is.
 
-    `agree`: what is called with the largest number of this process's first batch, and returns that of all batches' first. `spread`: what
-    is told besides how large the numbers are.
+    `agree`: what is called with the largest number of this process's first batch, and returns that of all batches' first. `spread`:
+    where it is counted, too, how large the numbers are; None where nobody asks.
     """
 
     def __init__(self, columns: int, agree: Callable[[float], float], spread: Spread | None = None) -> None:
