@@ -34,6 +34,8 @@ Qualities = Mapping[Config, Quality]
 RECIPE = "ziplm"
 THREADS, ROUNDS, SECONDS = 1, 31, 20.0
 """Rounds of everything that is timed side by side; a third of them where they take longer than this."""
+NEARBY = (1.0, 0.97, 0.94, 0.91)
+"""Shares of a predicted time: of what is found within them, whoever is compared takes what is measured to keep to a time."""
 NUM_SENTENCES, LENGTH = 2000, 32
 """Sentences of each kind, and tokens of each at most."""
 
@@ -125,6 +127,11 @@ def timed(family: Family, points: Sequence[Point], folder: Path, batch: int, seq
     for number, config in enumerate(configs):
         write(family, config, folder / f"{number}")
     return dict(zip(configs, side_by_side(family, [folder / f"{n}" for n in range(len(configs))], batch, sequence), strict=True))
+
+
+def within(taken: Taken, ms: float, candidates: Sequence[Point]) -> Point:
+    """The first that is measured to take no longer; the last where all do. `candidates`: largest first."""
+    return next((point for point in candidates if taken[point.config] <= ms), candidates[-1])
 
 
 def qualities(family: Family, points: Sequence[Point]) -> dict[Config, Quality]:

@@ -59,7 +59,7 @@ class Variant(nn.Module):
     def __init__(self, stored: Stored, rank: int, generator: Generator) -> None:
         super().__init__()
         assert isinstance(stored.format_, GridFormat)
-        self.stored, self.format_ = stored, stored.format_
+        self.order, self.format_ = stored.order, stored.format_
         self.adapter: Adapter | None = None
         self.factors = nn.ParameterDict()
         codes, self.scales = self.format_.read(stored.data)
@@ -74,7 +74,7 @@ class Variant(nn.Module):
             self.adapter = Adapter(outputs, groups, min(rank, groups), scale, generator)
             return
         for half in dict.fromkeys(half for half in (self.format_.scale_half, self.format_.offset_half) if half):
-            self.factors[half] = nn.Parameter(torch.zeros(placed(self.scales.stored[half], stored.order).shape))
+            self.factors[half] = nn.Parameter(torch.zeros(placed(self.scales.stored[half], self.order).shape))
 
     def trained(self) -> list[nn.Parameter]:
         return [*(self.adapter.parameters() if self.adapter else ()), *self.factors.parameters()]
@@ -108,18 +108,18 @@ class Variant(nn.Module):
             return None
         if self.adapter is not None:
             assert isinstance(self.format_, IntegerFormat)
-            zero = self.format_.zero_of(self.scales.scale, self.scales.offset - taken(self.adapter.sums.cpu(), self.stored.order))
+            zero = self.format_.zero_of(self.scales.scale, self.scales.offset - taken(self.adapter.sums.cpu(), self.order))
             return self.format_.assemble({**self.scales.stored, "zero": zero})
         halves = dict(self.scales.stored)
         for half, factor in self.factors.items():
-            moved = halves[half].float() * taken(factor.exp().cpu(), self.stored.order)
+            moved = halves[half].float() * taken(factor.exp().cpu(), self.order)
             halves[half] = moved.clamp(-HALF_MAX, HALF_MAX).to(halves[half].dtype)
         return self.format_.assemble(halves)
 
     def settle(self, scales: Scales) -> None:
         """Run with these scales, rows in stored order, from now on; nothing is left to train."""
         self.scales, self.adapter, self.factors = scales, None, nn.ParameterDict()
-        self.scale, self.offset = (placed(part, self.stored.order).to(self.codes.device) for part in (scales.scale, scales.offset))
+        self.scale, self.offset = (placed(part, self.order).to(self.codes.device) for part in (scales.scale, scales.offset))
 
 
 def trains_offsets(format_: GridFormat) -> bool:
