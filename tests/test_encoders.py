@@ -9,20 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
 import anyfit
+from anyfit import measuring
+from anyfit.api import prepare
 from anyfit.architectures import architecture_of
 from anyfit.calibration.collect import collect
 from anyfit.calibration.data import PURPOSES, load
+from anyfit.core.budget import LATENCY
 from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.errors import DataError, ModelError, UserError
+from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting
+from anyfit.costs.probes import shape_of
 from anyfit.family import Family
 from anyfit.interface import PADDING, TEXTS
 from anyfit.progress import Silent
 from anyfit.recipes import recipes
 from anyfit.structure.cutting import sizes
-from anyfit.structure.levels import kept_of
+from anyfit.structure.levels import kept_of, widths
 from anyfit.tasks import embedding
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.trainers import loop
@@ -69,6 +74,24 @@ def test_each_text_is_a_segment_with_padding(family: Family, model: Path) -> Non
         tokens = segment[segment != PADDING].tolist()
         assert tokens[0] == 0 and tokens[-1] == 1
         assert any(tuple(tokens[:-1]) == line[: len(tokens) - 1] for line in lines)
+
+
+@pytest.mark.parametrize("formats", [None, ("F32",), ("F32", "int8_sym")])
+def test_what_is_in_no_block_takes_time_too(formats: tuple[str, ...] | None, model: Path, sentences: Path, tmp_path: Path) -> None:
+    """An encoder of texts has no head that it could be counted with."""
+    pytest.importorskip("onnxscript", reason="needs anyfit[onnxruntime]")
+    shape = shape_of(AutoConfig.from_pretrained(model))
+    modules = {(ATTENTION, groups, "F32"): 0.5 * groups for groups in range(1, shape.groups + 1)}
+    modules |= {(FEED_FORWARD, width, "F32"): width / 1024 for width in widths(shape.width)}
+    modules |= {(kind, size, "int8_sym"): ms / 2 for (kind, size, _), ms in modules.items()}
+    blocks = shape.blocks * (modules[ATTENTION, shape.groups, "F32"] + modules[FEED_FORWARD, shape.width, "F32"])
+    whole = {"F32": blocks + 1.0, "int8_sym": blocks / 2 + 3.0}
+    device = Device.here(measuring._stopwatch("onnxruntime").runtime, 1)
+    LatencyTable("onnxruntime", device, Setting(1, LENGTH), shape, whole, modules).write(tmp_path / "latency.json")
+    space = prepare(model, data=sentences, target="onnxruntime", latency=tmp_path / "latency.json", formats=formats, **ASKED).space
+    assert space.costs(space.largest())[LATENCY] == pytest.approx(whole["F32"])
+    embedding = next(decision for decision in space.decisions if "embedding" in decision.unit.name) if formats else None
+    assert embedding is None or [c.others[LATENCY] for c in embedding.choices] == pytest.approx([1.0, 3.0][: len(embedding.choices)])
 
 
 @pytest.mark.parametrize("budget", ["90%", "70%", "macs <= 50%"])

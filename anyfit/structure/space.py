@@ -88,13 +88,14 @@ class Pruning:
         at_level = self._cut(halves)
         inside = {name for half in halves.values() for name in half}
         decided = [weight for weight in self.weights if weight.block is None and self.outside]
+        carrying = max(decided, key=lambda weight: weight.input == "head", default=None)  # an encoder of texts has no head
         fixed = {name: t.shape for name, t in _stored(whole).items() if name not in inside and name not in {w.name for w in decided}}
         added = [storage.bytes_(name, shape, storage.dense) for name, shape in fixed.items()]
         latency = {} if self.measured is None else {LATENCY: 0.0 if decided else self.measured.rest(storage.dense)}
         return Space(
             decisions=(
                 *(self._module(structure, at_level[name], storage) for name, structure in self.structures.items()),
-                *(self._outside(weight, storage) for weight in decided),
+                *(self._outside(weight, storage, carries=weight is carrying) for weight in decided),
             ),
             fixed_bytes=storage.fixed_bytes + sum(size for size, _ in added),
             fixed_stored_bytes=sum(size for _, size in added),
@@ -146,16 +147,15 @@ class Pruning:
                 choices.append(Choice(name, extra + sum(size for size, _ in added), extra + sum(size for _, size in added), others, plain))
         return Decision(Unit(structure.reader.name, structure.weights), tuple(choices), structure.axis, refused)
 
-    def _outside(self, weight: Weight, storage: Storage) -> Decision:
-        """The embedding or the head: whatever else takes time is counted with the head."""
+    def _outside(self, weight: Weight, storage: Storage, *, carries: bool) -> Decision:
+        """The embedding or the head. The one that `carries`: whatever else takes time is counted with it."""
         choices, refused, shape = [], {}, torch.Size(weight.shape)
         for format_ in self.formats:
             if why := storage.refuses(weight.name, shape, format_):
                 refused[format_] = why
                 continue
             size, stored = storage.bytes_(weight.name, shape, format_)
-            head = weight.input == "head"
-            latency = {} if self.measured is None else {LATENCY: self.measured.rest(format_) if head else 0.0}
+            latency = {} if self.measured is None else {LATENCY: self.measured.rest(format_) if carries else 0.0}
             choices.append(Choice(format_, size, stored, {MACS: 0.0, **latency}))
         return Decision(Unit(weight.name, (weight,)), tuple(choices), refused=refused)
 
