@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import count, repeat
 
@@ -64,6 +65,28 @@ def test_what_is_no_table_is_refused(text, tmp_path):
         LatencyTable.read(tmp_path / "table.json")
     with pytest.raises(UserError, match="no file"):
         LatencyTable.read(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0, "fast", None])
+@pytest.mark.parametrize("part", ["whole", "modules"])
+def test_what_is_no_latency_is_refused(part, wrong, tmp_path):
+    data = table().to_json()
+    changed = data["whole"] if part == "whole" else data["modules"][1]
+    changed["F32" if part == "whole" else "ms"] = wrong
+    refused(data, tmp_path)
+
+
+@pytest.mark.parametrize(("part", "field"), [("whole", "F16"), ("device", "threads"), ("shape", "width"), ("setting", "sequence")])
+def test_parts_of_a_table_are_what_they_should_be(part, field, tmp_path):
+    data = table().to_json()
+    data[part][field] = 2.5
+    refused(data, tmp_path)
+
+
+def refused(data, folder):
+    (folder / "table.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"table\.json is no table of latencies"):
+        LatencyTable.read(folder / "table.json")
 
 
 class FakeStopwatch(Stopwatch):

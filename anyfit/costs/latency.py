@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anyfit.core.errors import UserError
 from anyfit.core.files import read_json, write_json
@@ -25,6 +26,7 @@ KINDS = (ATTENTION, FEED_FORWARD)
 PREFILL, DECODE = "prefill", "decode"
 PHASES = (PREFILL, DECODE)
 _VERSION = 2
+_Part = TypeVar("_Part", "Device", "Setting", "Shape")
 
 
 @dataclass(frozen=True)
@@ -128,14 +130,22 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LatencyTable:
-        return cls(
+        """Raises `ValueError`, `TypeError` or `KeyError` for what `to_json` doesn't make."""
+        made = cls(
             data["target"],
-            Device(**data["device"]),
-            Setting(**data["setting"]),
-            Shape(**data["shape"]),
-            data["whole"],
+            _made(Device, data["device"]),
+            _made(Setting, data["setting"]),
+            _made(Shape, data["shape"]),
+            dict(data["whole"]),
             {(row["kind"], row["size"], row["format"]): row["ms"] for row in data["modules"]},
         )
+        if not isinstance(made.target, str):
+            raise TypeError("the target is no name")
+        if not all(0 <= ms < math.inf for ms in made.modules.values()) or not all(0 < ms < math.inf for ms in made.whole.values()):
+            raise ValueError("not all latencies are milliseconds")
+        if made.whole.keys() != {format_ for _, _, format_ in made.modules}:
+            raise ValueError("the network and its modules were timed in different formats")
+        return made
 
     def __str__(self) -> str:
         setting, device = self.setting, self.device
@@ -173,6 +183,13 @@ class LatencyTable:
         """Raises `UserError` where these latencies are another network's than one of this shape."""
         if differences := _differences(self.shape, shape):
             raise UserError(f"These latencies are another network's: {differences}.", remedy="Measure this one.")
+
+
+def _made(kind: type[_Part], data: Mapping[str, Any]) -> _Part:
+    """Raises `TypeError` where a field is missing, left over, or of another type."""
+    if wrong := [field.name for field in fields(kind) if type(data[field.name]).__name__ != field.type]:
+        raise TypeError(f"{', '.join(wrong)} of another type")
+    return kind(**data)
 
 
 def _differences(own: Device | Shape, other: Device | Shape) -> str:
