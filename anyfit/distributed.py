@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from anyfit.core.errors import UserError
-from anyfit.core.memory import release
+from anyfit.core.memory import release, return_at_once
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -111,6 +111,7 @@ class Group:
             return
         from torch.distributed.fsdp import fully_shard
 
+        return_at_once()  # blocks that were gathered: kept by the C library, they take more than what is shared out saves
         trained = {value for value in block.parameters() if value.requires_grad}
         fully_shard(block, mesh=_mesh(self.size), reshard_after_forward=True, ignored_params=trained)
         release()

@@ -20,7 +20,7 @@ from typing import Any
 from synthetic import Shape, write
 from table import Row, Section
 
-SHAPE = Shape(width=768, num_blocks=16, vocabulary=2048)
+SHAPE = Shape(width=1024, num_blocks=16, vocabulary=2048)
 FORMATS = ("int8_asym", "int2_offset", "int4_offset")
 STEPS, RANK, LENGTH, SEGMENTS, HELD_OUT = 2, 8, 64, 32, 4
 LEAST = 0.7

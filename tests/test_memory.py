@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,39 @@ def test_a_peak_is_seen_and_then_forgotten() -> None:
     del held
     memory.release()
     assert memory.Peak().bytes_ < before + 100e6
+
+
+KEEPING = """
+import ctypes, sys
+from pathlib import Path
+from anyfit.core import memory
+if sys.argv[1] == "at once":
+    memory.return_at_once()
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+library = ctypes.CDLL(None)
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def taken(size):
+    place = library.malloc(size)
+    ctypes.memset(place, 1, size)
+    return place
+library.free(taken(24 << 20))  # from now on the library keeps blocks of this size
+large, small = zip(*((taken(8 << 20), taken(100_000)) for _ in range(20)))
+before = held()
+for place in large:
+    library.free(place)
+print(before - held())
+"""
+
+
+@pytest.mark.skipif(memory._library() is None, reason="only glibc keeps blocks like that")
+def test_large_blocks_go_back_at_once() -> None:
+    found = {}
+    for how in ("later", "at once"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        done = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True, env=environment)
+        found[how] = int(done.stdout)
+    assert found["at once"] > 150e6 > 60e6 > found["later"], found
 
 
 def test_free_memory_is_less_than_all() -> None:

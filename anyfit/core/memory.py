@@ -11,12 +11,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+_LARGE = 1 << 20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""As malloc.h has them."""
+
 
 def release() -> None:
     """Return freed memory to the system: the C library keeps blocks of up to 32 MB for later, where its lists get fragmented."""
     library = _library()
     if library is not None:
         library.malloc_trim(0)
+
+
+def return_at_once() -> None:
+    """From now on, return whatever is larger than `_LARGE` to the system once it is freed, whatever the C library has learnt to keep. Costs
+    time, as the next one has to be mapped again: for what comes and goes in large blocks, of many sizes, among others that stay."""
+    library = _library()
+    if library is not None:
+        for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            library.mallopt(parameter, _LARGE)
 
 
 @cache
