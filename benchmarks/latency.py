@@ -14,19 +14,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from table import Row, Section, finish_page
-from transformers import PretrainedConfig, PreTrainedModel
 
-from anyfit import network
-from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import RuntimeMissingError
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, PREFILL, Setting, Shape
-from anyfit.costs.probes import probe, shape_of
+from anyfit.costs.probes import probe, shape_of, sized
 from anyfit.costs.stopwatch import Clock, Stopwatch, measure, pinned, sizes
 from anyfit.progress import to_stderr
-from anyfit.structure.cutting import Kept, cut
 from anyfit.targets import targets
 from anyfit.zoo import MODEL
 
@@ -47,13 +42,6 @@ class Runtime:
 
 
 RUNTIMES = (Runtime("onnxruntime", ("F32", "int4_sym")), Runtime("llama.cpp", ("F16", "Q4_0")))
-
-
-def smaller(config: PretrainedConfig, blocks: list[tuple[int, int]]) -> PreTrainedModel:
-    """The network with so many groups and such a width in each block."""
-    model = network.frame(config, trust_remote_code=False)
-    with network.quiet():
-        return cut(model, architecture_of(model), [Kept(torch.arange(groups), torch.arange(width)) for groups, width in blocks])
 
 
 def networks(shape: Shape) -> dict[str, list[tuple[int, int]]]:
@@ -77,7 +65,7 @@ def rows(stopwatch: Stopwatch, runtime: Runtime, setting: Setting) -> list[Row]:
             made.append(Row((name, "uncut", f"{table.whole[name]:.3f}", "", "")))
             for about, blocks in networks(shape).items():
                 with tempfile.TemporaryDirectory() as folder:
-                    share = clock.share(stopwatch.ready(smaller(config, blocks), name, setting, 1, Path(folder)))
+                    share = clock.share(stopwatch.ready(sized(config, blocks), name, setting, 1, Path(folder)))
                 modules = [module for groups, width in blocks for module in ((ATTENTION, groups), (FEED_FORWARD, width))]
                 predicted, found = table.predict(name, modules), share * table.whole[name]
                 off = predicted / found - 1

@@ -1,9 +1,9 @@
-"""Networks to be timed: one with smaller blocks, which keep all of their modules, one kind, or none."""
+"""Networks to be timed: with smaller blocks, which keep all of their modules, one kind, or none."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,15 @@ def shape_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Sh
     return Shape(config.model_type, config.hidden_size, first.head_dim, first.heads, first.groups, first.channels, 1 + len(others), out)
 
 
+def sized(config: PretrainedConfig, blocks: Sequence[tuple[int, int]], *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A network whose blocks are cut to (groups, width) each, its parameters on the meta device."""
+    model = network.frame(config, trust_remote_code=trust_remote_code)
+    with network.quiet():
+        return cut(model, architecture_of(model), [Kept(torch.arange(groups), torch.arange(width)) for groups, width in blocks])
+
+
 def probe(config: PretrainedConfig, shape: Shape, kept: Collection[str] = KINDS, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A network whose blocks are cut to this shape, its parameters on the meta device; of its modules only the `kept` kinds are there.
+    """A network whose blocks are all cut to this shape; of its modules only the `kept` kinds are there.
 
     Where a kind is left out, so is most of the vocabulary: only differences of such networks mean anything.
     """
@@ -40,7 +47,5 @@ def probe(config: PretrainedConfig, shape: Shape, kept: Collection[str] = KINDS,
         fewer: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
         for name, value in fewer.items():
             setattr(changed, name, value)
-    model = network.frame(changed, trust_remote_code=trust_remote_code)
-    own = Kept(torch.arange(shape.groups if ATTENTION in kept else 0), torch.arange(shape.width if FEED_FORWARD in kept else 0))
-    with network.quiet():
-        return cut(model, architecture_of(model), [own] * shape.blocks)
+    own = (shape.groups if ATTENTION in kept else 0, shape.width if FEED_FORWARD in kept else 0)
+    return sized(changed, [own] * shape.blocks, trust_remote_code=trust_remote_code)

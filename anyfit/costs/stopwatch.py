@@ -17,19 +17,25 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import UserError
-from anyfit.costs.latency import ATTENTION, DECODE, KINDS, Device, LatencyTable, Setting, Shape, cores
-from anyfit.costs.probes import probe, shape_of
+from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape, cores
+from anyfit.costs.probes import probe, shape_of, sized
 from anyfit.interface import interface_of
 from anyfit.progress import Progress, Silent
 from anyfit.structure.levels import widths
 
 Run = Callable[[], object]
 """One run of a network that is ready."""
+Took = Mapping[tuple[str, int], float]
+"""Of modules, by kind and size, as shares of the whole network's time."""
+Block = tuple[int, int]
+"""Groups of its attention, width of its feed-forward."""
 
 SECONDS, ROUNDS = 1.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 LONG, FEWEST = 6.0, 7
 """A network that takes so many seconds is timed in so many rounds, though."""
+MIXED, SPREAD = (0.75, 0.5, 0.25), 0.5
+"""How much of its modules a network of mixed sizes has, about, and how far from that single modules are, as a share of it."""
 
 
 class Stopwatch(ABC):
@@ -66,8 +72,12 @@ def measure(
 ) -> LatencyTable:
     """Time a network of this config and its modules in each format (default: the stopwatch's first).
 
-    Every module is timed beside the whole network, the two taking turns, and what counts is the median of their ratios: what
+    Every network is timed beside the whole one, the two taking turns, and what counts is the median of their ratios: what
     slows the machine down for a while slows down both. So is the whole network in any format but the first, beside that.
+
+    Modules are what networks of one kind of them take beyond an empty one. As such differences needn't add up, they are brought to what
+    the whole network takes beyond one with empty blocks: both of these are predicted as they were measured. Between them, smaller modules
+    count for as much more as networks of mixed sizes were found to take, so that a prediction is an upper bound.
     Raises `UserError` for what can't be timed.
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
@@ -76,37 +86,96 @@ def measure(
     setting = replace(setting, sequence=interface_of(config).length(config) or setting.sequence)
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
-    ladder = [(kind, size) for kind in KINDS for size in sizes(shape, kind)]
+    ladder = {kind: sizes(shape, kind) for kind in KINDS}
 
-    def ready(part: Shape, kept: Sequence[str], format_: str, folder: Path) -> Run:
-        model = probe(config, part, kept, trust_remote_code=trust_remote_code)
+    def ready(model: PreTrainedModel, format_: str, folder: Path) -> Run:
         return stopwatch.ready(model, format_, setting, threads, folder)
 
     def slower(format_: str) -> float:
         """How many times as long the whole network takes in a format as in the first."""
+        model = probe(config, shape, trust_remote_code=trust_remote_code)
         with tempfile.TemporaryDirectory() as folder:
-            plain = Clock(ready(shape, KINDS, formats[0], _new(folder, "plain")), threads)
-            return plain.share(ready(shape, KINDS, format_, _new(folder, "whole")))
+            plain = Clock(ready(model, formats[0], _new(folder, "plain")), threads)
+            return plain.share(ready(model, format_, _new(folder, "whole")))
 
-    with pinned(threads), (progress or Silent()).stage("measure", len(formats) * (len(ladder) + 1)) as stage:
+    number = len(formats) * (sum(map(len, ladder.values())) + 2 + len(MIXED))
+    with pinned(threads), (progress or Silent()).stage("measure", number) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
-                clock = Clock(ready(shape, KINDS, name, _new(folder, "whole")), threads)
-                empty = clock.share(ready(shape, (), name, _new(folder, "empty")))
-                stage.advance(detail=name)
-                shares = {}
-                for kind, size in ladder:
+                clock = Clock(ready(probe(config, shape, trust_remote_code=trust_remote_code), name, _new(folder, "whole")), threads)
+
+                def share(model: PreTrainedModel, about: str, name: str = name, clock: Clock = clock) -> float:
                     with tempfile.TemporaryDirectory() as own:
-                        part = replace(shape, groups=size) if kind == ATTENTION else replace(shape, width=size)
-                        shares[kind, size] = clock.share(ready(part, (kind,), name, Path(own)))
-                    stage.advance(detail=f"{kind} {size} {name}")
+                        found = clock.share(ready(model, name, Path(own)))
+                    stage.advance(detail=f"{about} {name}")
+                    return found
+
+                took = _modules(share, config, shape, ladder, stopwatch.instead, trust_remote_code=trust_remote_code)
                 whole[name] = whole[formats[0]] * slower(name) if whole else clock.whole
-                took = {key: max(0.0, share - empty) / shape.blocks * whole[name] for key, share in shares.items()}
-                modules |= {(*key, name): ms for key, ms in _alone(took, stopwatch.instead).items()}
+                modules |= {(*key, name): own * whole[name] for key, own in took.items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
 
 
-def _alone(took: Mapping[tuple[str, int], float], instead: Sequence[str]) -> dict[tuple[str, int], float]:
+def _modules(
+    share: Callable[[PreTrainedModel, str], float],
+    config: PretrainedConfig,
+    shape: Shape,
+    ladder: Mapping[str, Sequence[int]],
+    instead: Sequence[str],
+    *,
+    trust_remote_code: bool,
+) -> Took:
+    """What modules take, from the `share` of the whole network's time that networks take."""
+
+    def part(own: Shape, kept: Sequence[str], about: str) -> float:
+        return share(probe(config, own, kept, trust_remote_code=trust_remote_code), about)
+
+    def mixed(blocks: Sequence[Block], about: str) -> float:
+        return share(sized(config, blocks, trust_remote_code=trust_remote_code), about)
+
+    empty, took = part(shape, (), "empty"), dict[tuple[str, int], float]()
+    for kind in KINDS:
+        for size in ladder[kind]:
+            own = replace(shape, groups=size) if kind == ATTENTION else replace(shape, width=size)
+            took[kind, size] = max(0.0, part(own, (kind,), f"{kind} {size}") - empty) / shape.blocks
+    rest = mixed([(0, 0)] * shape.blocks, "rest")
+    adding_up = _adding_up(_alone(took, instead), shape, rest)
+    return _bounding(adding_up, shape, rest, [(mix, mixed(mix, "mixed sizes")) for mix in _mixes(shape.blocks, ladder)])
+
+
+def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]]:
+    """So many blocks of networks with about so much of everything, by turns more of the one and of the other."""
+
+    def nearest(kind: str, share: float) -> int:
+        return min(ladder[kind], key=lambda size: abs(size - share * max(ladder[kind])))
+
+    turns = [(1 - SPREAD, 1 + SPREAD), (1 + SPREAD, 1 - SPREAD)]
+    pairs = [[(nearest(ATTENTION, share * own), nearest(FEED_FORWARD, share * other)) for own, other in turns] for share in MIXED]
+    return [[pair[block % 2] for block in range(number)] for pair in pairs]
+
+
+def _adding_up(took: Took, shape: Shape, rest: float) -> Took:
+    """All of them by one factor, so that with the rest they are the whole network's time, 1."""
+    modules = shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS)
+    factor = max(0.0, 1 - rest) / modules if modules else 0.0
+    return {key: factor * own for key, own in took.items()}
+
+
+def _bounding(took: Took, shape: Shape, rest: float, found: Iterable[tuple[Sequence[Block], float]]) -> Took:
+    """Smaller modules by one factor, as large as these networks need to take no longer than predicted; none more than a whole one."""
+    margin = 1.0
+    for blocks, share in found:
+        known, smaller = rest, 0.0
+        for kind, size in ((kind, size) for block in blocks for kind, size in zip(KINDS, block, strict=True)):
+            if size == shape.full(kind):
+                known += took[kind, size]
+            else:
+                smaller += took[kind, size]
+        margin = max(margin, (share - known) / smaller if smaller else 1.0)
+    return {(kind, size): min(margin * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
+
+
+def _alone(took: Took, instead: Sequence[str]) -> Took:
     """Modules without what had to run beside them, and what runs where one is left out as a module of size 0; by kind and size."""
     found = dict(took)
     for kind in instead:
