@@ -90,12 +90,14 @@ def refused(data, folder):
 
 
 class FakeStopwatch(Stopwatch):
-    """Its networks take time on a clock of its own, by a formula; the machine is three times as slow now and then."""
+    """Its networks take time on a clock of its own, by a formula, `changed` by what is in its blocks; the machine is three times as
+    slow now and then."""
 
     formats = ("F32", "F16")
 
     def __init__(self, runtime: str = "fake 1") -> None:
         self.runtime, self.now, self.runs = runtime, 0.0, count()
+        self.changed = lambda took, blocks: took
 
     def ready(self, model, format_, setting, threads, folder):
         assert not list(folder.iterdir())
@@ -104,6 +106,7 @@ class FakeStopwatch(Stopwatch):
         for block in blocks:
             took += block.self_attn.q_proj.out_features / 64 if hasattr(block.self_attn, "q_proj") else 0
             took += block.mlp.up_proj.out_features / 128 if hasattr(block.mlp, "up_proj") else 0
+        took = self.changed(took, [(hasattr(b.self_attn, "q_proj"), getattr(b.mlp, "up_proj", None)) for b in blocks])
         took *= 0.5 if format_ == "F16" else 1.0
 
         def run():
@@ -128,6 +131,37 @@ def test_modules_are_timed_beside_the_whole_network(monkeypatch):
         for width in found.sizes(FEED_FORWARD, name):
             assert found.ms(FEED_FORWARD, width, name) == pytest.approx(width / 128 * factor * slow)
         assert found.rest(name) == pytest.approx(7.0 * factor * slow)
+
+
+def measured_by(fake, monkeypatch):
+    fake.runs = repeat(0)
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: fake.now)
+    monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
+    return stopwatch.measure(fake, tiny_model("llama").config, "fake", SETTING, threads=1)
+
+
+@pytest.mark.parametrize("together", [-0.8, 0.8])
+def test_modules_add_up_to_the_whole_network_and_to_none(together, monkeypatch):
+    """Where a block of both kinds takes other than what they take by themselves."""
+    fake = FakeStopwatch()
+    fake.changed = lambda took, blocks: took + together * sum(attention and up is not None for attention, up in blocks)
+    found = measured_by(fake, monkeypatch)
+    assert found.whole["F32"] == pytest.approx(23 + 2 * together)
+    assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(found.whole["F32"])
+    assert found.predict("F32", []) == pytest.approx(7.0)
+    assert found.predict("F32", [(ATTENTION, 1), (FEED_FORWARD, 256)] * 2) >= 0.99 * (7 + 2 * (2 + 2 + together))
+
+
+def test_networks_of_mixed_sizes_take_no_longer_than_predicted(monkeypatch):
+    """Where they take a tenth longer than their modules do in networks of one size."""
+    fake = FakeStopwatch()
+    fake.changed = lambda took, blocks: took * (1.1 if len({up and up.out_features for _, up in blocks}) > 1 else 1.0)
+    found, exact = measured_by(fake, monkeypatch), measured_by(FakeStopwatch(), monkeypatch)
+    mixed = [(ATTENTION, 1), (FEED_FORWARD, 384), (ATTENTION, 2), (FEED_FORWARD, 128)]
+    assert found.predict("F32", mixed) >= 1.1 * exact.predict("F32", mixed)
+    assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(exact.whole["F32"])
+    for key, ms in found.modules.items():
+        assert exact.modules[key] <= ms <= found.ms(key[0], SHAPE.full(key[0]), "F32"), key
 
 
 def test_formats_are_timed_beside_each_other(monkeypatch):
