@@ -75,9 +75,9 @@ def measure(
     Every network is timed beside the whole one, the two taking turns, and what counts is the median of their ratios: what
     slows the machine down for a while slows down both. So is the whole network in any format but the first, beside that.
 
-    Modules are what networks of one kind of them take beyond an empty one. As such differences needn't add up, they are brought to what
-    the whole network takes beyond one with empty blocks: both of these are predicted as they were measured. Between them, smaller modules
-    count for as much more as networks of mixed sizes were found to take, so that a prediction is an upper bound.
+    Modules are what networks of one kind of them take beyond an empty one, and what the whole network takes besides them is the rest. As
+    such differences needn't add up, networks of mixed sizes are timed, too: smaller modules count for as much more as these were found to
+    take, so that a prediction is an upper bound.
     Raises `UserError` for what can't be timed.
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
@@ -98,7 +98,7 @@ def measure(
             plain = Clock(ready(model, formats[0], _new(folder, "plain")), threads)
             return plain.share(ready(model, format_, _new(folder, "whole")))
 
-    number = len(formats) * (sum(map(len, ladder.values())) + 2 + len(MIXED))
+    number = len(formats) * (sum(map(len, ladder.values())) + 1 + len(MIXED))
     with pinned(threads), (progress or Silent()).stage("measure", number) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
@@ -138,32 +138,29 @@ def _modules(
         for size in ladder[kind]:
             own = replace(shape, groups=size) if kind == ATTENTION else replace(shape, width=size)
             took[kind, size] = max(0.0, part(own, (kind,), f"{kind} {size}") - empty) / shape.blocks
-    rest = mixed([(0, 0)] * shape.blocks, "rest")
-    adding_up = _adding_up(_alone(took, instead), shape, rest)
-    return _bounding(adding_up, shape, rest, [(mix, mixed(mix, "mixed sizes")) for mix in _mixes(shape.blocks, ladder)])
+    return _bounding(_alone(took, instead), shape, [(mix, mixed(mix, "mixed sizes")) for mix in _mixes(shape.blocks, ladder)])
 
 
 def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]]:
-    """So many blocks of networks with about so much of everything, by turns more of the one and of the other."""
+    """So many blocks of networks with about so much of everything, by turns more of the one and of the other. The last block, in which
+    runtimes leave out what nobody asks for, is between."""
 
-    def nearest(kind: str, share: float) -> int:
-        return min(ladder[kind], key=lambda size: abs(size - share * max(ladder[kind])))
+    def nearest(attention: float, feed_forward: float) -> Block:
+        shares = {ATTENTION: attention, FEED_FORWARD: feed_forward}
+        groups, width = (min(ladder[kind], key=lambda size: abs(size - shares[kind] * max(ladder[kind]))) for kind in KINDS)
+        return groups, width
 
-    turns = [(1 - SPREAD, 1 + SPREAD), (1 + SPREAD, 1 - SPREAD)]
-    pairs = [[(nearest(ATTENTION, share * own), nearest(FEED_FORWARD, share * other)) for own, other in turns] for share in MIXED]
-    return [[pair[block % 2] for block in range(number)] for pair in pairs]
-
-
-def _adding_up(took: Took, shape: Shape, rest: float) -> Took:
-    """All of them by one factor, so that with the rest they are the whole network's time, 1."""
-    modules = shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS)
-    factor = max(0.0, 1 - rest) / modules if modules else 0.0
-    return {key: factor * own for key, own in took.items()}
+    found = []
+    for share in MIXED:
+        less, more = share * (1 - SPREAD), share * (1 + SPREAD)
+        turns = [nearest(less, more), nearest(more, less)]
+        found.append([*(turns[block % 2] for block in range(number - 1)), nearest(share, share)])
+    return found
 
 
-def _bounding(took: Took, shape: Shape, rest: float, found: Iterable[tuple[Sequence[Block], float]]) -> Took:
+def _bounding(took: Took, shape: Shape, found: Iterable[tuple[Sequence[Block], float]]) -> Took:
     """Smaller modules by one factor, as large as these networks need to take no longer than predicted; none more than a whole one."""
-    margin = 1.0
+    rest, margin = max(0.0, 1 - shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS)), 1.0
     for blocks, share in found:
         known, smaller = rest, 0.0
         for kind, size in ((kind, size) for block in blocks for kind, size in zip(KINDS, block, strict=True)):
