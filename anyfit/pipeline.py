@@ -429,8 +429,13 @@ class Fit:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should hear before anything is computed."""
-        latency = [] if self.latency is None else [str(self.latency)]
+        latency = [] if self.latency is None else [str(self.latency), *self._untimed(self.latency)]
         return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []), *latency)
+
+    def _untimed(self, table: LatencyTable) -> Iterator[str]:
+        """What is said of formats that latencies don't know; see `_measured`."""
+        if untimed := [name for name in self.settings.formats if name not in table.whole]:
+            yield f"{', '.join(untimed)}: not timed, and counted as no faster than {CutTarget.of(self.target).dense(self.source)}"
 
     def keep_source(self, store: Store) -> None:
         """What exports need of the original, and the tokens of all three splits."""
