@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
-from anyfit.importance.trajectory import MANIFOLD_SHARE, TEMPERATURE, Trajectory, trajectories
+from anyfit.importance.trajectory import LAST_BLOCK, MANIFOLD_SHARE, TEMPERATURE, Trajectory, _Network, trajectories
 from anyfit.interface import PICTURES, interface_of
 from anyfit.progress import Silent
 from anyfit.structure.cutting import Kept, cut, sizes
@@ -116,6 +116,17 @@ def test_a_head_of_pictures_that_is_zero_costs_nothing_and_no_head_is_preferred(
     assert torch.allclose(after[0].groups, before[0].groups[order], rtol=1e-3, atol=1e-9)
     assert torch.allclose(after[0].channels, before[0].channels, rtol=1e-3)
     assert torch.allclose(after[1].groups, before[1].groups, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_of_one_picture_predictions_alone_are_compared() -> None:
+    """It lies to no other picture, so that its manifold losses are rounding errors, which would order structures otherwise."""
+    model, picture = tiny_model("vit"), PHOTOGRAPHS[:1]
+    network = _Network(model, architecture_of(model), picture)
+    found = trajectories(model, architecture_of(model), picture, channels_together=128, progress=Silent())
+    for index, factor in enumerate((1.0, LAST_BLOCK)):
+        for role, own in (("o", found[index].groups), ("down", found[index].channels)):
+            assert torch.equal(own, factor * network.losses(index, role, len(own))[1]) and (own > 0).all()
 
 
 def test_halves_that_were_removed_have_no_structures() -> None:

@@ -82,7 +82,8 @@ def trajectories(
                 stage.advance(detail=f"block {index}")
     manifold, divergence = (float(torch.cat(parts).sum()) for parts in zip(*found, strict=True))
     factor = manifold / (MANIFOLD_SHARE * divergence) if divergence else 0.0
-    scores = [own + factor * other for own, other in found]
+    # A picture that is alone lies to no other: its manifold losses are rounding errors.
+    scores = [other if network.alone else own + factor * other for own, other in found]
     scores[-2:] = [LAST_BLOCK * own for own in scores[-2:]]
     return [Trajectory(*pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
 
@@ -132,6 +133,7 @@ class _Network:
     def __init__(self, model: PreTrainedModel, architecture: Architecture, segments: Tensor) -> None:
         self.model, self.architecture, self.segments = model, architecture, segments.to(model.device)
         self.interface = interface_of(model.config)
+        self.alone = self.interface is PICTURES and len(segments) == 1
         self.blocks = [model.get_submodule(architecture.block.format(i=i)) for i in range(architecture.num_blocks(model))]
         self.inputs: list[Tensor] = []
         with ExitStack() as hooks:
