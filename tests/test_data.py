@@ -251,6 +251,13 @@ def test_what_cannot_be_used(tmp_path: Path, tokenizer: PreTrainedTokenizerBase,
     assert caught.value.remedy
 
 
+def test_an_encoder_needs_texts_not_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    blank = write("blank.jsonl", '{"text": " "}\n')(tmp_path)
+    with pytest.raises(DataError, match=r"tokens .*; each of the three needs a text\.") as caught:
+        load(blank, tokenizer, length=32, num_calibration=8, num_search=2, num_report=2, texts=True)
+    assert "--length" not in caught.value.remedy
+
+
 def test_messages_that_the_template_refuses(tmp_path: Path) -> None:
     templated = tiny_tokenizer()
     templated.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -180,6 +180,7 @@ def test_lossless_settings_are_shown_like_any_other(tmp_path: Path, family: Fami
         (1234.5, 31.0, "1234 ± 31"),
         (0.25, 0.0, "0.25"),
         (0.25, math.nan, "0.25"),
+        (0.000024986407, 2.8e-21, "2.499e-05"),
     ],
 )
 def test_figures_have_the_digits_that_mean_something(value: float, error: float, text: str) -> None:

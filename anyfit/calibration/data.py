@@ -185,7 +185,7 @@ class _Reader:
 
     def draw(self, passages: Sequence[Passage], wanted: int, seed: int) -> Tensor:
         """At most `wanted` segments, (segments, length) int64: all that fit where the text is scarce."""
-        if self._texts and np.median([passage.size for passage in passages] or [0]) <= self.payload * _BYTES_PER_TOKEN:
+        if self.whole(passages):
             return self._whole(passages, wanted, seed)
         line, rng = Line(passages), np.random.default_rng(seed)
         block = self.payload * _BYTES_PER_TOKEN
@@ -206,6 +206,10 @@ class _Reader:
                     payloads.append(ids[: self.payload])
         rows = [self._prefix + payload + self._suffix for payload in payloads]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
+
+    def whole(self, passages: Sequence[Passage]) -> bool:
+        """Whether each segment is a text."""
+        return self._texts and bool(np.median([passage.size for passage in passages] or [0]) <= self.payload * _BYTES_PER_TOKEN)
 
     def _whole(self, passages: Sequence[Passage], wanted: int, seed: int) -> Tensor:
         """One segment a passage."""
@@ -287,6 +291,10 @@ def _stdlib() -> str:
 def _too_short(description: str, reader: _Reader, parts: dict[str, list[Passage]]) -> DataError:
     counts = {purpose: reader.count(passages) for purpose, passages in parts.items()}
     listed = ", ".join(f"{count} for {purpose}" for purpose, count in counts.items())
+    if reader.whole(next(iter(parts.values()))):
+        return DataError(
+            f"{description} has {sum(counts.values())} tokens ({listed}); each of the three needs a text.", remedy="Add more texts."
+        )
     return DataError(
         f"{description} has {sum(counts.values())} tokens ({listed}); each of the three needs a segment of {reader.length}, "
         f"in all about {round(reader.payload / min(_SHARES))}.",

@@ -165,9 +165,14 @@ def outputs_of(model: PreTrainedModel | Outputs) -> Outputs:
     return lambda segments: interface(network, segments.to(network.device))
 
 
+_ARITHMETIC = 1e-5
+"""A standard error, as a share of its figure, that sums in float32 have anyway."""
+
+
 def plus_minus(value: float, error: float) -> str:
-    """A figure with its standard error, to the digits that mean something: `0.0123 ± 0.0004`."""
-    if not (math.isfinite(error) and error > 0):
+    """A figure with its standard error, to the digits that mean something: `0.0123 ± 0.0004`. Alone where the error is that of arithmetic,
+    as of segments that are all the same."""
+    if not (math.isfinite(error) and error > _ARITHMETIC * abs(value)):
         return f"{value:.4g}"
     decimals = max(0, -math.floor(math.log10(error)) + (1 if error / 10 ** math.floor(math.log10(error)) < 3 else 0))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
