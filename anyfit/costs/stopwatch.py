@@ -34,8 +34,9 @@ SECONDS, ROUNDS = 1.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 LONG, FEWEST = 6.0, 7
 """A network that takes so many seconds is timed in so many rounds, though."""
-MIXED, SPREAD = (0.75, 0.5, 0.25), 0.5
-"""How much of its modules a network of mixed sizes has, about, and how far from that single modules are, as a share of it."""
+MIXED = ((0.75, 0.5), (0.5, 0.5), (0.25, 0.5), (0.25, 1.0))
+"""Networks of mixed sizes: how much of its modules each has, about, and how far from that single modules are, as a share of it. In the
+last one half of the modules are left out."""
 
 
 class Stopwatch(ABC):
@@ -147,12 +148,12 @@ def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]
 
     def nearest(attention: float, feed_forward: float) -> Block:
         shares = {ATTENTION: attention, FEED_FORWARD: feed_forward}
-        groups, width = (min(ladder[kind], key=lambda size: abs(size - shares[kind] * max(ladder[kind]))) for kind in KINDS)
+        groups, width = (min((0, *ladder[kind]), key=lambda size: abs(size - shares[kind] * max(ladder[kind]))) for kind in KINDS)
         return groups, width
 
     found = []
-    for share in MIXED:
-        less, more = share * (1 - SPREAD), share * (1 + SPREAD)
+    for share, spread in MIXED:
+        less, more = share * (1 - spread), share * (1 + spread)
         turns = [nearest(less, more), nearest(more, less)]
         found.append([*(turns[block % 2] for block in range(number - 1)), nearest(share, share)])
     return found
@@ -167,7 +168,7 @@ def _bounding(took: Took, shape: Shape, found: Iterable[tuple[Sequence[Block], f
             if size == shape.full(kind):
                 known += took[kind, size]
             else:
-                smaller += took[kind, size]
+                smaller += took.get((kind, size), 0.0)
         margin = max(margin, (share - known) / smaller if smaller else 1.0)
     return {(kind, size): min(margin * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
 
