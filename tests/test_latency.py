@@ -122,14 +122,18 @@ def test_modules_are_timed_beside_the_whole_network(monkeypatch):
     config = tiny_model("llama").config
     found = stopwatch.measure(fake, config, "fake", SETTING, formats=("F32", "F16"), threads=1)
     assert found.shape == SHAPE and found.device == Device.here("fake 1", 1)
-    assert found.sizes(ATTENTION, "F32") == [1, 2] and found.sizes(FEED_FORWARD, "F16")[-1] == 512
+    assert (
+        found.sizes(ATTENTION, "F32") == [0, 1, 2]
+        and found.ms(ATTENTION, 0, "F32") == pytest.approx(0)
+        and found.sizes(FEED_FORWARD, "F16")[-1] == 512
+    )
     for name, factor in (("F32", 1.0), ("F16", 0.5)):
         slow = found.whole[name] / (23.0 * factor)
         assert slow in (pytest.approx(1), pytest.approx(3))
         for groups in (1, 2):
             assert found.ms(ATTENTION, groups, name) == pytest.approx(2 * groups * factor * slow)
         for width in found.sizes(FEED_FORWARD, name):
-            assert found.ms(FEED_FORWARD, width, name) == pytest.approx(width / 128 * factor * slow)
+            assert found.ms(FEED_FORWARD, width, name) == pytest.approx(width / 128 * factor * slow, abs=1e-6)
         assert found.rest(name) == pytest.approx(7.0 * factor * slow)
 
 
@@ -161,6 +165,15 @@ def test_networks_of_mixed_sizes_take_no_longer_than_predicted(monkeypatch):
     assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(exact.whole["F32"])
     for key, ms in found.modules.items():
         assert exact.modules[key] <= ms <= found.ms(key[0], SHAPE.full(key[0]), "F32"), key
+
+
+def test_a_module_that_is_left_out_takes_what_that_leaves_behind(monkeypatch):
+    """Where blocks that lack one take something for it."""
+    fake = FakeStopwatch()
+    fake.changed = lambda took, blocks: took + 0.2 * sum(attention != (up is not None) for attention, up in blocks)
+    found = measured_by(fake, monkeypatch)
+    truth = 7 + 2 + 4 + 2 * 0.2
+    assert truth - 1e-6 <= found.predict("F32", [(ATTENTION, 1), (FEED_FORWARD, 0), (ATTENTION, 0), (FEED_FORWARD, 512)]) <= 1.05 * truth
 
 
 def test_formats_are_timed_beside_each_other(monkeypatch):

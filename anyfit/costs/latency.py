@@ -99,7 +99,7 @@ class LatencyTable:
         return sorted(size for own, size, name in self.modules if (own, name) == (kind, format_))
 
     def ms(self, kind: str, size: int, format_: str) -> float:
-        """What one module takes. One that is left out (size 0) takes nothing, but for what runs in its place, where that was measured.
+        """What one module takes. One that is left out (size 0) takes what it leaves behind, where that was measured.
         Raises `UserError` for one that wasn't measured."""
         if (kind, size, format_) not in self.modules:
             if size == 0:

@@ -36,7 +36,7 @@ LONG, FEWEST = 6.0, 7
 """A network that takes so many seconds is timed in so many rounds, though."""
 MIXED = ((0.75, 0.5), (0.5, 0.5), (0.25, 0.5), (0.25, 1.0))
 """Networks of mixed sizes: how much of its modules each has, about, and how far from that single modules are, as a share of it. In the
-last one half of the modules are left out."""
+last one a half of the modules is left out."""
 
 
 class Stopwatch(ABC):
@@ -147,9 +147,10 @@ def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]
     runtimes leave out what nobody asks for, is between."""
 
     def nearest(attention: float, feed_forward: float) -> Block:
-        shares = {ATTENTION: attention, FEED_FORWARD: feed_forward}
-        groups, width = (min((0, *ladder[kind]), key=lambda size: abs(size - shares[kind] * max(ladder[kind]))) for kind in KINDS)
-        return groups, width
+        def size(kind: str, share: float) -> int:
+            return min(ladder[kind], key=lambda size: abs(size - share * max(ladder[kind]))) if share else 0
+
+        return size(ATTENTION, attention), size(FEED_FORWARD, feed_forward)
 
     found = []
     for share, spread in MIXED:
@@ -160,17 +161,23 @@ def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]
 
 
 def _bounding(took: Took, shape: Shape, found: Iterable[tuple[Sequence[Block], float]]) -> Took:
-    """Smaller modules by one factor, as large as these networks need to take no longer than predicted; none more than a whole one."""
-    rest, margin = max(0.0, 1 - shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS)), 1.0
+    """As large as these networks need to take no longer than predicted: smaller modules by one factor, none more than a whole one; those
+    that are left out as they then need, none more than the smallest. `found`: networks that leave out modules come last."""
+    rest, bounds = max(0.0, 1 - shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS)), dict(took)
+    whole, margin = {(kind, shape.full(kind)) for kind in KINDS}, 1.0
     for blocks, share in found:
-        known, smaller = rest, 0.0
-        for kind, size in ((kind, size) for block in blocks for kind, size in zip(KINDS, block, strict=True)):
-            if size == shape.full(kind):
-                known += took[kind, size]
-            else:
-                smaller += took.get((kind, size), 0.0)
-        margin = max(margin, (share - known) / smaller if smaller else 1.0)
-    return {(kind, size): min(margin * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
+        modules = [key for block in blocks for key in zip(KINDS, block, strict=True)]
+        absent = sum(size == 0 for _, size in modules)
+        if not absent:
+            smaller = sum(took[key] for key in modules if key not in whole)
+            margin = max(margin, (share - rest - sum(took[key] for key in modules if key in whole)) / smaller if smaller else 1.0)
+            bounds = {(kind, size): min(margin * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
+            continue
+        more = max(0.0, share - rest - sum(bounds.get(key, 0.0) for key in modules)) / absent
+        for kind in KINDS:
+            least = min(own for (other, _), own in bounds.items() if other == kind)
+            bounds[kind, 0] = min(bounds.get((kind, 0), 0.0) + more, least)
+    return bounds
 
 
 def _alone(took: Took, instead: Sequence[str]) -> Took:
