@@ -142,6 +142,7 @@ def test_formats_of_a_network_of_pictures(model: Path, photographs: Path, tmp_pa
     assert any(decision.unit.name == "classifier.weight" for decision in family.space.decisions)
     made = family.export("50%", tmp_path / "small")
     assert all(check.passed for check in made.checks), made.checks
+    assert made.checks[-1].detail.endswith("on 2 pictures")
 
 
 def test_drawn_gradients_have_the_curvature_of_the_loss() -> None:

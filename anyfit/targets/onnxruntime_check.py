@@ -14,7 +14,7 @@ from torch import Tensor
 from anyfit.activations import Static
 from anyfit.core.files import is_full
 from anyfit.elastic.extracted import Extracted, InMemory
-from anyfit.interface import Interface, interface_of
+from anyfit.interface import Interface, interface_of, present
 from anyfit.targets import onnx_file, onnxruntime_session
 from anyfit.targets.base import Check
 from anyfit.targets.onnx_file import GRAPH, NUMBERS, Layout
@@ -171,7 +171,8 @@ def _outputs(path: Path, model: Extracted | InMemory, tokens: Tensor) -> str:
     if products := _products(path, interface, tokens, model):
         found, expected = f"{found}; {products}", model.outputs(tokens)
     fast = task.reference(expected, tokens).measured(lambda segments: onnxruntime_session.outputs(path, interface, segments))
-    return f"{found}; as people run it, {fast.distance} {fast.loss:.1e} on {tokens.numel()} tokens"
+    read = f"{int(present(tokens).sum())} tokens" if interface.words else f"{len(tokens)} pictures"
+    return f"{found}; as people run it, {fast.distance} {fast.loss:.1e} on {read}"
 
 
 def _products(path: Path, interface: Interface, tokens: Tensor, model: Extracted | InMemory) -> str:
