@@ -21,13 +21,13 @@ from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import uncovered
 from anyfit.calibration.data import PURPOSES, Segments
 from anyfit.checkpoint import Checkpoint, Source
-from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.effort import Effort
 from anyfit.core.errors import UserError
 from anyfit.core.files import output_error, remove, sha256, write_json, written_aside
 from anyfit.core.space import Decision, Space, coverage
 from anyfit.core.units import Weight
-from anyfit.costs.latency import ATTENTION, FEED_FORWARD, LatencyTable
+from anyfit.costs.latency import LatencyTable
+from anyfit.costs.parts import measured, untimed
 from anyfit.devices import CPU, device, moved
 from anyfit.distributed import ALONE, Group
 from anyfit.elastic.loaded import loaded
@@ -58,7 +58,7 @@ from anyfit.streaming import Stream
 from anyfit.structure.levels import Structure
 from anyfit.structure.masks import Mask, menu
 from anyfit.structure.masks import space as masked_space
-from anyfit.structure.space import Measured, Pruning, structures
+from anyfit.structure.space import Pruning, structures
 from anyfit.structuring import Structuring
 from anyfit.structuring import table as structured_table
 from anyfit.targets import targets
@@ -185,29 +185,9 @@ class Fit:
             bool(self.settings.formats),
             self.settings.length,
             interface_of(self.checkpoint.config) is LANGUAGE,
-            self._measured(storage.dense),
+            None if self.latency is None else measured(self.latency, storage.dense),
         )
         return found.space(storage)
-
-    def _measured(self, dense: str) -> Measured | None:
-        """What wasn't timed in a format of its own is counted as dense."""
-        if self.latency is None:
-            return None
-        if dense not in self.latency.whole:
-            timed_in = ", ".join(self.latency.whole)
-            raise UserError(
-                f"Latencies were measured in {timed_in}, and this network is stored in {dense}.",
-                remedy=f"Measure again with --formats {dense}.",
-            )
-        table, kinds = self.latency, {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
-
-        def timed(format_: str) -> str:
-            return format_ if format_ in table.whole else dense
-
-        return Measured(
-            lambda structure, kept, format_: table.ms(kinds[structure.axis], kept, timed(format_)),
-            lambda format_: table.rest(timed(format_)),
-        )
 
     def stream(self, store: Store) -> Stream:
         """The network as it runs block by block, its states in the store's folder."""
@@ -429,13 +409,11 @@ class Fit:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should hear before anything is computed."""
-        latency = [] if self.latency is None else [str(self.latency), *self._untimed(self.latency)]
+        latency = []
+        if self.latency is not None:
+            dense = CutTarget.of(self.target).dense(self.source)
+            latency = [str(self.latency), *untimed(self.latency, self.settings.formats, dense)]
         return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []), *latency)
-
-    def _untimed(self, table: LatencyTable) -> Iterator[str]:
-        """What is said of formats that latencies don't know; see `_measured`."""
-        if untimed := [name for name in self.settings.formats if name not in table.whole]:
-            yield f"{', '.join(untimed)}: not timed, and counted as no faster than {CutTarget.of(self.target).dense(self.source)}"
 
     def keep_source(self, store: Store) -> None:
         """What exports need of the original, and the tokens of all three splits."""

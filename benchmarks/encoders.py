@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peers.presets import BENCHMARKS
-from pruned import NEARBY, RECIPE, THREADS, Subject, families, side_by_side
+from pruned import NEARBY, RECIPE, THREADS, Subject, families, side_by_side, within
 from safetensors.torch import load_file
 from table import Row, Section
 from torch import Tensor
@@ -159,7 +159,7 @@ class Contest:
         own = [self.family.extract(config) for config in configs]
         whole, *taken = self._taken([self.original, *others.values(), *own])
         fastest, theirs = min(taken[: len(others)]), taken[len(others) :]
-        place = next((place for place, ms in enumerate(theirs) if ms <= fastest), len(own) - 1)
+        place = within(fastest, theirs)
         found = [("anyfit", own[place], theirs[place]), *zip(others, others.values(), taken, strict=False)]
         return [Rival(name, model, ms, whole / ms) for name, model, ms in found]
 
@@ -290,9 +290,9 @@ def _others(family: Family, budget: float, peers: Mapping[Path, float]) -> dict[
     reference = task_of(family.source.config).reference(largest, family.text()["search"])
     found = {}
     for scope, about in SCOPES.items():
-        within = {path: ms for path, ms in peers.items() if ms <= budget and path.name.startswith(scope)}
-        if within:
-            path = max(within, key=lambda path: within[path])
+        possible = {path: ms for path, ms in peers.items() if ms <= budget and path.name.startswith(scope)}
+        if possible:
+            path = max(possible, key=lambda path: possible[path])
             model = cut_as(family.extract(family.space.largest()), load_file(path))
             found[f"Torch-Pruning ({path.stem.partition('-')[2]}, {about})"] = model
     closest = sorted(found.items(), key=lambda entry: reference.loss(entry[1]))[:1]

@@ -129,9 +129,9 @@ def timed(family: Family, points: Sequence[Point], folder: Path, batch: int, seq
     return dict(zip(configs, side_by_side(family, [folder / f"{n}" for n in range(len(configs))], batch, sequence), strict=True))
 
 
-def within(taken: Taken, ms: float, candidates: Sequence[Point]) -> Point:
-    """The first that is measured to take no longer; the last where all do. `candidates`: largest first."""
-    return next((point for point in candidates if taken[point.config] <= ms), candidates[-1])
+def within(ms: float, taken: Sequence[float]) -> int:
+    """The first place where no more than so many milliseconds were taken; the last one where there is none."""
+    return next((place for place, own in enumerate(taken) if own <= ms), len(taken) - 1)
 
 
 def qualities(family: Family, points: Sequence[Point]) -> dict[Config, Quality]:

@@ -212,7 +212,8 @@ def speed(subject: Subject, batch: int, sequence: int) -> list[Section]:
     uniform = uniform[:: max(1, len(uniform) // 5)][:5]
     nearby = [[family.select(f"ms <= {share * family.size(point):.6f}") for share in NEARBY] for point in uniform]
     taken = timed(family, [*points.values(), *uniform, *chain(*nearby)], folder, batch, sequence)
-    searched = [within(taken, taken[one.config], candidates) for one, candidates in zip(uniform, nearby, strict=True)]
+    pairs = zip(uniform, nearby, strict=True)
+    searched = [candidates[within(taken[one.config], [taken[other.config] for other in candidates])] for one, candidates in pairs]
     quality = qualities(family, [*points.values(), *uniform, *searched])
     sections = [_kept(subject, family, table, points, taken, quality)]
     return [*sections, _beaten(f"batch {batch}, {sequence} tokens", uniform, searched, taken, quality)]

@@ -73,20 +73,22 @@ def test_what_is_no_latency_is_refused(part, wrong, tmp_path):
     data = table().to_json()
     changed = data["whole"] if part == "whole" else data["modules"][1]
     changed["F32" if part == "whole" else "ms"] = wrong
-    refused(data, tmp_path)
+    with pytest.raises(UserError, match=r"table\.json is no table of latencies"):
+        LatencyTable.read(written(data, tmp_path))
 
 
 @pytest.mark.parametrize(("part", "field"), [("whole", "F16"), ("device", "threads"), ("shape", "width"), ("setting", "sequence")])
 def test_parts_of_a_table_are_what_they_should_be(part, field, tmp_path):
     data = table().to_json()
+    assert LatencyTable.read(written(data, tmp_path)) == table()
     data[part][field] = 2.5
-    refused(data, tmp_path)
-
-
-def refused(data, folder):
-    (folder / "table.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"table\.json is no table of latencies"):
-        LatencyTable.read(folder / "table.json")
+        LatencyTable.read(written(data, tmp_path))
+
+
+def written(data, folder):
+    (folder / "table.json").write_text(json.dumps(data))
+    return folder / "table.json"
 
 
 class FakeStopwatch(Stopwatch):

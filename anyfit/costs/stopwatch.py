@@ -78,7 +78,7 @@ def measure(
 
     Modules are what networks of one kind of them take beyond an empty one, and what the whole network takes besides them is the rest. As
     such differences needn't add up, networks of mixed sizes are timed, too: smaller modules count for as much more as these were found to
-    take, so that a prediction is an upper bound.
+    take, and modules that are left out for what they leave behind, so that predictions bound what such networks take.
     Raises `UserError` for what can't be timed.
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
@@ -162,22 +162,27 @@ def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]
 
 def _bounding(took: Took, shape: Shape, found: Iterable[tuple[Sequence[Block], float]]) -> Took:
     """As large as these networks need to take no longer than predicted: smaller modules by one factor, none more than a whole one; those
-    that are left out as they then need, none more than the smallest. `found`: networks that leave out modules come last."""
-    rest, bounds = max(0.0, 1 - shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS)), dict(took)
-    whole, margin = {(kind, shape.full(kind)) for kind in KINDS}, 1.0
-    for blocks, share in found:
-        modules = [key for block in blocks for key in zip(KINDS, block, strict=True)]
-        absent = sum(size == 0 for _, size in modules)
-        if not absent:
-            smaller = sum(took[key] for key in modules if key not in whole)
-            margin = max(margin, (share - rest - sum(took[key] for key in modules if key in whole)) / smaller if smaller else 1.0)
-            bounds = {(kind, size): min(margin * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
-            continue
-        more = max(0.0, share - rest - sum(bounds.get(key, 0.0) for key in modules)) / absent
-        for kind in KINDS:
-            least = min(own for (other, _), own in bounds.items() if other == kind)
-            bounds[kind, 0] = min(bounds.get((kind, 0), 0.0) + more, least)
+    that are left out as they then need, none more than the smallest."""
+    rest = max(0.0, 1 - shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS))
+    networks = [([key for block in blocks for key in zip(KINDS, block, strict=True)], share - rest) for blocks, share in found]
+    factor = max([1.0, *(_factor(took, shape, modules, share) for modules, share in networks if _absent(modules) == 0)])
+    bounds = {(kind, size): min(factor * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
+    left = [(share - sum(bounds.get(key, 0.0) for key in modules)) / _absent(modules) for modules, share in networks if _absent(modules)]
+    for kind in KINDS:
+        least = min(own for (other, _), own in bounds.items() if other == kind)
+        bounds[kind, 0] = min(bounds.get((kind, 0), 0.0) + max([0.0, *left]), least)
     return bounds
+
+
+def _factor(took: Took, shape: Shape, modules: Sequence[tuple[str, int]], share: float) -> float:
+    """By which the smaller ones among a network's modules take its `share` together with the whole ones."""
+    smaller = sum(took[kind, size] for kind, size in modules if size < shape.full(kind))
+    whole = sum(took[kind, size] for kind, size in modules if size == shape.full(kind))
+    return (share - whole) / smaller if smaller else 1.0
+
+
+def _absent(modules: Iterable[tuple[str, int]]) -> int:
+    return sum(size == 0 for _, size in modules)
 
 
 def _alone(took: Took, instead: Sequence[str]) -> Took:
