@@ -48,6 +48,7 @@ from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.loop import Settings, train
 from anyfit.trainers.losses import Divergence
 from anyfit.training import stored_choices, trained, uniform
+from anyfit.tuning.coded import taken
 from anyfit.tuning.refining import windows
 
 FORMATS = ("int2_offset", "int3_offset", "int4_offset")
@@ -60,7 +61,8 @@ EXACT = 1e-4
 KEPT_BYTES = 4 << 30
 """Of the original's predictions: they are looked at some eight times."""
 RATES = (3e-3, 6e-3)
-CANDIDATES = (("balanced", 3e-3), ("frontier", 6e-3))
+BALANCED = ("balanced", 3e-3)
+CANDIDATES = (BALANCED, ("frontier", 6e-3))
 """Of the one run: samplers and rates."""
 ONCE, THIRD, ALL, UNIFORM, NONE = "one run", "three runs, a third each", "three runs, all of it each", "one run, uniform", "GPTQ, untrained"
 
@@ -124,7 +126,7 @@ class Bench:
         """The name of the best of the `CANDIDATES` for the one run on the search split, all of them, and how the best was merged."""
         found, losses, merging = dict[str, ElasticNetwork](), dict[str, float](), dict[str, Section]()
         for sampler, rate in CANDIDATES:
-            name = f"{sampler} {rate:g}"
+            name = named(sampler, rate)
             found[name] = self.trained(name, sampler, replace(settings, rate=rate), None, progress)
             merging[name] = merge_section(self, found[name])
             settle(found[name])
@@ -145,6 +147,10 @@ class Bench:
 
     def quality(self, network: ElasticNetwork, config: Config) -> Quality:
         return measure(network.set(config), self.report)
+
+
+def named(sampler: str, rate: float) -> str:
+    return f"{sampler} {rate:g}"
 
 
 def say(what: str, figures: Mapping[Any, float]) -> None:
@@ -193,9 +199,22 @@ def _codes_and_scales(variant: Variant) -> bool:
     """Whether the bytes with merged offsets hold the very codes and scales that were there."""
     scales = variant.merged()
     assert scales is not None
-    codes, before = variant.format_.read(variant.stored.data)
+    codes = taken(variant.codes, variant.order)
     again, after = variant.format_.read(variant.format_.pack(codes, scales))
-    return torch.equal(codes, again) and torch.equal(before.stored["scale"], after.stored["scale"])
+    return torch.equal(codes, again) and torch.equal(variant.scales.stored["scale"], after.stored["scale"])
+
+
+def samplers_section(bench: Bench, drawn: ElasticNetwork, balanced: ElasticNetwork) -> Section:
+    """Configs drawn uniformly, and by LLM-QFA's schedule: as many steps, at one rate."""
+    rows = []
+    for bits, config in sorted(bench.configs().items()):
+        ours, theirs = bench.quality(balanced, config), bench.quality(drawn, config)
+        holds = ours.perplexity < theirs.perplexity if bits in (BITS[0], BITS[-1]) else None
+        rows.append(Row((f"{bits:g}", *(f"{q.perplexity:.3f} / {q.kl_mean:.5f}" for q in (theirs, ours))), holds))
+    remark = (
+        f"Perplexity / mean KL, as above, both at a rate of {BALANCED[1]:g}. At the ends, balanced holds where its perplexity is lower."
+    )
+    return Section("Samplers", ("bits", "uniform", "balanced"), rows, (remark,))
 
 
 def cost_section(bench: Bench) -> Section:
@@ -245,6 +264,7 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
         f"{RATES[0]:g} and {RATES[1]:g}: {', '.join(f'{rate:g}' for rate in rates)} at 2, 3 and 4 bits. The others have {settings.rate:g}."
     )
     yield Section("Sizes", ("bits", NONE, THIRD, ALL, UNIFORM, ONCE), rows, (remark,))
+    yield samplers_section(bench, networks[UNIFORM], candidates[named(*BALANCED)])
     yield merging
     yield cost_section(bench)
 
