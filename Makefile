@@ -41,6 +41,7 @@ check: $(VENV)/.dev  ## Style, types, and the layers of docs/architecture.md.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy --explicit-package-bases $(foreach code,arg-type assignment dict-item import-not-found index misc override union-attr var-annotated,--disable-error-code $(code)) benchmarks/*.py
 	$(BIN)/lint-imports --no-logo
 
 llamacpp: $(VENV)/.llamacpp  ## llama.cpp itself, compiled here: its checks are skipped without it.

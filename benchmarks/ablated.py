@@ -113,7 +113,9 @@ class ScalesAround(MoreGrids):
     """The product's zero points, with scales around the product's."""
 
     def grids(self, weight: Tensor, importance: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        found = formats.get("int2_asym").fit(weight, importance)
+        asymmetric = formats.get("int2_asym")
+        assert isinstance(asymmetric, GridFormat)
+        found = asymmetric.fit(weight, importance)
         for nudge in (0.0, *NUDGES):
             yield found.scale * (1 + nudge / 3), found.stored["zero"].float()
 

@@ -166,7 +166,7 @@ def picture(comparisons: Sequence[Comparison], path: Path) -> None:
     """KL against bytes: the family as a line, peers as points. One panel a network."""
     figure, axes = plt.subplots(1, len(comparisons), figsize=(6.5 * len(comparisons), 5), squeeze=False, layout="constrained")
     for axis, comparison in zip(axes[0], comparisons, strict=True):
-        points = [(p.bytes_, p.report.kl_mean) for p in comparison.fitted.frontier if p.report is not None]
+        points = [(p.bytes_, p.report.loss) for p in comparison.fitted.frontier if p.report is not None]
         points += [(pair.ours.bytes_, pair.ours.quality.kl_mean) for pair in comparison.pairs if pair.ours is not None]
         axis.plot(*zip(*sorted(points), strict=True), "-o", color="black", markersize=3, label="anyfit")
         results = [pair.theirs for pair in comparison.pairs if isinstance(pair.theirs, Result)]
@@ -204,15 +204,15 @@ def mixed_rows(subject: Subject, fitted: Family) -> Iterator[Row]:
         if mixed.refined:
             continue
         divergence = _divergence(subject, fitted, mixed)
-        lower = 1 - divergence / point.report.kl_mean
-        measured = f"KL {divergence:.5f} against {point.report.kl_mean:.5f}: {lower:.0%} lower"
+        lower = 1 - divergence / point.report.loss
+        measured = f"KL {divergence:.5f} against {point.report.loss:.5f}: {lower:.0%} lower"
         yield Row(
             (subject.name, f"mixed against {point.uniform} everywhere, {point.bits:.2f} bits", measured), holds=lower >= LOWEST_MIXED_GAIN
         )
 
 
 def _divergence(subject: Subject, fitted: Family, point: Point) -> float:
-    return point.report.kl_mean if point.report else kl(fitted.extract(point.config), subject.reference)
+    return point.report.loss if point.report else kl(fitted.extract(point.config), subject.reference)
 
 
 def correlation_row(subject: Subject, fitted: Family) -> Row:
@@ -244,7 +244,7 @@ def refined_rows(comparison: Comparison) -> Iterator[Row]:
             began = time.process_time()
             made = refinement.refine(fitted, f"{size} B", model=subject.folder)
             seconds = time.process_time() - began
-        after = made.point.report.kl_mean if made.kept and made.point.report else before
+        after = made.point.report.loss if made.kept and made.point.report else before
         measured = (f"{before:.5f}", f"{after:.5f}", f"{1 - after / before:.0%}", f"{seconds:.0f}")
         cells = (subject.name, f"{size}", f"{chosen.bits:.2f}", *measured)
         print("  ".join(cells), flush=True)

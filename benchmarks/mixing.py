@@ -52,9 +52,9 @@ def configs(space: Space, finalists: Finalists, format_: str) -> Iterator[tuple[
 
 
 def _searched(finalists: Finalists, config: Config) -> float:
-    quality = finalists._point(config, None).search
+    quality = finalists.point(config).search
     assert quality is not None
-    return quality.kl_mean
+    return quality.loss
 
 
 def section(subject: Subject) -> Section:

@@ -17,6 +17,7 @@ from torch import Tensor
 from anyfit.api import prepare
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.config import Config
+from anyfit.encoding import Encoding
 from anyfit.family.store import VARIANTS, Store
 from anyfit.formats import INTEGER_BITS, formats
 from anyfit.formats.base import Format
@@ -89,7 +90,8 @@ def section(progress: Progress) -> Section:
 
 def _encoded(recipe: str, names: tuple[str, ...], progress: Progress, quantizer: Quantizer | None = None) -> Made:
     with _run(recipe, names) as (run, store):
-        encoding = run.encoding(store, run.stream(store), run.segments.calibration)
+        encoding = run.calibration_pass(store, run.stream(store), run.segments.calibration)
+        assert isinstance(encoding, Encoding)
         encoding = encoding if quantizer is None else replace(encoding, quantizer=quantizer)
         began = time.process_time()
         encoding.run()
