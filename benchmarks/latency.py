@@ -19,7 +19,7 @@ from table import Row, Section, finish_page
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import RuntimeMissingError
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, PREFILL, Setting, Shape
-from anyfit.costs.probes import probe, shape_of, sized
+from anyfit.costs.probes import shape_of, sized
 from anyfit.costs.stopwatch import Clock, Stopwatch, measure, pinned, sizes
 from anyfit.progress import to_stderr
 from anyfit.targets import targets
@@ -61,7 +61,7 @@ def rows(stopwatch: Stopwatch, runtime: Runtime, setting: Setting) -> list[Row]:
     shape = shape_of(config)
     for name in runtime.formats:
         with pinned(1), tempfile.TemporaryDirectory() as whole:
-            clock = Clock(stopwatch.ready(probe(config, shape), name, setting, 1, Path(whole)), 1)
+            clock = Clock(stopwatch.ready(sized(config, [(shape.groups, shape.width)] * shape.blocks), name, setting, 1, Path(whole)), 1)
             made.append(Row((name, "uncut", f"{table.whole[name]:.3f}", "", "")))
             for about, blocks in networks(shape).items():
                 with tempfile.TemporaryDirectory() as folder:

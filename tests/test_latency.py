@@ -17,7 +17,7 @@ from anyfit.architectures.llama import LLAMA
 from anyfit.core.errors import UserError
 from anyfit.costs import stopwatch
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, PHASES, PREFILL, Device, LatencyTable, Setting, Shape
-from anyfit.costs.probes import VOCABULARY, probe, shape_of
+from anyfit.costs.probes import shape_of, sized
 from anyfit.costs.stopwatch import Stopwatch, sizes
 from anyfit.interface import interface_of
 from anyfit.structure import levels
@@ -104,7 +104,7 @@ class FakeStopwatch(Stopwatch):
     def ready(self, model, format_, setting, threads, folder):
         assert not list(folder.iterdir())
         blocks = model.model.layers
-        took = 2.0 + (5.0 if model.config.vocab_size != VOCABULARY else 0.0)
+        took = 7.0
         for block in blocks:
             took += block.self_attn.q_proj.out_features / 64 if hasattr(block.self_attn, "q_proj") else 0
             took += block.mlp.up_proj.out_features / 128 if hasattr(block.mlp, "up_proj") else 0
@@ -197,14 +197,12 @@ def test_formats_are_timed_beside_each_other(monkeypatch):
 
 
 def test_what_runs_in_the_place_of_a_module_is_counted(monkeypatch):
-    """Where a feed-forward can't be left out, its smallest stands beside attentions that are timed, and is what leaving it out takes."""
+    """Where a feed-forward can't be left out: its smallest, which stands in its place, belongs to the rest."""
 
     class NeverWithout(FakeStopwatch):
-        instead = (FEED_FORWARD,)
-
         def ready(self, model, format_, setting, threads, folder):
             for block in model.model.layers:
-                if hasattr(block.self_attn, "q_proj") and not hasattr(block.mlp, "up_proj"):
+                if not hasattr(block.mlp, "up_proj"):
                     block.mlp.up_proj = torch.nn.Linear(1, 32, device="meta")
             return super().ready(model, format_, setting, threads, folder)
 
@@ -214,7 +212,7 @@ def test_what_runs_in_the_place_of_a_module_is_counted(monkeypatch):
     monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
     found = stopwatch.measure(fake, tiny_model("llama").config, "fake", SETTING, threads=1)
     assert found.whole["F32"] == pytest.approx(23.0)
-    assert found.ms(FEED_FORWARD, 0, "F32") == found.ms(FEED_FORWARD, 32, "F32") == pytest.approx(0.25)
+    assert found.ms(FEED_FORWARD, 32, "F32") == pytest.approx(0) and found.rest("F32") == pytest.approx(7.5)
     assert found.ms(ATTENTION, 2, "F32") == pytest.approx(4.0) and found.ms(ATTENTION, 0, "F32") == 0
     assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(23.0)
     assert LatencyTable.from_json(found.to_json()) == found
@@ -253,11 +251,11 @@ def test_kinds_whose_config_cannot_be_told_sizes_are_cut_to_them(kind):
     config = tiny_model(kind).config
     shape = shape_of(config)
     assert (shape.hidden, shape.head_dim, shape.queries, shape.groups, shape.width, shape.blocks) == (256, 64, 1, 4, 512, 2)
-    model = probe(config, replace(shape, groups=3, width=96))
+    model = sized(config, [(3, 96)] * shape.blocks)
     architecture = architecture_of(model)
     shapes = {weight.role: weight.shape for weight in architecture.weights(model) if weight.block == 1}
     assert shapes["o"] == (256, 192) and shapes["down"] == (256, 96) and shapes["up"] == (96, 256)
-    nothing = probe(config, shape, ())
+    nothing = sized(config, [(0, 0)] * shape.blocks)
     _fill(nothing)
     with torch.no_grad():
         interface = interface_of(config)
@@ -267,19 +265,18 @@ def test_kinds_whose_config_cannot_be_told_sizes_are_cut_to_them(kind):
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_a_network_without_a_kind_of_modules_is_one_whose_modules_give_nothing(kind):
     config = tiny_model(kind).config
-    shape = replace(shape_of(config), groups=1, width=96)
+    blocks = shape_of(config).blocks
     tokens = torch.arange(2 * 12).reshape(2, 12)
-    for kept in ((ATTENTION,), (FEED_FORWARD,), ()):
-        model = probe(config, shape, kept)
+    for groups, width in ((1, 0), (0, 96), (0, 0)):
+        model = sized(config, [(groups, width)] * blocks)
         _fill(model)
-        config.vocab_size = VOCABULARY
-        whole = probe(config, shape)
+        whole = sized(config, [(1, 96)] * blocks)
         _fill(whole)
         whole.load_state_dict(model.state_dict(), strict=False)
         for layer in whole.model.layers:
-            if ATTENTION not in kept:
+            if not groups:
                 layer.self_attn.o_proj.weight.zero_()
-            if FEED_FORWARD not in kept:
+            if not width:
                 layer.mlp.down_proj.weight.zero_()
         with torch.no_grad():
             assert torch.allclose(model(tokens).logits, whole(tokens).logits, atol=1e-5)
@@ -287,7 +284,7 @@ def test_a_network_without_a_kind_of_modules_is_one_whose_modules_give_nothing(k
 
 def test_torch_decodes_the_token_that_comes_after_the_cached_ones(tmp_path):
     config = tiny_model("llama").config
-    run = TorchStopwatch().ready(probe(config, shape_of(config)), "F32", Setting(2, 24, DECODE), 1, tmp_path)
+    run = TorchStopwatch().ready(sized(config, [(2, 512)] * 2), "F32", Setting(2, 24, DECODE), 1, tmp_path)
     cache = run.__closure__ and next(cell.cell_contents for cell in run.__closure__ if hasattr(cell.cell_contents, "get_seq_length"))
     for _ in range(3):
         run()
@@ -298,7 +295,7 @@ def test_torch_decodes_the_token_that_comes_after_the_cached_ones(tmp_path):
 def test_onnxruntime_runs_what_a_setting_says(phase, tmp_path):
     pytest.importorskip("onnxruntime")
     config = tiny_model("llama", num_hidden_layers=2).config
-    model = cut(probe(config, shape_of(config)), LLAMA, [Kept(torch.arange(1), torch.arange(64)), Kept(torch.arange(0), None)])
+    model = cut(sized(config, [(2, 512)] * 2), LLAMA, [Kept(torch.arange(1), torch.arange(64)), Kept(torch.arange(0), None)])
     run = targets.get("onnxruntime").stopwatch().ready(model, "int4_sym", Setting(2, 24, phase), 1, tmp_path)
     for _ in range(2):
         logits, keys, values = (item.numpy() for item in run())
@@ -312,9 +309,9 @@ def test_llamacpp_runs_what_a_setting_says(phase, batch, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
     config = tiny_model("llama").config
     watch = targets.get("llama.cpp").stopwatch()
-    for name, kept in (("F16", KINDS), ("Q8_0", (ATTENTION,)), ("Q4_K", (FEED_FORWARD,)), ("Q4_0", ())):
+    for name, block in (("F16", (2, 512)), ("Q8_0", (2, 0)), ("Q4_K", (0, 512)), ("Q4_0", (0, 0))):
         (tmp_path / name).mkdir()
-        run = watch.ready(probe(config, shape_of(config), kept), name, Setting(batch, 24, phase), 1, tmp_path / name)
+        run = watch.ready(sized(config, [block] * 2), name, Setting(batch, 24, phase), 1, tmp_path / name)
         loaded = run.__self__
         for _ in range(2):
             run()
@@ -339,11 +336,11 @@ def test_a_smaller_networks_latency_is_predicted(tmp_path):
     """In plain torch, which builds networks fast; the bar is loose because other tests run beside this one."""
     config = tiny_model("llama").config
     found = measuring_of(config)
-    small = replace(found.shape, groups=1, width=sizes(found.shape, FEED_FORWARD)[6])
-    predicted = found.predict("F32", [(kind, small.full(kind)) for kind in KINDS] * small.blocks)
+    small = [(1, sizes(found.shape, FEED_FORWARD)[6])] * found.shape.blocks
+    predicted = found.predict("F32", [module for block in small for module in zip(KINDS, block, strict=True)])
     watch = TorchStopwatch()
-    whole = watch.ready(probe(config, found.shape), "F32", found.setting, 1, tmp_path)
-    share = stopwatch.Clock(whole, 1).share(watch.ready(probe(config, small), "F32", found.setting, 1, tmp_path))
+    whole = watch.ready(sized(config, [(2, 512)] * 2), "F32", found.setting, 1, tmp_path)
+    share = stopwatch.Clock(whole, 1).share(watch.ready(sized(config, small), "F32", found.setting, 1, tmp_path))
     assert predicted == pytest.approx(share * found.whole["F32"], rel=0.25)
 
 

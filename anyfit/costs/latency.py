@@ -1,7 +1,7 @@
 """Latency as a cost: what each module of a network takes on one device, measured; refused on any other.
 
 A table holds medians for the attention of every number of key/value groups and for the feed-forward of every width that a
-search may choose, as they run among as many of their kind as the network has blocks. What is left of the whole network's
+search may choose, as they run in the place of the whole ones. What is left of the whole network's
 time (embedding, head, norms, masks) is its `rest`, so a network's latency is predicted as the rest and the sum of its modules,
 after ZipLM (https://arxiv.org/abs/2302.04089), section 3.2.
 """

@@ -1,10 +1,8 @@
-"""Networks to be timed: with smaller blocks, which keep all of their modules, one kind, or none."""
+"""Networks to be timed: of which blocks are smaller, or parts are left out."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -12,12 +10,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from anyfit import network
 from anyfit.architectures import architecture_of
 from anyfit.core.errors import UserError
-from anyfit.costs.latency import ATTENTION, FEED_FORWARD, KINDS, Shape
+from anyfit.costs.latency import Shape
 from anyfit.interface import interface_of
 from anyfit.structure.cutting import Kept, cut, sizes
-
-VOCABULARY = 256
-"""Tokens of a network that is timed for its modules: as few as make embedding and head cost nothing."""
 
 
 def shape_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Shape:
@@ -31,21 +26,7 @@ def shape_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Sh
 
 
 def sized(config: PretrainedConfig, blocks: Sequence[tuple[int, int]], *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A network whose blocks are cut to (groups, width) each, its parameters on the meta device."""
+    """A network whose blocks are cut to (groups, width) each, its parameters on the meta device. 0: without that part."""
     model = network.frame(config, trust_remote_code=trust_remote_code)
     with network.quiet():
         return cut(model, architecture_of(model), [Kept(torch.arange(groups), torch.arange(width)) for groups, width in blocks])
-
-
-def probe(config: PretrainedConfig, shape: Shape, kept: Collection[str] = KINDS, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A network whose blocks are all cut to this shape; of its modules only the `kept` kinds are there.
-
-    Where a kind is left out, so is most of the vocabulary: only differences of such networks mean anything.
-    """
-    changed = copy.deepcopy(config)
-    if set(kept) != set(KINDS):
-        fewer: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-        for name, value in fewer.items():
-            setattr(changed, name, value)
-    own = (shape.groups if ATTENTION in kept else 0, shape.width if FEED_FORWARD in kept else 0)
-    return sized(changed, [own] * shape.blocks, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import UserError
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape, cores
-from anyfit.costs.probes import probe, shape_of, sized
+from anyfit.costs.probes import shape_of, sized
 from anyfit.interface import interface_of
 from anyfit.progress import Progress, Silent
 from anyfit.structure.levels import widths
@@ -45,8 +45,6 @@ class Stopwatch(ABC):
     runtime: str
     formats: tuple[str, ...]
     """Those that run at a speed of their own, the plainest first."""
-    instead: tuple[str, ...] = ()
-    """The kinds of modules of which the smallest runs in the place of one that is left out."""
 
     def refuses(self, config: PretrainedConfig) -> str | None:
         """Why it can't time modules of a network of this config; None where it can."""
@@ -76,9 +74,10 @@ def measure(
     Every network is timed beside the whole one, the two taking turns, and what counts is the median of their ratios: what
     slows the machine down for a while slows down both. So is the whole network in any format but the first, beside that.
 
-    Modules are what networks of one kind of them take beyond an empty one, and what the whole network takes besides them is the rest. As
-    such differences needn't add up, networks of mixed sizes are timed, too: smaller modules count for as much more as these were found to
-    take, and modules that are left out for what they leave behind, so that predictions bound what such networks take.
+    Modules of one kind and size are timed in the place of the whole ones, all else being whole: they are what such a network takes beyond
+    one without that kind, and what the whole network takes besides its modules is the rest. As such differences needn't add up, networks of
+    mixed sizes are timed, too: smaller modules count for as much more as these were found to take, and modules that are left out for what
+    they leave behind, so that predictions bound what such networks take.
     Raises `UserError` for what can't be timed.
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
@@ -88,58 +87,49 @@ def measure(
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
     ladder = {kind: sizes(shape, kind) for kind in KINDS}
+    uncut = [(shape.groups, shape.width)] * shape.blocks
 
-    def ready(model: PreTrainedModel, format_: str, folder: Path) -> Run:
-        return stopwatch.ready(model, format_, setting, threads, folder)
+    def ready(blocks: Sequence[Block], format_: str, folder: Path) -> Run:
+        return stopwatch.ready(sized(config, blocks, trust_remote_code=trust_remote_code), format_, setting, threads, folder)
 
     def slower(format_: str) -> float:
         """How many times as long the whole network takes in a format as in the first."""
-        model = probe(config, shape, trust_remote_code=trust_remote_code)
         with tempfile.TemporaryDirectory() as folder:
-            plain = Clock(ready(model, formats[0], _new(folder, "plain")), threads)
-            return plain.share(ready(model, format_, _new(folder, "whole")))
+            plain = Clock(ready(uncut, formats[0], _new(folder, "plain")), threads)
+            return plain.share(ready(uncut, format_, _new(folder, "whole")))
 
-    number = len(formats) * (sum(map(len, ladder.values())) + 1 + len(MIXED))
+    number = len(formats) * (sum(map(len, ladder.values())) + len(MIXED))
     with pinned(threads), (progress or Silent()).stage("measure", number) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
-                clock = Clock(ready(probe(config, shape, trust_remote_code=trust_remote_code), name, _new(folder, "whole")), threads)
+                clock = Clock(ready(uncut, name, _new(folder, "whole")), threads)
 
-                def share(model: PreTrainedModel, about: str, name: str = name, clock: Clock = clock) -> float:
+                def share(blocks: Sequence[Block], about: str, name: str = name, clock: Clock = clock) -> float:
                     with tempfile.TemporaryDirectory() as own:
-                        found = clock.share(ready(model, name, Path(own)))
+                        found = clock.share(ready(blocks, name, Path(own)))
                     stage.advance(detail=f"{about} {name}")
                     return found
 
-                took = _modules(share, config, shape, ladder, stopwatch.instead, trust_remote_code=trust_remote_code)
+                took = _modules(share, shape, ladder)
                 whole[name] = whole[formats[0]] * slower(name) if whole else clock.whole
                 modules |= {(*key, name): own * whole[name] for key, own in took.items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
 
 
-def _modules(
-    share: Callable[[PreTrainedModel, str], float],
-    config: PretrainedConfig,
-    shape: Shape,
-    ladder: Mapping[str, Sequence[int]],
-    instead: Sequence[str],
-    *,
-    trust_remote_code: bool,
-) -> Took:
+def _modules(share: Callable[[Sequence[Block], str], float], shape: Shape, ladder: Mapping[str, Sequence[int]]) -> Took:
     """What modules take, from the `share` of the whole network's time that networks take."""
-
-    def part(own: Shape, kept: Sequence[str], about: str) -> float:
-        return share(probe(config, own, kept, trust_remote_code=trust_remote_code), about)
-
-    def mixed(blocks: Sequence[Block], about: str) -> float:
-        return share(sized(config, blocks, trust_remote_code=trust_remote_code), about)
-
-    empty, took = part(shape, (), "empty"), dict[tuple[str, int], float]()
+    took = dict[tuple[str, int], float]()
     for kind in KINDS:
+
+        def with_(size: int, kind: str = kind) -> float:
+            block = (size, shape.width) if kind == ATTENTION else (shape.groups, size)
+            return share([block] * shape.blocks, f"{kind} {size}")
+
+        without = with_(0)
         for size in ladder[kind]:
-            own = replace(shape, groups=size) if kind == ATTENTION else replace(shape, width=size)
-            took[kind, size] = max(0.0, part(own, (kind,), f"{kind} {size}") - empty) / shape.blocks
-    return _bounding(_alone(took, instead), shape, [(mix, mixed(mix, "mixed sizes")) for mix in _mixes(shape.blocks, ladder)])
+            found = 1.0 if size == shape.full(kind) else with_(size)
+            took[kind, size] = max(0.0, found - without) / shape.blocks
+    return _bounding(took, shape, [(mix, share(mix, "mixed sizes")) for mix in _mixes(shape.blocks, ladder)])
 
 
 def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]]:
@@ -170,7 +160,7 @@ def _bounding(took: Took, shape: Shape, found: Iterable[tuple[Sequence[Block], f
     left = [(share - sum(bounds.get(key, 0.0) for key in modules)) / _absent(modules) for modules, share in networks if _absent(modules)]
     for kind in KINDS:
         least = min(own for (other, _), own in bounds.items() if other == kind)
-        bounds[kind, 0] = min(bounds.get((kind, 0), 0.0) + max([0.0, *left]), least)
+        bounds[kind, 0] = min(max([0.0, *left]), least)
     return bounds
 
 
@@ -183,16 +173,6 @@ def _factor(took: Took, shape: Shape, modules: Sequence[tuple[str, int]], share:
 
 def _absent(modules: Iterable[tuple[str, int]]) -> int:
     return sum(size == 0 for _, size in modules)
-
-
-def _alone(took: Took, instead: Sequence[str]) -> Took:
-    """Modules without what had to run beside them, and what runs where one is left out as a module of size 0; by kind and size."""
-    found = dict(took)
-    for kind in instead:
-        least = took[kind, min(size for own, size in took if own == kind)]
-        found |= {key: max(0.0, ms - least) for key, ms in found.items() if key[0] != kind}
-        found[kind, 0] = least
-    return found
 
 
 def sizes(shape: Shape, kind: str) -> list[int]:

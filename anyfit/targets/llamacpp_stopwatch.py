@@ -21,7 +21,7 @@ from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Source
 from anyfit.core.config import Config
 from anyfit.core.errors import RuntimeMissingError
-from anyfit.costs.latency import DECODE, FEED_FORWARD, Setting
+from anyfit.costs.latency import DECODE, Setting
 from anyfit.costs.stopwatch import Run, Stopwatch
 from anyfit.formats import formats
 from anyfit.quantizers.rtn import QUANTIZER
@@ -34,8 +34,6 @@ _CHUNK = 512
 
 
 class LlamaCppStopwatch(Stopwatch):
-    instead = (FEED_FORWARD,)
-
     def __init__(self, names: tuple[str, ...]) -> None:
         self.formats = names
         self._encoded: dict[str, Tensor] = {}
