@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import UserError
-from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape, cores
+from anyfit.costs.latency import ATTENTION, DECODE, KINDS, Device, LatencyTable, Setting, Shape, cores
 from anyfit.costs.probes import shape_of, sized
 from anyfit.interface import interface_of
 from anyfit.progress import Progress, Silent
@@ -34,9 +34,16 @@ SECONDS, ROUNDS = 1.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 LONG, FEWEST = 6.0, 7
 """A network that takes so many seconds is timed in so many rounds, though."""
-MIXED = ((0.75, 0.5), (0.5, 0.5), (0.25, 0.5), (0.25, 1.0))
-"""Networks of mixed sizes: how much of its modules each has, about, and how far from that single modules are, as a share of it. In the
-last one a half of the modules is left out."""
+MIXED = (
+    ((0.375, 1.0), (1.0, 0.375)),
+    ((0.25, 0.75), (0.75, 0.25)),
+    ((0.125, 0.375), (0.375, 0.125)),
+    ((0.0, 1.0), (1.0, 1.0)),
+    ((1.0, 0.0), (1.0, 1.0)),
+    ((0.0, 0.5), (0.5, 0.0)),
+)
+"""Networks of mixed sizes: how much of its attention and of its feed-forward each block has, about, by turns. In the last three, modules
+are left out: of one kind each, and of both."""
 
 
 class Stopwatch(ABC):
@@ -133,20 +140,19 @@ def _modules(share: Callable[[Sequence[Block], str], float], shape: Shape, ladde
 
 
 def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]]:
-    """So many blocks of networks with about so much of everything, by turns more of the one and of the other. The last block, in which
-    runtimes leave out what nobody asks for, is between."""
+    """So many blocks of networks of mixed sizes. The last one, in which runtimes leave out what nobody asks for, is between the others."""
 
-    def nearest(attention: float, feed_forward: float) -> Block:
-        def size(kind: str, share: float) -> int:
-            return min(ladder[kind], key=lambda size: abs(size - share * max(ladder[kind]))) if share else 0
-
-        return size(ATTENTION, attention), size(FEED_FORWARD, feed_forward)
+    def nearest(shares: Sequence[float]) -> Block:
+        attention, feed_forward = (
+            min(ladder[kind], key=lambda size: abs(size - share * max(ladder[kind]))) if share else 0
+            for kind, share in zip(KINDS, shares, strict=True)
+        )
+        return attention, feed_forward
 
     found = []
-    for share, spread in MIXED:
-        less, more = share * (1 - spread), share * (1 + spread)
-        turns = [nearest(less, more), nearest(more, less)]
-        found.append([*(turns[block % 2] for block in range(number - 1)), nearest(share, share)])
+    for turns in MIXED:
+        between = [sum(shares) / len(turns) for shares in zip(*turns, strict=True)]
+        found.append([*(nearest(turns[block % len(turns)]) for block in range(number - 1)), nearest(between)])
     return found
 
 
@@ -155,12 +161,15 @@ def _bounding(took: Took, shape: Shape, found: Iterable[tuple[Sequence[Block], f
     that are left out as they then need, none more than the smallest."""
     rest = max(0.0, 1 - shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS))
     networks = [([key for block in blocks for key in zip(KINDS, block, strict=True)], share - rest) for blocks, share in found]
-    factor = max([1.0, *(_factor(took, shape, modules, share) for modules, share in networks if _absent(modules) == 0)])
+    factor = max([1.0, *(_factor(took, shape, modules, share) for modules, share in networks if not _absent(modules))])
     bounds = {(kind, size): min(factor * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
-    left = [(share - sum(bounds.get(key, 0.0) for key in modules)) / _absent(modules) for modules, share in networks if _absent(modules)]
-    for kind in KINDS:
-        least = min(own for (other, _), own in bounds.items() if other == kind)
-        bounds[kind, 0] = min(max([0.0, *left]), least)
+    least = {kind: min(own for (other, _), own in bounds.items() if other == kind) for kind in KINDS}
+    bounds |= {(kind, 0): 0.0 for kind in KINDS}
+    for modules, share in networks:
+        missing = max(0.0, share - sum(bounds[key] for key in modules))
+        absent = _absent(modules)
+        for kind, _ in set(absent):
+            bounds[kind, 0] = min(bounds[kind, 0] + missing / len(absent), least[kind])
     return bounds
 
 
@@ -171,8 +180,8 @@ def _factor(took: Took, shape: Shape, modules: Sequence[tuple[str, int]], share:
     return (share - whole) / smaller if smaller else 1.0
 
 
-def _absent(modules: Iterable[tuple[str, int]]) -> int:
-    return sum(size == 0 for _, size in modules)
+def _absent(modules: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [(kind, size) for kind, size in modules if size == 0]
 
 
 def sizes(shape: Shape, kind: str) -> list[int]:
