@@ -38,12 +38,11 @@ MIXED = (
     ((0.375, 1.0), (1.0, 0.375)),
     ((0.25, 0.75), (0.75, 0.25)),
     ((0.125, 0.375), (0.375, 0.125)),
-    ((0.0, 1.0), (1.0, 1.0)),
-    ((1.0, 0.0), (1.0, 1.0)),
+    ((0.0, 1.0), (1.0, 0.0)),
     ((0.0, 0.5), (0.5, 0.0)),
 )
-"""Networks of mixed sizes: how much of its attention and of its feed-forward each block has, about, by turns. In the last three, modules
-are left out: of one kind each, and of both."""
+"""Networks of mixed sizes: how much of its attention and of its feed-forward each block has, about, by turns. In the last ones a half of the
+modules is left out."""
 
 
 class Stopwatch(ABC):
@@ -163,13 +162,10 @@ def _bounding(took: Took, shape: Shape, found: Iterable[tuple[Sequence[Block], f
     networks = [([key for block in blocks for key in zip(KINDS, block, strict=True)], share - rest) for blocks, share in found]
     factor = max([1.0, *(_factor(took, shape, modules, share) for modules, share in networks if not _absent(modules))])
     bounds = {(kind, size): min(factor * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
-    least = {kind: min(own for (other, _), own in bounds.items() if other == kind) for kind in KINDS}
-    bounds |= {(kind, 0): 0.0 for kind in KINDS}
-    for modules, share in networks:
-        missing = max(0.0, share - sum(bounds[key] for key in modules))
-        absent = _absent(modules)
-        for kind, _ in set(absent):
-            bounds[kind, 0] = min(bounds[kind, 0] + missing / len(absent), least[kind])
+    left = [(share - sum(bounds.get(key, 0.0) for key in modules)) / _absent(modules) for modules, share in networks if _absent(modules)]
+    for kind in KINDS:
+        least = min(own for (other, _), own in bounds.items() if other == kind)
+        bounds[kind, 0] = min(max([0.0, *left]), least)
     return bounds
 
 
@@ -180,8 +176,8 @@ def _factor(took: Took, shape: Shape, modules: Sequence[tuple[str, int]], share:
     return (share - whole) / smaller if smaller else 1.0
 
 
-def _absent(modules: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    return [(kind, size) for kind, size in modules if size == 0]
+def _absent(modules: Iterable[tuple[str, int]]) -> int:
+    return sum(size == 0 for _, size in modules)
 
 
 def sizes(shape: Shape, kind: str) -> list[int]:
