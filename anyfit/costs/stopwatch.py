@@ -41,8 +41,8 @@ MIXED = (
     ((0.0, 1.0), (1.0, 0.0)),
     ((0.0, 0.5), (0.5, 0.0)),
 )
-"""Networks of mixed sizes: how much of its attention and of its feed-forward each block has, about, by turns. In the last ones a half of the
-modules is left out."""
+"""Networks of mixed sizes: how much of its attention and of its feed-forward each block has, about, by turns. In the last ones half of the
+modules are left out."""
 
 
 class Stopwatch(ABC):
@@ -139,7 +139,7 @@ def _modules(share: Callable[[Sequence[Block], str], float], shape: Shape, ladde
 
 
 def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]]:
-    """So many blocks of networks of mixed sizes. The last one, in which runtimes leave out what nobody asks for, is between the others."""
+    """So many blocks of networks of mixed sizes. The last, in which runtimes leave out what nobody asks for, is between the others."""
 
     def nearest(shares: Sequence[float]) -> Block:
         attention, feed_forward = (
