@@ -61,7 +61,7 @@ def rows(stopwatch: Stopwatch, runtime: Runtime, setting: Setting) -> list[Row]:
     shape = shape_of(config)
     for name in runtime.formats:
         with pinned(1), tempfile.TemporaryDirectory() as whole:
-            clock = Clock(stopwatch.ready(sized(config, [(shape.groups, shape.width)] * shape.blocks), name, setting, 1, Path(whole)), 1)
+            clock = Clock(stopwatch.ready(sized(config, shape.uncut), name, setting, 1, Path(whole)), 1)
             made.append(Row((name, "uncut", f"{table.whole[name]:.3f}", "", "")))
             for about, blocks in networks(shape).items():
                 with tempfile.TemporaryDirectory() as folder:

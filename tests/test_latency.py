@@ -139,11 +139,15 @@ def test_modules_are_timed_beside_the_whole_network(monkeypatch):
         assert found.rest(name) == pytest.approx(7.0 * factor * slow)
 
 
-def measured_by(fake, monkeypatch):
+def measured_by(fake, monkeypatch, **changes):
     fake.runs = repeat(0)
     monkeypatch.setattr(stopwatch.time, "thread_time", lambda: fake.now)
     monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
-    return stopwatch.measure(fake, tiny_model("llama").config, "fake", SETTING, threads=1)
+    return stopwatch.measure(fake, tiny_model("llama", **changes).config, "fake", SETTING, threads=1)
+
+
+def modules(blocks):
+    return [module for block in blocks for module in zip(KINDS, block, strict=True)]
 
 
 @pytest.mark.parametrize("together", [-0.8, 0.8])
@@ -176,6 +180,19 @@ def test_a_module_that_is_left_out_takes_what_that_leaves_behind(monkeypatch):
     found = measured_by(fake, monkeypatch)
     truth = 7 + 2 + 4 + 2 * 0.2
     assert truth - 1e-6 <= found.predict("F32", [(ATTENTION, 1), (FEED_FORWARD, 0), (ATTENTION, 0), (FEED_FORWARD, 512)]) <= 1.05 * truth
+
+
+def test_what_modules_share_is_not_saved_by_leaving_out_some_of_them(monkeypatch):
+    """Where something runs once for all attentions, as masks do."""
+    fake = FakeStopwatch()
+    fake.changed = lambda took, blocks: took + 1.2 * any(attention for attention, _ in blocks)
+    found = measured_by(fake, monkeypatch, num_hidden_layers=6)
+    assert found.ms(ATTENTION, 0, "F32") > 0.1
+    assert found.predict("F32", modules(found.shape.uncut)) == pytest.approx(found.whole["F32"]) == pytest.approx(7 + 6 * 8 + 1.2)
+    for groups, width in ((2, 512), (1, 256)):
+        blocks = [(0, width), (groups, 0)] * 3
+        truth = 7 + 3 * (2 * groups + width / 128) + 1.2
+        assert truth - 1e-6 <= found.predict("F32", modules(blocks)) <= 1.05 * truth
 
 
 def test_formats_are_timed_beside_each_other(monkeypatch):
@@ -255,11 +272,12 @@ def test_kinds_whose_config_cannot_be_told_sizes_are_cut_to_them(kind):
     architecture = architecture_of(model)
     shapes = {weight.role: weight.shape for weight in architecture.weights(model) if weight.block == 1}
     assert shapes["o"] == (256, 192) and shapes["down"] == (256, 96) and shapes["up"] == (96, 256)
-    nothing = sized(config, [(0, 0)] * shape.blocks)
-    _fill(nothing)
-    with torch.no_grad():
-        interface = interface_of(config)
-        assert interface(nothing, interface.example(nothing.config, 2, 12)).isfinite().all()
+    for block in ((0, 512), (4, 0), (0, 0)):
+        without = sized(config, [block] * shape.blocks)
+        _fill(without)
+        with torch.no_grad():
+            interface = interface_of(config)
+            assert interface(without, interface.example(without.config, 2, 12)).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -337,7 +355,7 @@ def test_a_smaller_networks_latency_is_predicted(tmp_path):
     config = tiny_model("llama").config
     found = measuring_of(config)
     small = [(1, sizes(found.shape, FEED_FORWARD)[6])] * found.shape.blocks
-    predicted = found.predict("F32", [module for block in small for module in zip(KINDS, block, strict=True)])
+    predicted = found.predict("F32", modules(small))
     watch = TorchStopwatch()
     whole = watch.ready(sized(config, [(2, 512)] * 2), "F32", found.setting, 1, tmp_path)
     share = stopwatch.Clock(whole, 1).share(watch.ready(sized(config, small), "F32", found.setting, 1, tmp_path))

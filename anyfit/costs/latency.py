@@ -1,9 +1,9 @@
 """Latency as a cost: what each module of a network takes on one device, measured; refused on any other.
 
-A table holds medians for the attention of every number of key/value groups and for the feed-forward of every width that a
-search may choose, as they run in the place of the whole ones. What is left of the whole network's
-time (embedding, head, norms, masks) is its `rest`, so a network's latency is predicted as the rest and the sum of its modules,
-after ZipLM (https://arxiv.org/abs/2302.04089), section 3.2.
+A table says what the attention of every number of key/value groups and the feed-forward of every width that a search may choose
+take in the place of the whole ones. What is left of the whole network's time (embedding, head, last norm, and what runs where
+a module is left out) is its `rest`, so a network's latency is predicted as the rest and the sum of its modules, after ZipLM
+(https://arxiv.org/abs/2302.04089), section 3.2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 KINDS = (ATTENTION, FEED_FORWARD)
 PREFILL, DECODE = "prefill", "decode"
 PHASES = (PREFILL, DECODE)
-_VERSION = 2
+_VERSION = 3
 _Part = TypeVar("_Part", "Device", "Setting", "Shape")
 
 
@@ -81,6 +81,11 @@ class Shape:
     def full(self, kind: str) -> int:
         """The uncut size of a module: groups of an attention, width of a feed-forward."""
         return self.groups if kind == ATTENTION else self.width
+
+    @property
+    def uncut(self) -> list[tuple[int, int]]:
+        """Groups and width of each block."""
+        return [(self.groups, self.width)] * self.blocks
 
 
 @dataclass(frozen=True)

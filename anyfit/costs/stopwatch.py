@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import UserError
-from anyfit.costs.latency import ATTENTION, DECODE, KINDS, Device, LatencyTable, Setting, Shape, cores
+from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape, cores
 from anyfit.costs.probes import shape_of, sized
 from anyfit.interface import interface_of
 from anyfit.progress import Progress, Silent
@@ -83,7 +83,7 @@ def measure(
     Modules of one kind and size are timed in the place of the whole ones, all else being whole: they are what such a network takes beyond
     one without that kind, and what the whole network takes besides its modules is the rest. As such differences needn't add up, networks of
     mixed sizes are timed, too: smaller modules count for as much more as these were found to take, and modules that are left out for what
-    they leave behind, so that predictions bound what such networks take.
+    they leave behind, but none for more than a larger one. So predictions bound what such networks take.
     Raises `UserError` for what can't be timed.
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
@@ -93,7 +93,6 @@ def measure(
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
     ladder = {kind: sizes(shape, kind) for kind in KINDS}
-    uncut = [(shape.groups, shape.width)] * shape.blocks
 
     def ready(blocks: Sequence[Block], format_: str, folder: Path) -> Run:
         return stopwatch.ready(sized(config, blocks, trust_remote_code=trust_remote_code), format_, setting, threads, folder)
@@ -101,14 +100,14 @@ def measure(
     def slower(format_: str) -> float:
         """How many times as long the whole network takes in a format as in the first."""
         with tempfile.TemporaryDirectory() as folder:
-            plain = Clock(ready(uncut, formats[0], _new(folder, "plain")), threads)
-            return plain.share(ready(uncut, format_, _new(folder, "whole")))
+            plain = Clock(ready(shape.uncut, formats[0], _new(folder, "plain")), threads)
+            return plain.share(ready(shape.uncut, format_, _new(folder, "whole")))
 
     number = len(formats) * (sum(map(len, ladder.values())) + len(MIXED))
     with pinned(threads), (progress or Silent()).stage("measure", number) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
-                clock = Clock(ready(uncut, name, _new(folder, "whole")), threads)
+                clock = Clock(ready(shape.uncut, name, _new(folder, "whole")), threads)
 
                 def share(blocks: Sequence[Block], about: str, name: str = name, clock: Clock = clock) -> float:
                     with tempfile.TemporaryDirectory() as own:
@@ -124,16 +123,16 @@ def measure(
 
 def _modules(share: Callable[[Sequence[Block], str], float], shape: Shape, ladder: Mapping[str, Sequence[int]]) -> Took:
     """What modules take, from the `share` of the whole network's time that networks take."""
+
+    def all_of(kind: str, size: int) -> float:
+        block = (size, shape.width) if kind == ATTENTION else (shape.groups, size)
+        return share([block] * shape.blocks, f"{kind} {size}")
+
     took = dict[tuple[str, int], float]()
     for kind in KINDS:
-
-        def with_(size: int, kind: str = kind) -> float:
-            block = (size, shape.width) if kind == ATTENTION else (shape.groups, size)
-            return share([block] * shape.blocks, f"{kind} {size}")
-
-        without = with_(0)
+        without = all_of(kind, 0)
         for size in ladder[kind]:
-            found = 1.0 if size == shape.full(kind) else with_(size)
+            found = 1.0 if size == shape.full(kind) else all_of(kind, size)
             took[kind, size] = max(0.0, found - without) / shape.blocks
     return _bounding(took, shape, [(mix, share(mix, "mixed sizes")) for mix in _mixes(shape.blocks, ladder)])
 
@@ -141,12 +140,12 @@ def _modules(share: Callable[[Sequence[Block], str], float], shape: Shape, ladde
 def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]]:
     """So many blocks of networks of mixed sizes. The last, in which runtimes leave out what nobody asks for, is between the others."""
 
+    def size(kind: str, share: float) -> int:
+        return min(ladder[kind], key=lambda size: abs(size - share * max(ladder[kind]))) if share else 0
+
     def nearest(shares: Sequence[float]) -> Block:
-        attention, feed_forward = (
-            min(ladder[kind], key=lambda size: abs(size - share * max(ladder[kind]))) if share else 0
-            for kind, share in zip(KINDS, shares, strict=True)
-        )
-        return attention, feed_forward
+        attention, feed_forward = shares
+        return size(ATTENTION, attention), size(FEED_FORWARD, feed_forward)
 
     found = []
     for turns in MIXED:
