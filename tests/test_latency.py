@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from itertools import count, repeat
 
@@ -167,7 +168,7 @@ def test_networks_of_mixed_sizes_take_no_longer_than_predicted(monkeypatch):
     fake.changed = lambda took, blocks: took * (1.1 if len({up.out_features for _, up in blocks if up}) > 1 else 1.0)
     found, exact = measured_by(fake, monkeypatch), measured_by(FakeStopwatch(), monkeypatch)
     mixed = [(ATTENTION, 1), (FEED_FORWARD, 384), (ATTENTION, 2), (FEED_FORWARD, 128)]
-    assert found.predict("F32", mixed) >= 0.99 * 1.1 * exact.predict("F32", mixed)
+    assert found.predict("F32", mixed) >= 0.98 * 1.1 * exact.predict("F32", mixed)
     assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(exact.whole["F32"])
     for key, ms in found.modules.items():
         assert exact.modules[key] - 1e-9 <= ms <= found.ms(key[0], SHAPE.full(key[0]), "F32"), key
@@ -179,7 +180,7 @@ def test_a_module_that_is_left_out_takes_what_that_leaves_behind(monkeypatch):
     fake.changed = lambda took, blocks: took + 0.2 * sum(attention != (up is not None) for attention, up in blocks)
     found = measured_by(fake, monkeypatch)
     truth = 7 + 2 + 4 + 2 * 0.2
-    assert truth - 1e-6 <= found.predict("F32", [(ATTENTION, 1), (FEED_FORWARD, 0), (ATTENTION, 0), (FEED_FORWARD, 512)]) <= 1.05 * truth
+    assert 0.98 * truth <= found.predict("F32", [(ATTENTION, 1), (FEED_FORWARD, 0), (ATTENTION, 0), (FEED_FORWARD, 512)]) <= 1.05 * truth
 
 
 def test_what_modules_share_is_not_saved_by_leaving_out_some_of_them(monkeypatch):
@@ -187,12 +188,30 @@ def test_what_modules_share_is_not_saved_by_leaving_out_some_of_them(monkeypatch
     fake = FakeStopwatch()
     fake.changed = lambda took, blocks: took + 1.2 * any(attention for attention, _ in blocks)
     found = measured_by(fake, monkeypatch, num_hidden_layers=6)
-    assert found.ms(ATTENTION, 0, "F32") > 0.1
     assert found.predict("F32", modules(found.shape.uncut)) == pytest.approx(found.whole["F32"]) == pytest.approx(7 + 6 * 8 + 1.2)
     for groups, width in ((2, 512), (1, 256)):
         blocks = [(0, width), (groups, 0)] * 3
         truth = 7 + 3 * (2 * groups + width / 128) + 1.2
-        assert truth - 1e-6 <= found.predict("F32", modules(blocks)) <= 1.05 * truth
+        assert 0.98 * truth <= found.predict("F32", modules(blocks)) <= 1.05 * truth
+
+
+def test_a_network_that_was_slow_once_is_outvoted(monkeypatch):
+    """One in the place of which a tenth more was found; as a difference to the next it would make its modules take a third more."""
+    fake = FakeStopwatch()
+    fake.changed = lambda took, blocks: took * (1.1 if {getattr(up, "out_features", 0) for _, up in blocks} == {256} else 1.0)
+    found, exact = measured_by(fake, monkeypatch), measured_by(FakeStopwatch(), monkeypatch)
+    assert fake.changed(1.0, [(True, torch.nn.Linear(1, 256))]) == 1.1
+    assert found.ms(FEED_FORWARD, 256, "F32") == pytest.approx(exact.ms(FEED_FORWARD, 256, "F32"), rel=0.15)
+
+
+def test_no_module_takes_less_than_a_smaller_one(monkeypatch):
+    fake, rng = FakeStopwatch(), random.Random(0)
+    fake.changed = lambda took, _: took * rng.gauss(1, 0.03)
+    found = measured_by(fake, monkeypatch)
+    for kind in KINDS:
+        took = [found.ms(kind, size, "F32") for size in found.sizes(kind, "F32")]
+        assert took == sorted(took) and took[0] >= 0
+    assert found.predict("F32", modules(found.shape.uncut)) == pytest.approx(found.whole["F32"])
 
 
 def test_formats_are_timed_beside_each_other(monkeypatch):

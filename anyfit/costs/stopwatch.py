@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core.errors import UserError
@@ -27,22 +30,21 @@ Run = Callable[[], object]
 """One run of a network that is ready."""
 Took = Mapping[tuple[str, int], float]
 """Of modules, by kind and size, as shares of the whole network's time."""
-Block = tuple[int, int]
-"""Groups of its attention, width of its feed-forward."""
+Blocks = tuple[tuple[int, int], ...]
+"""Of a network: groups of each one's attention, width of its feed-forward."""
 
 SECONDS, ROUNDS = 1.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 LONG, FEWEST = 6.0, 7
 """A network that takes so many seconds is timed in so many rounds, though."""
-MIXED = (
-    ((0.375, 1.0), (1.0, 0.375)),
-    ((0.25, 0.75), (0.75, 0.25)),
-    ((0.125, 0.375), (0.375, 0.125)),
-    ((0.0, 1.0), (1.0, 0.0)),
-    ((0.0, 0.5), (0.5, 0.0)),
-)
-"""Networks of mixed sizes: how much of its attention and of its feed-forward each block has, about, by turns. In the last ones half of the
-modules are left out."""
+MIXED, VARIED = 12, 0.3
+"""Networks of mixed sizes: how many, and the standard deviation of sizes within one, as a share of the whole."""
+DENSITIES, LEFT_OUT = (0.1, 0.9), (0.0, 0.1, 0.25)
+"""Of mixed networks: from where to where mean sizes go, as shares of the whole, and the shares of modules that are left out, by turns."""
+NOISE, ROUGHNESS, FREE, EXACT = 0.02, 0.01, 0.1, 1e-4
+"""Standard deviations: of a network's time from what its modules add up to, as a share of it; of a module's from the line between its
+neighbours' in size; of what one that is left out takes from nothing; of the whole network's time. All but the first are shares of an even
+part of the whole network's time."""
 
 
 class Stopwatch(ABC):
@@ -80,10 +82,9 @@ def measure(
     Every network is timed beside the whole one, the two taking turns, and what counts is the median of their ratios: what
     slows the machine down for a while slows down both. So is the whole network in any format but the first, beside that.
 
-    Modules of one kind and size are timed in the place of the whole ones, all else being whole: they are what such a network takes beyond
-    one without that kind, and what the whole network takes besides its modules is the rest. As such differences needn't add up, networks of
-    mixed sizes are timed, too: smaller modules count for as much more as these were found to take, and modules that are left out for what
-    they leave behind, but none for more than a larger one. So predictions bound what such networks take.
+    Networks with modules of one kind at one size, all else whole, and networks of mixed sizes are timed. What modules take is then what
+    explains all of these best, see `_fitted`, as differences between single networks neither add up nor are free of noise. Of the whole
+    network's time what isn't its modules' is the rest.
     Raises `UserError` for what can't be timed.
     """
     threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
@@ -92,9 +93,9 @@ def measure(
     setting = replace(setting, sequence=interface_of(config).length(config) or setting.sequence)
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
-    ladder = {kind: sizes(shape, kind) for kind in KINDS}
+    networks = _networks(shape)
 
-    def ready(blocks: Sequence[Block], format_: str, folder: Path) -> Run:
+    def ready(blocks: Sequence[tuple[int, int]], format_: str, folder: Path) -> Run:
         return stopwatch.ready(sized(config, blocks, trust_remote_code=trust_remote_code), format_, setting, threads, folder)
 
     def slower(format_: str) -> float:
@@ -103,80 +104,84 @@ def measure(
             plain = Clock(ready(shape.uncut, formats[0], _new(folder, "plain")), threads)
             return plain.share(ready(shape.uncut, format_, _new(folder, "whole")))
 
-    number = len(formats) * (sum(map(len, ladder.values())) + len(MIXED))
-    with pinned(threads), (progress or Silent()).stage("measure", number) as stage:
+    with pinned(threads), (progress or Silent()).stage("measure", len(formats) * len(networks)) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
-                clock = Clock(ready(shape.uncut, name, _new(folder, "whole")), threads)
-
-                def share(blocks: Sequence[Block], about: str, name: str = name, clock: Clock = clock) -> float:
+                clock, shares = Clock(ready(shape.uncut, name, _new(folder, "whole")), threads), dict[Blocks, float]()
+                for blocks, about in networks.items():
                     with tempfile.TemporaryDirectory() as own:
-                        found = clock.share(ready(blocks, name, Path(own)))
+                        shares[blocks] = clock.share(ready(blocks, name, Path(own)))
                     stage.advance(detail=f"{about} {name}")
-                    return found
-
-                took = _modules(share, shape, ladder)
                 whole[name] = whole[formats[0]] * slower(name) if whole else clock.whole
-                modules |= {(*key, name): own * whole[name] for key, own in took.items()}
+                modules |= {(*key, name): own * whole[name] for key, own in _fitted(shares, shape).items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
 
 
-def _modules(share: Callable[[Sequence[Block], str], float], shape: Shape, ladder: Mapping[str, Sequence[int]]) -> Took:
-    """What modules take, from the `share` of the whole network's time that networks take."""
-
-    def all_of(kind: str, size: int) -> float:
-        block = (size, shape.width) if kind == ATTENTION else (shape.groups, size)
-        return share([block] * shape.blocks, f"{kind} {size}")
-
-    took = dict[tuple[str, int], float]()
+def _networks(shape: Shape) -> dict[Blocks, str]:
+    """Those that are timed beside the whole one, and what is said of each."""
+    found = dict[Blocks, str]()
     for kind in KINDS:
-        without = all_of(kind, 0)
-        for size in ladder[kind]:
-            found = 1.0 if size == shape.full(kind) else all_of(kind, size)
-            took[kind, size] = max(0.0, found - without) / shape.blocks
-    return _bounding(took, shape, [(mix, share(mix, "mixed sizes")) for mix in _mixes(shape.blocks, ladder)])
+        for size in (*sizes(shape, kind)[1:], 0):
+            found[((size, shape.width) if kind == ATTENTION else (shape.groups, size),) * shape.blocks] = f"{kind} {size}"
+    return found | dict.fromkeys(_mixed(shape), "mixed sizes")
 
 
-def _mixes(number: int, ladder: Mapping[str, Sequence[int]]) -> list[list[Block]]:
-    """So many blocks of networks of mixed sizes. The last, in which runtimes leave out what nobody asks for, is between the others."""
+def _mixed(shape: Shape) -> list[Blocks]:
+    """Networks of mixed sizes, from small to large ones, the same in every run."""
+    rng, ladder = random.Random(0), {kind: sizes(shape, kind) for kind in KINDS}
 
-    def size(kind: str, share: float) -> int:
-        return min(ladder[kind], key=lambda size: abs(size - share * max(ladder[kind]))) if share else 0
+    def drawn(kind: str, density: float, left_out: float) -> int:
+        wanted, out = rng.gauss(density, VARIED) * shape.full(kind), rng.random() < left_out
+        return 0 if out else min(ladder[kind], key=lambda size: abs(size - wanted))
 
-    def nearest(shares: Sequence[float]) -> Block:
-        attention, feed_forward = shares
-        return size(ATTENTION, attention), size(FEED_FORWARD, feed_forward)
-
-    found = []
-    for turns in MIXED:
-        between = [sum(shares) / len(turns) for shares in zip(*turns, strict=True)]
-        found.append([*(nearest(turns[block % len(turns)]) for block in range(number - 1)), nearest(between)])
+    found, (least, most) = list[Blocks](), DENSITIES
+    for number in range(MIXED):
+        density, left_out = least + (most - least) * number / (MIXED - 1), LEFT_OUT[number % len(LEFT_OUT)]
+        found.append(tuple((drawn(ATTENTION, density, left_out), drawn(FEED_FORWARD, density, left_out)) for _ in range(shape.blocks)))
     return found
 
 
-def _bounding(took: Took, shape: Shape, found: Iterable[tuple[Sequence[Block], float]]) -> Took:
-    """As large as these networks need to take no longer than predicted: smaller modules by one factor, none more than a whole one; those
-    that are left out as they then need, none more than the smallest."""
-    rest = max(0.0, 1 - shape.blocks * sum(took[kind, shape.full(kind)] for kind in KINDS))
-    networks = [([key for block in blocks for key in zip(KINDS, block, strict=True)], share - rest) for blocks, share in found]
-    factor = max([1.0, *(_factor(took, shape, modules, share) for modules, share in networks if not _absent(modules))])
-    bounds = {(kind, size): min(factor * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
-    left = [(share - sum(bounds.get(key, 0.0) for key in modules)) / _absent(modules) for modules, share in networks if _absent(modules)]
-    for kind in KINDS:
-        least = min(own for (other, _), own in bounds.items() if other == kind)
-        bounds[kind, 0] = min(max([0.0, *left]), least)
-    return bounds
+def _fitted(shares: Mapping[Blocks, float], shape: Shape) -> Took:
+    """What modules take, from the `shares` of the whole network's time that networks take.
+
+    As modules don't quite add up, smaller ones count for as much more than what explains the networks best as those of mixed sizes need
+    to take no longer than is predicted from the others, though none for more than a whole one.
+    """
+    took, factor = _explaining(shares, shape), 1.0
+    for blocks in (blocks for blocks in shares if len(set(blocks)) > 1):
+        others = _explaining({own: share for own, share in shares.items() if own != blocks}, shape)
+        whole = sum(others[kind, shape.full(kind)] for kind in KINDS)
+        predicted = 1 - shape.blocks * whole + sum(others[module] for block in blocks for module in zip(KINDS, block, strict=True))
+        factor = max(factor, shares[blocks] / predicted)
+    return {(kind, size): min(factor * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
 
 
-def _factor(took: Took, shape: Shape, modules: Sequence[tuple[str, int]], share: float) -> float:
-    """By which the smaller ones among a network's modules take its `share` together with the whole ones."""
-    smaller = sum(took[kind, size] for kind, size in modules if size < shape.full(kind))
-    whole = sum(took[kind, size] for kind, size in modules if size == shape.full(kind))
-    return (share - whole) / smaller if smaller else 1.0
+def _explaining(shares: Mapping[Blocks, float], shape: Shape) -> Took:
+    """What modules take, those that are left out (size 0) included: the least squares of what networks take from the rest and the sum of
+    their modules, where no module takes less than a smaller one of its kind, and where sizes are in line but for `ROUGHNESS`.
 
+    So a module is known from all networks, and from its neighbours.
+    """
+    ladder = {kind: [0, *reversed(sizes(shape, kind))] for kind in KINDS}
+    # The unknowns are what each size takes more than the next smaller one, none below zero, and the rest, which comes last.
+    keys = [(kind, size) for kind in KINDS for size in ladder[kind]]
+    steps = {(kind, size): np.array([other == kind and least <= size for other, least in keys] + [False], float) for kind, size in keys}
+    rest, even = np.eye(len(keys) + 1)[-1], 1 / (len(KINDS) * shape.blocks)
 
-def _absent(modules: Iterable[tuple[str, int]]) -> int:
-    return sum(size == 0 for _, size in modules)
+    def network(blocks: Iterable[tuple[int, int]]) -> np.ndarray:
+        return rest + sum(steps[module] for block in blocks for module in zip(KINDS, block, strict=True))
+
+    rows = [(network(shape.uncut), 1.0, EXACT * even)]
+    rows += [(network(blocks), share, NOISE * share) for blocks, share in shares.items()]
+    rows += [(steps[kind, 0], 0.0, FREE * even) for kind in KINDS]
+    for kind, (_, *some) in ladder.items():
+        for below, size, above in zip(some, some[1:], some[2:], strict=False):
+            between = (size - below) / (above - below)
+            line = (1 - between) * steps[kind, below] + between * steps[kind, above]
+            rows.append((steps[kind, size] - line, 0.0, ROUGHNESS * even))
+    matrix, values, deviations = map(np.array, zip(*rows, strict=True))
+    found, _ = nnls(matrix / deviations[:, None], values / deviations)
+    return {module: float(step @ found) for module, step in steps.items()}
 
 
 def sizes(shape: Shape, kind: str) -> list[int]:

@@ -56,7 +56,7 @@ class Settings:
 
     num_steps: int = 150
     batch_size: int = 4
-    share: float = 0.03
+    share: float = 0.1
     code_rate: float = 0.03
     half_rate: float = 5e-3
     seed: int = 0
