@@ -24,10 +24,10 @@ from anyfit.trainers.losses import MicroBatch, Objective, Outputs
 from anyfit.trainers.sampling import Draws, EverySize
 
 SIZES = (8, 6, 4, 2)
-SETTINGS = Settings(num_steps=250, batch_size=64, micro_batch=64, rate=5e-4, together=False)
+SETTINGS = Settings(num_steps=500, batch_size=64, micro_batch=64, rate=5e-4, together=False)
 SEEDS = (0, 1, 2)
 """Of the order of the pictures, the same with ALRS and without."""
-NUM_TRAINED, NUM_TESTED = 5000, 4000
+NUM_TRAINED, NUM_TESTED = 10000, 4000
 NEAR = 1.0
 """Points of accuracy that the sizes but the smallest may lose."""
 

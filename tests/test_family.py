@@ -195,6 +195,14 @@ def test_impossible_budget(family: Family, tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_nothing_is_written_into_a_family(family: Family) -> None:
+    before = sorted(family.path.rglob("*"))
+    for write in (family.export, family.save):
+        with pytest.raises(OutputError, match="inside the family"):
+            write("60%", family.path / "sub" / "x.gguf")
+    assert sorted(family.path.rglob("*")) == before
+
+
 def test_existing_output_is_kept_without_force(family: Family, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_text("precious")

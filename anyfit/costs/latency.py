@@ -1,7 +1,7 @@
 """Latency as a cost: what each module of a network takes on one device, measured; refused on any other.
 
-A table says what the attention of every number of key/value groups and the feed-forward of every width that a search may choose
-take, by what networks of such modules were found to take. What is left of the whole network's time (embedding, head, last norm, and what runs where
+A table says what the attention of every number of key/value groups and the feed-forward of every width that a search may choose take, by
+what networks of such modules were found to take. What is left of the whole network's time (embedding, head, last norm, and what runs where
 a module is left out) is its `rest`, so a network's latency is predicted as the rest and the sum of its modules, after ZipLM
 (https://arxiv.org/abs/2302.04089), section 3.2.
 """

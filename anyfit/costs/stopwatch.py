@@ -180,7 +180,7 @@ def _explaining(shares: Mapping[Blocks, float], shape: Shape) -> Took:
             line = (1 - between) * steps[kind, below] + between * steps[kind, above]
             rows.append((steps[kind, size] - line, 0.0, ROUGHNESS * even))
     matrix, values, deviations = map(np.array, zip(*rows, strict=True))
-    found, _ = nnls(matrix / deviations[:, None], values / deviations)
+    found, _ = nnls(matrix / deviations[:, None], values / deviations, maxiter=100 * len(steps))
     return {module: float(step @ found) for module, step in steps.items()}
 
 

@@ -360,6 +360,8 @@ class Family:
         return point
 
     def _refuse(self, path: Path, *, force: bool, folder: bool) -> None:
+        if self.path.resolve() in path.resolve().parents:
+            raise OutputError(f"{path} is inside the family {self.path}.", remedy="Name another output.")
         refuse_existing(path, force=force, ours=_is_model_of_ours if folder else Path.is_file, inputs=[self.path])
 
     def _check(self, target: Target, path: Path, point: Point, cut: Cut | None, progress: Progress) -> tuple[Check, ...]:
