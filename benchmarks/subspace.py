@@ -25,7 +25,7 @@ Found = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Subject:
-    """All blocks in `format_`. `rate` of the codes: of those that were tried, the best for each share by the search split."""
+    """All blocks in `format_`. `rate` of the codes: 0.02 was behind for each share in IQ2_XXS, 0.06 ruins it."""
 
     title: str
     target: str
@@ -39,7 +39,7 @@ SUBJECTS = (
     Subject("Codes of two bits", "llama.cpp", "IQ2_XXS", "Q8_0", 0.03, "GPTQ"),
     Subject("Codes and codebooks of two bits", "transformers", "aqlm_1x8g4", "BF16", 0.03, "AQLM"),
 )
-SETTINGS = pv.Settings(num_steps=300, batch_size=4, half_rate=5e-3)
+SETTINGS = pv.Settings(num_steps=150, batch_size=4, half_rate=5e-3)
 SHARES = (0.01, SETTINGS.share, 1.0)
 SEEDS = (0, 1)
 """Of the order of the text, the same for all shares; the smallest share is tuned in the first alone."""
@@ -76,9 +76,9 @@ def section(subject: Subject, run: Fit, store: Store, progress: Progress) -> Sec
         tuned[share] = [figures(replace(own, seed=seed)) for seed in (SEEDS if share > SHARES[0] else SEEDS[:1])]
         rows.append(_row("straight-through, all codes" if share == 1 else f"PV, {share:.0%} of the codes", tuned[share]))
     for share in SHARES[:-1]:
-        changes = [ours[1] / theirs[1] - 1 for ours, theirs in zip(tuned[share], tuned[1.0], strict=False)]
+        changes = [ours[1] / theirs[1] - 1 for ours, theirs in zip(tuned[share], tuned[1.0][: len(tuned[share])], strict=True)]
         said = f"{mean(changes):+.2%}" + (f" ({', '.join(f'{change:+.2%}' for change in changes)})" if len(changes) > 1 else "")
-        claim = mean(changes) < 0 if share == SETTINGS.share else None
+        claim = max(changes) < 0 if share == SETTINGS.share else None
         rows.append(Row((f"PV, {share:.0%}, against straight-through", "", said, "", ""), holds=claim))
     for row in rows:
         print("  ".join(row.cells), flush=True)
@@ -86,8 +86,9 @@ def section(subject: Subject, run: Fit, store: Store, progress: Progress) -> Sec
     remark = (
         f"All blocks of the embedded default in {subject.format_}, {bits:.2f} bits a weight; {SETTINGS.num_steps} steps of "
         f"{SETTINGS.batch_size} of {len(text.tokens)} windows, a rate of the codes of {subject.rate:g}, the same for all. Means over "
-        f"{len(SEEDS)} orders of the text, the same for all, with the change of the perplexity in each; {SHARES[0]:.0%}: the first order "
-        "alone. The paper has PV, at 1 %, before straight-through estimation: claimed of the recipe's share."
+        f"{len(SEEDS)} orders of the text, the same for all, with the change of the perplexity in each; {SHARES[0]:.0%} and "
+        "all but codes: the first order alone. The paper has PV, at 1 %, before straight-through estimation: claimed of the recipe's share, "
+        "in all orders."
     )
     header = ("what is tuned", "KL, search split", "perplexity", "KL", "seconds")
     return Section(subject.title, header, rows, (remark,))

@@ -271,7 +271,7 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
 
 def codes_section(subject: subspace.Subject, progress: Progress) -> Section:
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(target=subject.target, formats=(subject.rest, subject.format_), segments=SEGMENTS, device="cpu")
+        run = prepare(target=subject.target, formats=(subject.rest, subject.format_), device="cpu")
         store = Store(Path(folder))
         run.encode(store)
         return subspace.section(subject, run, store, progress)

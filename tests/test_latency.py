@@ -125,11 +125,7 @@ def test_modules_are_timed_beside_the_whole_network(monkeypatch):
     config = tiny_model("llama").config
     found = stopwatch.measure(fake, config, "fake", SETTING, formats=("F32", "F16"), threads=1)
     assert found.shape == SHAPE and found.device == Device.here("fake 1", 1)
-    assert (
-        found.sizes(ATTENTION, "F32") == [0, 1, 2]
-        and found.ms(ATTENTION, 0, "F32") == pytest.approx(0)
-        and found.sizes(FEED_FORWARD, "F16")[-1] == 512
-    )
+    assert found.sizes(ATTENTION, "F32") == [1, 2] and found.ms(ATTENTION, 0, "F32") == 0 and found.sizes(FEED_FORWARD, "F16")[-1] == 512
     for name, factor in (("F32", 1.0), ("F16", 0.5)):
         slow = found.whole[name] / (23.0 * factor)
         assert slow in (pytest.approx(1), pytest.approx(3))
@@ -174,8 +170,8 @@ def test_networks_of_mixed_sizes_take_no_longer_than_predicted(monkeypatch):
         assert exact.modules[key] - 1e-9 <= ms <= found.ms(key[0], SHAPE.full(key[0]), "F32"), key
 
 
-def test_a_module_that_is_left_out_takes_what_that_leaves_behind(monkeypatch):
-    """Where blocks that lack one take something for it."""
+def test_networks_that_lack_parts_are_predicted_within_a_few_percent(monkeypatch):
+    """Where blocks that lack one kind alone take something for it, which belongs to no module."""
     fake = FakeStopwatch()
     fake.changed = lambda took, blocks: took + 0.2 * sum(attention != (up is not None) for attention, up in blocks)
     found = measured_by(fake, monkeypatch)
@@ -196,7 +192,7 @@ def test_what_modules_share_is_not_saved_by_leaving_out_some_of_them(monkeypatch
 
 
 def test_a_network_that_was_slow_once_is_outvoted(monkeypatch):
-    """One in the place of which a tenth more was found; as a difference to the next it would make its modules take a third more."""
+    """One in the place of which a tenth more was found; as a difference to one without, its modules would take nearly half more."""
     fake = FakeStopwatch()
     fake.changed = lambda took, blocks: took * (1.1 if {getattr(up, "out_features", 0) for _, up in blocks} == {256} else 1.0)
     found, exact = measured_by(fake, monkeypatch), measured_by(FakeStopwatch(), monkeypatch)

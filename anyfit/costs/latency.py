@@ -104,11 +104,10 @@ class LatencyTable:
         return sorted(size for own, size, name in self.modules if (own, name) == (kind, format_))
 
     def ms(self, kind: str, size: int, format_: str) -> float:
-        """What one module takes. One that is left out (size 0) takes what it leaves behind, where that was measured.
-        Raises `UserError` for one that wasn't measured."""
+        """What one module takes; nothing where it is left out (size 0). Raises `UserError` for one that wasn't measured."""
+        if size == 0:
+            return 0.0
         if (kind, size, format_) not in self.modules:
-            if size == 0:
-                return 0.0
             measured = ", ".join(map(str, self.sizes(kind, format_))) or "none"
             raise UserError(f"The latency of {kind} of size {size} in {format_} was not measured.", remedy=f"Measured sizes: {measured}.")
         return self.modules[kind, size, format_]

@@ -41,10 +41,9 @@ MIXED, VARIED = 12, 0.3
 """Networks of mixed sizes: how many, and the standard deviation of sizes within one, as a share of the whole."""
 DENSITIES, LEFT_OUT = (0.1, 0.9), (0.0, 0.1, 0.25)
 """Of mixed networks: from where to where mean sizes go, as shares of the whole, and the shares of modules that are left out, by turns."""
-NOISE, ROUGHNESS, FREE, EXACT = 0.02, 0.01, 0.1, 1e-4
+NOISE, ROUGHNESS, EXACT = 0.02, 0.01, 1e-4
 """Standard deviations: of a network's time from what its modules add up to, as a share of it; of a module's from the line between its
-neighbours' in size; of what one that is left out takes from nothing; of the whole network's time. All but the first are shares of an even
-part of the whole network's time."""
+neighbours' in size, and of the whole network's time, as shares of an even part of that."""
 
 
 class Stopwatch(ABC):
@@ -134,47 +133,48 @@ def _mixed(shape: Shape) -> list[Blocks]:
         wanted, out = rng.gauss(density, VARIED) * shape.full(kind), rng.random() < left_out
         return 0 if out else min(ladder[kind], key=lambda size: abs(size - wanted))
 
-    found, (least, most) = list[Blocks](), DENSITIES
+    found, (least, most) = dict[Blocks, None](), DENSITIES
     for number in range(MIXED):
         density, left_out = least + (most - least) * number / (MIXED - 1), LEFT_OUT[number % len(LEFT_OUT)]
-        found.append(tuple((drawn(ATTENTION, density, left_out), drawn(FEED_FORWARD, density, left_out)) for _ in range(shape.blocks)))
-    return found
+        found[tuple((drawn(ATTENTION, density, left_out), drawn(FEED_FORWARD, density, left_out)) for _ in range(shape.blocks))] = None
+    return [blocks for blocks in found if blocks != tuple(shape.uncut)]
 
 
 def _fitted(shares: Mapping[Blocks, float], shape: Shape) -> Took:
     """What modules take, from the `shares` of the whole network's time that networks take.
 
-    As modules don't quite add up, smaller ones count for as much more than what explains the networks best as those of mixed sizes need
-    to take no longer than is predicted from the others, though none for more than a whole one.
+    As modules don't quite add up, and as searches take what seems fast by chance, smaller ones count for more than what explains the
+    networks best: by the largest share by which one of mixed sizes takes longer than is predicted from all others; though none for more
+    than a whole one. That makes predictions rather too slow, but bounds them only where smaller modules take most of a network's time.
     """
     took, factor = _explaining(shares, shape), 1.0
-    for blocks in (blocks for blocks in shares if len(set(blocks)) > 1):
+    for blocks in _mixed(shape):
         others = _explaining({own: share for own, share in shares.items() if own != blocks}, shape)
         whole = sum(others[kind, shape.full(kind)] for kind in KINDS)
-        predicted = 1 - shape.blocks * whole + sum(others[module] for block in blocks for module in zip(KINDS, block, strict=True))
+        predicted = 1 - shape.blocks * whole + sum(others[module] for module in _modules(blocks))
         factor = max(factor, shares[blocks] / predicted)
     return {(kind, size): min(factor * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
 
 
 def _explaining(shares: Mapping[Blocks, float], shape: Shape) -> Took:
-    """What modules take, those that are left out (size 0) included: the least squares of what networks take from the rest and the sum of
-    their modules, where no module takes less than a smaller one of its kind, and where sizes are in line but for `ROUGHNESS`.
+    """What modules take: the least squares of what networks take from the rest and the sum of their modules, where no module takes less
+    than a smaller one of its kind, and where sizes are in line but for `ROUGHNESS`.
 
-    So a module is known from all networks, and from its neighbours.
+    So a module is known from all networks, and from its neighbours. What blocks take without any module is in the rest, as it can't be told
+    from that: all networks have as many blocks.
     """
-    ladder = {kind: [0, *reversed(sizes(shape, kind))] for kind in KINDS}
+    ladder = {kind: sizes(shape, kind)[::-1] for kind in KINDS}
     # The unknowns are what each size takes more than the next smaller one, none below zero, and the rest, which comes last.
     keys = [(kind, size) for kind in KINDS for size in ladder[kind]]
     steps = {(kind, size): np.array([other == kind and least <= size for other, least in keys] + [False], float) for kind, size in keys}
     rest, even = np.eye(len(keys) + 1)[-1], 1 / (len(KINDS) * shape.blocks)
 
     def network(blocks: Iterable[tuple[int, int]]) -> np.ndarray:
-        return rest + sum(steps[module] for block in blocks for module in zip(KINDS, block, strict=True))
+        return rest + sum(steps[module] for module in _modules(blocks))
 
     rows = [(network(shape.uncut), 1.0, EXACT * even)]
     rows += [(network(blocks), share, NOISE * share) for blocks, share in shares.items()]
-    rows += [(steps[kind, 0], 0.0, FREE * even) for kind in KINDS]
-    for kind, (_, *some) in ladder.items():
+    for kind, some in ladder.items():
         for below, size, above in zip(some, some[1:], some[2:], strict=False):
             between = (size - below) / (above - below)
             line = (1 - between) * steps[kind, below] + between * steps[kind, above]
@@ -182,6 +182,11 @@ def _explaining(shares: Mapping[Blocks, float], shape: Shape) -> Took:
     matrix, values, deviations = map(np.array, zip(*rows, strict=True))
     found, _ = nnls(matrix / deviations[:, None], values / deviations, maxiter=100 * len(steps))
     return {module: float(step @ found) for module, step in steps.items()}
+
+
+def _modules(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    """Kind and size of those that aren't left out."""
+    return ((kind, size) for block in blocks for kind, size in zip(KINDS, block, strict=True) if size)
 
 
 def sizes(shape: Shape, kind: str) -> list[int]:

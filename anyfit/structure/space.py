@@ -131,7 +131,7 @@ class Pruning:
                 if not matrices & shapes.keys() and format_ != storage.dense:
                     continue  # nothing that could be quantised
                 latency = self.measured.of(structure, kept, format_) if self.measured and not why else None
-                # What is left out whole may take as long as the smallest does, and less once the rest of its block is, too.
+                # What is left out whole may take as long as the smallest does: nothing.
                 if latency is not None and (latency >= fastest if kept else latency > fastest):
                     why = "it takes no less time than one that keeps more"
                 if why:
