@@ -48,7 +48,7 @@ PEER = "torchpruning"
 RATIOS = tuple(round(0.02 * step, 2) for step in range(13, 32))
 SCOPES = {"layer": "each layer", "network": "of all"}
 """What its ratio is of."""
-NUM_TRAIN, NUM_DEV, DECAY = 4000, 3000, 1e-3
+NUM_TRAIN, NUM_DEV, DECAY = 12000, 6700, 1e-3
 STEPS = 100
 """Of distillation."""
 INTEGERS = {

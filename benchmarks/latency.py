@@ -60,17 +60,21 @@ def rows(stopwatch: Stopwatch, runtime: Runtime, setting: Setting) -> list[Row]:
     table = measure(stopwatch, config, runtime.target, setting, formats=runtime.formats, threads=1, progress=to_stderr())
     shape = shape_of(config)
     for name in runtime.formats:
-        with pinned(1), tempfile.TemporaryDirectory() as whole:
-            clock = Clock(stopwatch.ready(sized(config, shape.uncut), name, setting, 1, Path(whole)), 1)
-            made.append(Row((name, "uncut", f"{table.whole[name]:.3f}", "", "")))
-            for about, blocks in networks(shape).items():
-                with tempfile.TemporaryDirectory() as folder:
-                    share = clock.share(stopwatch.ready(sized(config, blocks), name, setting, 1, Path(folder)))
-                modules = [module for groups, width in blocks for module in ((ATTENTION, groups), (FEED_FORWARD, width))]
-                predicted, found = table.predict(name, modules), share * table.whole[name]
-                off = predicted / found - 1
-                cells = (name, about, f"{predicted:.3f}", f"{found:.3f}", f"{off:+.1%}")
-                made.append(Row(cells, holds=abs(off) <= MOST_OFF))
+        made.append(Row((name, "uncut", f"{table.whole[name]:.3f}", "", "")))
+        subjects = networks(shape)
+        with pinned(1), tempfile.TemporaryDirectory() as folder:
+            runs = []
+            for blocks in (shape.uncut, *subjects.values()):
+                place = Path(folder, str(len(runs)))
+                place.mkdir()
+                runs.append(stopwatch.ready(sized(config, blocks), name, setting, 1, place))
+            shares = Clock(runs[0], 1).shares(runs[1:])
+        for (about, blocks), share in zip(subjects.items(), shares, strict=True):
+            modules = [module for groups, width in blocks for module in ((ATTENTION, groups), (FEED_FORWARD, width))]
+            predicted, found = table.predict(name, modules), share * table.whole[name]
+            off = predicted / found - 1
+            cells = (name, about, f"{predicted:.3f}", f"{found:.3f}", f"{off:+.1%}")
+            made.append(Row(cells, holds=abs(off) <= MOST_OFF))
     return made
 
 

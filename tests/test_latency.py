@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import weakref
 from dataclasses import replace
 from itertools import count, repeat
 
@@ -210,6 +211,51 @@ def test_no_module_takes_less_than_a_smaller_one(monkeypatch):
     assert found.predict("F32", modules(found.shape.uncut)) == pytest.approx(found.whole["F32"])
 
 
+def test_networks_take_turns(monkeypatch):
+    """On a machine that slows down all but the whole network for longer than one of them is timed."""
+    now, told = 0.0, []
+
+    def run_of(took, hurt):
+        def run():
+            nonlocal now
+            now += took * (2 if hurt and now % 400 > 200 else 1)
+
+        return run
+
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: now)
+    found = stopwatch.Clock(run_of(2.0, False), 1).shares([run_of(1.0, True) for _ in range(5)], lambda: told.append(now))
+    assert len(set(found)) == 1 and found[0] in (0.5, 1.0)
+    assert len(told) == 5 and now > 200
+
+
+def test_a_network_is_timed_for_some_seconds_and_in_some_rounds():
+    assert stopwatch._rounds(1e-3) == 2000
+    assert stopwatch._rounds(0.1) == 31, "rounds at least"
+    assert stopwatch._rounds(0.5) == 12, "seconds at most"
+    assert stopwatch._rounds(100.0) == 7, "rounds at least, however long they take"
+
+
+def test_no_more_networks_are_held_than_fit(monkeypatch):
+    """And no others are found than with all at once."""
+    held, most = weakref.WeakSet(), 0
+
+    class Counting(FakeStopwatch):
+        def ready(self, *args):
+            nonlocal most
+            run = super().ready(*args)
+            held.add(run)
+            most = max(most, len(held))
+            return run
+
+    together = measured_by(Counting(), monkeypatch)
+    assert most == 1 + len(stopwatch._networks(SHAPE))
+    most = 0
+    monkeypatch.setattr(stopwatch, "HELD", 1)
+    apart = measured_by(Counting(), monkeypatch)
+    assert apart.modules == pytest.approx(together.modules) and apart.whole == pytest.approx(together.whole)
+    assert most == 2, "the whole network and one other"
+
+
 def test_formats_are_timed_beside_each_other(monkeypatch):
     """On a machine that becomes slow once the first is done."""
 
@@ -373,7 +419,7 @@ def test_a_smaller_networks_latency_is_predicted(tmp_path):
     predicted = found.predict("F32", modules(small))
     watch = TorchStopwatch()
     whole = watch.ready(sized(config, [(2, 512)] * 2), "F32", found.setting, 1, tmp_path)
-    share = stopwatch.Clock(whole, 1).share(watch.ready(sized(config, small), "F32", found.setting, 1, tmp_path))
+    [share] = stopwatch.Clock(whole, 1).shares([watch.ready(sized(config, small), "F32", found.setting, 1, tmp_path)])
     assert predicted == pytest.approx(share * found.whole["F32"], rel=0.25)
 
 

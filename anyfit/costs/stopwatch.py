@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import statistics
@@ -23,7 +24,7 @@ from anyfit.core.errors import UserError
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape, cores
 from anyfit.costs.probes import shape_of, sized
 from anyfit.interface import interface_of
-from anyfit.progress import Progress, Silent
+from anyfit.progress import Progress, Silent, Stage
 from anyfit.structure.levels import widths
 
 Run = Callable[[], object]
@@ -33,10 +34,12 @@ Took = Mapping[tuple[str, int], float]
 Blocks = tuple[tuple[int, int], ...]
 """Of a network: groups of each one's attention, width of its feed-forward."""
 
-SECONDS, ROUNDS = 1.0, 31
+SECONDS, ROUNDS = 2.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 LONG, FEWEST = 6.0, 7
-"""A network that takes so many seconds is timed in so many rounds, though."""
+"""No longer than this, though, if that takes no fewer rounds than these."""
+HELD = 2**32
+"""Bytes of numbers in float32, up to which networks are held at once to take turns."""
 MIXED, VARIED = 12, 0.3
 """Networks of mixed sizes: how many, and the standard deviation of sizes within one, as a share of the whole."""
 DENSITIES, LEFT_OUT = (0.1, 0.9), (0.0, 0.1, 0.25)
@@ -79,7 +82,8 @@ def measure(
     """Time a network of this config and its modules in each format (default: the stopwatch's first).
 
     Every network is timed beside the whole one, the two taking turns, and what counts is the median of their ratios: what
-    slows the machine down for a while slows down both. So is the whole network in any format but the first, beside that.
+    slows the machine down for a while slows down both. As it slows down large ones more, and for minutes, all networks take turns, as far
+    as memory allows. The whole network in any format but the first is timed beside that in the first.
 
     Networks with modules of one kind at one size, all else whole, and networks of mixed sizes are timed. What modules take is then what
     explains all of these best, see `_fitted`, as differences between single networks neither add up nor are free of noise. Of the whole
@@ -94,25 +98,41 @@ def measure(
     modules: dict[tuple[str, int, str], float] = {}
     networks = _networks(shape)
 
-    def ready(blocks: Sequence[tuple[int, int]], format_: str, folder: Path) -> Run:
-        return stopwatch.ready(sized(config, blocks, trust_remote_code=trust_remote_code), format_, setting, threads, folder)
+    def ready(blocks: Sequence[tuple[int, int]], format_: str, folder: Path) -> tuple[Run, int]:
+        """And the bytes of its numbers in float32."""
+        model = sized(config, blocks, trust_remote_code=trust_remote_code)
+        num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+        return stopwatch.ready(model, format_, setting, threads, folder), num_bytes
 
     def slower(format_: str) -> float:
         """How many times as long the whole network takes in a format as in the first."""
         with tempfile.TemporaryDirectory() as folder:
-            plain = Clock(ready(shape.uncut, formats[0], _new(folder, "plain")), threads)
-            return plain.share(ready(shape.uncut, format_, _new(folder, "whole")))
+            plain, _ = ready(shape.uncut, formats[0], _new(folder, "plain"))
+            return Clock(plain, threads).shares([ready(shape.uncut, format_, _new(folder, "whole"))[0]])[0]
 
-    with pinned(threads), (progress or Silent()).stage("measure", len(formats) * len(networks)) as stage:
+    def timed(format_: str, stage: Stage) -> tuple[dict[Blocks, float], float]:
+        """What each network takes as a share of the whole one, and that one's milliseconds."""
+        shares, left = dict[Blocks, float](), list(networks)
+        with tempfile.TemporaryDirectory() as first:
+            clock = Clock(ready(shape.uncut, format_, Path(first))[0], threads)
+            while left:
+                with tempfile.TemporaryDirectory() as folder:
+                    runs, held = dict[Blocks, Run](), 0
+                    while left and held < HELD:
+                        blocks = left.pop(0)
+                        runs[blocks], num_bytes = ready(blocks, format_, _new(folder, str(len(runs))))
+                        held += num_bytes
+                        stage.advance(detail=f"{networks[blocks]} {format_}")
+                    taken = clock.shares(list(runs.values()), lambda: stage.advance(detail=f"taking turns, {format_}"))
+                    shares |= zip(runs, taken, strict=True)
+        return shares, clock.whole
+
+    # Half of the stage is making networks ready, the other half timing them.
+    with pinned(threads), (progress or Silent()).stage("measure", 2 * len(formats) * len(networks)) as stage:
         for name in formats:
-            with tempfile.TemporaryDirectory() as folder:
-                clock, shares = Clock(ready(shape.uncut, name, _new(folder, "whole")), threads), dict[Blocks, float]()
-                for blocks, about in networks.items():
-                    with tempfile.TemporaryDirectory() as own:
-                        shares[blocks] = clock.share(ready(blocks, name, Path(own)))
-                    stage.advance(detail=f"{about} {name}")
-                whole[name] = whole[formats[0]] * slower(name) if whole else clock.whole
-                modules |= {(*key, name): own * whole[name] for key, own in _fitted(shares, shape).items()}
+            shares, ms = timed(name, stage)
+            whole[name] = whole[formats[0]] * slower(name) if whole else ms
+            modules |= {(*key, name): own * whole[name] for key, own in _fitted(shares, shape).items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
 
 
@@ -212,19 +232,27 @@ class Clock:
         """Milliseconds of the whole network."""
         return statistics.median(self._times)
 
-    def share(self, run: Run) -> float:
-        """What another takes, as a share of the whole network's time. Each is run twice at its turn, the second time counts."""
-        ratios, began = list[float](), self._now()
-        self._took(run)
+    def shares(self, runs: Sequence[Run], told: Callable[[], None] = lambda: None) -> list[float]:
+        """What others take, as shares of the whole network's time: medians over rounds, in each of which all of them take turns, each with
+        the whole one before it. Each is run twice at its turn, the second time counts. `told`: called once for each of them, by and by."""
+        ratios, number = [list[float]() for _ in runs], 1
+        for run in runs:
+            run()
         gc.disable()
         try:
-            while len(ratios) < (FEWEST if self._now() - began > LONG else ROUNDS) or self._now() - began < SECONDS:
-                reference = self._took(self._run)
-                self._times.append(reference)
-                ratios.append(self._took(run) / reference)
+            while (done := len(ratios[0])) < number:
+                began = self._now()
+                for run, own in zip(runs, ratios, strict=True):
+                    reference = self._took(self._run)
+                    self._times.append(reference)
+                    own.append(self._took(run) / reference)
+                if not done:
+                    number = _rounds((self._now() - began) / len(runs))
+                for _ in range(len(runs) * done // number, len(runs) * (done + 1) // number):
+                    told()
         finally:
             gc.enable()
-        return statistics.median(ratios)
+        return [statistics.median(own) for own in ratios]
 
     def _took(self, run: Run) -> float:
         """Milliseconds of a run that another has just gone before."""
@@ -232,6 +260,12 @@ class Clock:
         began = self._now()
         run()
         return 1e3 * (self._now() - began)
+
+
+def _rounds(seconds: float) -> int:
+    """How many there are, where a network takes so many seconds in each."""
+    wanted = max(ROUNDS, SECONDS / seconds)
+    return math.ceil(wanted if wanted * seconds <= LONG else max(FEWEST, LONG / seconds))
 
 
 @contextmanager
