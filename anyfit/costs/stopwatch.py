@@ -20,6 +20,7 @@ import torch
 from scipy.optimize import nnls
 from transformers import PretrainedConfig, PreTrainedModel
 
+from anyfit.core import memory
 from anyfit.core.errors import UserError
 from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape, cores
 from anyfit.costs.probes import shape_of, sized
@@ -38,8 +39,8 @@ SECONDS, ROUNDS = 2.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 LONG, FEWEST = 6.0, 7
 """No longer than this, though, if that takes no fewer rounds than these."""
-HELD = 2**32
-"""Bytes of numbers in float32, up to which networks are held at once to take turns."""
+HELD, OF_FREE = 2**32, 0.5
+"""Bytes of numbers in float32, up to which networks are held at once to take turns, and no more than this share of the memory that is free."""
 MIXED, VARIED = 12, 0.3
 """Networks of mixed sizes: how many, and the standard deviation of sizes within one, as a share of the whole."""
 DENSITIES, LEFT_OUT = (0.1, 0.9), (0.0, 0.1, 0.25)
@@ -118,7 +119,8 @@ def measure(
             while left:
                 with tempfile.TemporaryDirectory() as folder:
                     runs, held = dict[Blocks, Run](), 0
-                    while left and held < HELD:
+                    most = min(HELD, OF_FREE * (memory.free() or HELD))
+                    while left and held < most:
                         blocks = left.pop(0)
                         runs[blocks], num_bytes = ready(blocks, format_, _new(folder, str(len(runs))))
                         held += num_bytes
