@@ -40,7 +40,7 @@ SECONDS, ROUNDS = 2.0, 31
 LONG, FEWEST = 6.0, 7
 """No longer than this, though, if that takes no fewer rounds than these."""
 HELD, OF_FREE = 2**32, 0.5
-"""Bytes of numbers in float32, up to which networks are held at once to take turns, and no more than this share of the memory that is free."""
+"""Bytes of numbers in float32, up to which networks are held at once to take turns, and the share of the free memory that they may be."""
 MIXED, VARIED = 12, 0.3
 """Networks of mixed sizes: how many, and the standard deviation of sizes within one, as a share of the whole."""
 DENSITIES, LEFT_OUT = (0.1, 0.9), (0.0, 0.1, 0.25)
