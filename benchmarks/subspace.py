@@ -87,7 +87,8 @@ def section(subject: Subject, run: Fit, store: Store, progress: Progress) -> Sec
         f"All blocks of the embedded default in {subject.format_}, {bits:.2f} bits a weight; {SETTINGS.num_steps} steps of "
         f"{SETTINGS.batch_size} of {len(text.tokens)} windows, a rate of the codes of {subject.rate:g}, the same for all. Means over "
         f"{len(SEEDS)} orders of the text, the same for all, with the change of the perplexity in each; {SHARES[0]:.0%} and all but codes: "
-        "the first order alone. Seconds are of a processor. The paper has PV, at 1 %, before straight-through estimation: claimed of the recipe's share, in all orders."
+        "the first order alone. Seconds are of a processor. The paper has PV, at 1 %, before straight-through estimation: claimed of the "
+        "recipe's share, in all orders."
     )
     header = ("what is tuned", "KL, search split", "perplexity", "KL", "seconds")
     return Section(subject.title, header, rows, (remark,))
