@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, repeat
 
@@ -137,11 +139,11 @@ def test_modules_are_timed_beside_the_whole_network(monkeypatch):
         assert found.rest(name) == pytest.approx(7.0 * factor * slow)
 
 
-def measured_by(fake, monkeypatch, **changes):
+def measured_by(fake, monkeypatch, progress=None, **changes):
     fake.runs = repeat(0)
     monkeypatch.setattr(stopwatch.time, "thread_time", lambda: fake.now)
     monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
-    return stopwatch.measure(fake, tiny_model("llama", **changes).config, "fake", SETTING, threads=1)
+    return stopwatch.measure(fake, tiny_model("llama", **changes).config, "fake", SETTING, threads=1, progress=progress)
 
 
 def modules(blocks):
@@ -218,14 +220,14 @@ def test_networks_take_turns(monkeypatch):
     def run_of(took, hurt):
         def run():
             nonlocal now
-            now += took * (2 if hurt and now % 400 > 200 else 1)
+            now += took * (2 if hurt and now % 240 > 120 else 1)
 
         return run
 
     monkeypatch.setattr(stopwatch.time, "thread_time", lambda: now)
     found = stopwatch.Clock(run_of(2.0, False), 1).shares([run_of(1.0, True) for _ in range(5)], lambda: told.append(now))
     assert len(set(found)) == 1 and found[0] in (0.5, 1.0)
-    assert len(told) == 5 and now > 200
+    assert len(told) == 5 and now > 120
 
 
 def test_a_network_is_timed_for_some_seconds_and_in_some_rounds():
@@ -235,9 +237,30 @@ def test_a_network_is_timed_for_some_seconds_and_in_some_rounds():
     assert stopwatch._rounds(100.0) == 7, "rounds at least, however long they take"
 
 
-def test_no_more_networks_are_held_than_fit(monkeypatch):
-    """And no others are found than with all at once."""
-    held, most = weakref.WeakSet(), 0
+class Counted:
+    """A progress that counts what it is told."""
+
+    def __init__(self):
+        self.total = self.done = 0
+
+    @contextmanager
+    def stage(self, name, total):
+        self.total += total
+        yield self
+
+    def advance(self, n=1, detail=""):
+        self.done += n
+
+    def note(self, text):
+        raise AssertionError(text)
+
+
+@pytest.mark.parametrize(
+    ("bound", "at_once"), [("none", None), ("numbers", 1), ("memory", 3), ("disk", 3), ("threads", 5), ("unknown", None)]
+)
+def test_no_more_networks_are_held_than_fit(bound, at_once, monkeypatch):
+    """And no others are found than with all at once. Of memory and disk, each network takes a tenth."""
+    held, most, progress = weakref.WeakSet(), 0, Counted()
 
     class Counting(FakeStopwatch):
         def ready(self, *args):
@@ -247,13 +270,21 @@ def test_no_more_networks_are_held_than_fit(monkeypatch):
             most = max(most, len(held))
             return run
 
-    together = measured_by(Counting(), monkeypatch)
-    assert most == 1 + len(stopwatch._networks(SHAPE))
-    most = 0
-    monkeypatch.setattr(stopwatch, "HELD", 1)
-    apart = measured_by(Counting(), monkeypatch)
-    assert apart.modules == pytest.approx(together.modules) and apart.whole == pytest.approx(together.whole)
-    assert most == 2, "the whole network and one other"
+    def of_ten(bytes_=1000):
+        return bytes_ - 100 * (len(held) - 1)
+
+    monkeypatch.setattr(stopwatch.memory, "free", lambda: None if bound == "unknown" else of_ten() if bound == "memory" else 1000)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(stopwatch.shutil, "disk_usage", lambda _: usage._replace(free=of_ten() if bound == "disk" else 1000))
+    if bound == "numbers":
+        monkeypatch.setattr(stopwatch, "HELD", 1)
+    if bound == "threads":
+        monkeypatch.setattr(stopwatch, "ALIVE", 5)
+    found, together = measured_by(Counting(), monkeypatch, progress=progress), measured_by(FakeStopwatch(), monkeypatch)
+    assert found.modules == pytest.approx(together.modules) and found.whole == pytest.approx(together.whole)
+    number = len(stopwatch._networks(SHAPE))
+    assert most == 1 + (at_once or number), "beside the whole network"
+    assert progress.done == progress.total == 2 * number
 
 
 def test_formats_are_timed_beside_each_other(monkeypatch):

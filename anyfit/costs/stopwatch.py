@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -39,8 +40,9 @@ SECONDS, ROUNDS = 2.0, 31
 """How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 LONG, FEWEST = 6.0, 7
 """No longer than this, though, if that takes no fewer rounds than these."""
-HELD, OF_FREE = 2**32, 0.5
-"""Bytes of numbers in float32, up to which networks are held at once to take turns, and the share of the free memory that they may be."""
+HELD, OF_FREE, ALIVE = 2**32, 0.25, 512
+"""What bounds the networks that are held at once to take turns, whichever comes first: bytes of their numbers in float32, the share of free
+memory and disk that they have taken, and threads."""
 MIXED, VARIED = 12, 0.3
 """Networks of mixed sizes: how many, and the standard deviation of sizes within one, as a share of the whole."""
 DENSITIES, LEFT_OUT = (0.1, 0.9), (0.0, 0.1, 0.25)
@@ -100,10 +102,12 @@ def measure(
     networks = _networks(shape)
 
     def ready(blocks: Sequence[tuple[int, int]], format_: str, folder: Path) -> tuple[Run, int]:
-        """And the bytes of its numbers in float32."""
+        """And the bytes of its numbers in float32. It has run once, so that it holds all that it will hold."""
         model = sized(config, blocks, trust_remote_code=trust_remote_code)
         num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-        return stopwatch.ready(model, format_, setting, threads, folder), num_bytes
+        run = stopwatch.ready(model, format_, setting, threads, folder)
+        run()
+        return run, num_bytes
 
     def slower(format_: str) -> float:
         """How many times as long the whole network takes in a format as in the first."""
@@ -114,20 +118,22 @@ def measure(
     def timed(format_: str, stage: Stage) -> tuple[dict[Blocks, float], float]:
         """What each network takes as a share of the whole one, and that one's milliseconds."""
         shares, left = dict[Blocks, float](), list(networks)
+        random.Random(0).shuffle(left)  # those that don't fit at once shouldn't differ from others in kind
         with tempfile.TemporaryDirectory() as first:
             clock = Clock(ready(shape.uncut, format_, Path(first))[0], threads)
             while left:
                 with tempfile.TemporaryDirectory() as folder:
                     runs, held = dict[Blocks, Run](), 0
-                    most = min(HELD, OF_FREE * (memory.free() or HELD))
-                    while left and held < most:
-                        blocks = left.pop(0)
+                    memory.release()
+                    before = _free(folder)
+                    while left and not (runs and (held >= HELD or len(runs) * threads >= ALIVE or _crowded(before, folder))):
+                        blocks = left.pop()
                         runs[blocks], num_bytes = ready(blocks, format_, _new(folder, str(len(runs))))
                         held += num_bytes
                         stage.advance(detail=f"{networks[blocks]} {format_}")
                     taken = clock.shares(list(runs.values()), lambda: stage.advance(detail=f"taking turns, {format_}"))
                     shares |= zip(runs, taken, strict=True)
-        return shares, clock.whole
+        return {blocks: shares[blocks] for blocks in networks}, clock.whole
 
     # Half of the stage is making networks ready, the other half timing them.
     with pinned(threads), (progress or Silent()).stage("measure", 2 * len(formats) * len(networks)) as stage:
@@ -237,21 +243,20 @@ class Clock:
     def shares(self, runs: Sequence[Run], told: Callable[[], None] = lambda: None) -> list[float]:
         """What others take, as shares of the whole network's time: medians over rounds, in each of which all of them take turns, each with
         the whole one before it. Each is run twice at its turn, the second time counts. `told`: called once for each of them, by and by."""
-        ratios, number = [list[float]() for _ in runs], 1
-        for run in runs:
-            run()
+        ratios, said, began = [list[float]() for _ in runs], 0, self._now()
         gc.disable()
         try:
-            while (done := len(ratios[0])) < number:
-                began = self._now()
+            done, number = 0, 1
+            while done < number:
                 for run, own in zip(runs, ratios, strict=True):
                     reference = self._took(self._run)
                     self._times.append(reference)
                     own.append(self._took(run) / reference)
-                if not done:
-                    number = _rounds((self._now() - began) / len(runs))
-                for _ in range(len(runs) * done // number, len(runs) * (done + 1) // number):
+                done += 1
+                number = max(done, _rounds((self._now() - began) / done / len(runs)))
+                while said < len(runs) * done // number:
                     told()
+                    said += 1
         finally:
             gc.enable()
         return [statistics.median(own) for own in ratios]
@@ -262,6 +267,16 @@ class Clock:
         began = self._now()
         run()
         return 1e3 * (self._now() - began)
+
+
+def _free(folder: str) -> list[int]:
+    """Bytes of memory, where the system says, and of disk."""
+    found = memory.free()
+    return [shutil.disk_usage(folder).free] + ([] if found is None else [found])
+
+
+def _crowded(before: Sequence[int], folder: str) -> bool:
+    return any(now < (1 - OF_FREE) * own for now, own in zip(_free(folder), before, strict=True))
 
 
 def _rounds(seconds: float) -> int:
