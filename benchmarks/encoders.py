@@ -61,13 +61,17 @@ TOGETHER, TOKENS = (1, 32), 128
 
 
 @dataclass(frozen=True)
-class Rival:
+class Pruned:
     """One pruned network. `ms`: as measured, in turns with the others of its speed-up; `faster`: than the whole network."""
 
     name: str
     model: PreTrainedModel
     ms: float
     faster: float
+
+
+Pair = tuple[Pruned, Pruned]
+"""anyfit's, and another that takes no less time."""
 
 
 @dataclass(frozen=True)
@@ -146,22 +150,22 @@ class Contest:
         self.reference = task_of(self.family.source.config).reference(self.original, self.text["report"])
         self.probe = Probe.read(self.assets / "nlp-eval", self.family.source.tokenizer())
         peers = _peers(self.subject, self.environments, self._folder / PEER, self.table) if self.environments else {}
-        self.rivals = {faster: self._rivals(faster, peers) for faster in FASTER}
+        self.pairs = {faster: self._pairs(faster, peers) for faster in FASTER}
 
     def cosine(self, model: PreTrainedModel) -> float:
         return 1 - self.reference.loss(model)
 
-    def _rivals(self, faster: float, peers: Mapping[Path, float]) -> list[Rival]:
-        """anyfit's first: the largest that is found nearby and measured to take no longer than the fastest of the others."""
+    def _pairs(self, faster: float, peers: Mapping[Path, float]) -> list[Pair]:
+        """Each of the others with anyfit's: the largest that is found nearby and measured to take no longer."""
         budget = self.family.space.costs(self.family.space.largest())["ms"] / faster
         others = _others(self.family, budget, peers)
         configs = list(dict.fromkeys(self.family.select(f"ms <= {share * budget:.6f}").config for share in NEARBY))
         own = [self.family.extract(config) for config in configs]
         whole, *taken = self._taken([self.original, *others.values(), *own])
-        fastest, theirs = min(taken[: len(others)]), taken[len(others) :]
-        place = within(fastest, theirs)
-        found = [("anyfit", own[place], theirs[place]), *zip(others, others.values(), taken, strict=False)]
-        return [Rival(name, model, ms, whole / ms) for name, model, ms in found]
+        theirs, ours = taken[: len(others)], taken[len(others) :]
+        found = [Pruned("anyfit", model, ms, whole / ms) for model, ms in zip(own, ours, strict=True)]
+        rivals = [Pruned(name, model, ms, whole / ms) for (name, model), ms in zip(others.items(), theirs, strict=True)]
+        return [(found[within(rival.ms, ours)], rival) for rival in rivals]
 
     def _taken(self, models: Sequence[PreTrainedModel]) -> list[float]:
         """Milliseconds, in turns."""
@@ -171,17 +175,21 @@ class Contest:
                 _written(self.family, model, place)
             return side_by_side(self.family, places, *self.setting)
 
-    def rows(self, faster: float, models: Sequence[PreTrainedModel], others: Sequence[tuple[str, ...]]) -> list[Row]:
-        """Of a speed-up's rivals, as these `models` are; `others`: what else is shown of each."""
-        rivals, rows = self.rivals[faster], []
-        cosines, right = [self.cosine(model) for model in models], [self.probe.right(model) for model in models]
-        first = rivals[0].ms <= min(rival.ms for rival in rivals) and cosines[0] == max(cosines)
-        holds = first and not any(_better(other, right[0]) for other in right[1:])
-        for index, rival in enumerate(rivals):
-            speed, accuracy = f"{rival.ms:.2f} ({rival.faster:.2f}x)", f"{right[index].float().mean():.1%}"
-            cells = (f"{faster:g}x", rival.name, speed, *others[index], f"{cosines[index]:.4f}", accuracy)
-            rows.append(Row(cells, None if index else holds))
+    def rows(self, faster: float, models: Mapping[Pruned, PreTrainedModel], more: Mapping[Pruned, tuple[str, ...]]) -> list[Row]:
+        """Of a speed-up's pairs, as these `models` of theirs are; `more`: what else is shown of each."""
+        kept = {pruned: (self.cosine(model), self.probe.right(model)) for pruned, model in models.items()}
+        rows = []
+        for own, other in self.pairs[faster]:
+            holds = own.ms <= other.ms and kept[own][0] >= kept[other][0] and not _better(kept[other][1], kept[own][1])
+            for pruned in (own, other):
+                cosine, right = kept[pruned]
+                speed = f"{pruned.ms:.2f} ({pruned.faster:.2f}x)"
+                cells = (f"{faster:g}x", pruned.name, speed, *more[pruned], f"{cosine:.4f}", f"{right.float().mean():.1%}")
+                rows.append(Row(cells, holds if pruned is own else None))
         return rows
+
+    def networks(self, faster: float) -> list[Pruned]:
+        return list(dict.fromkeys(pruned for pair in self.pairs[faster] for pruned in pair))
 
     @property
     def remarks(self) -> list[str]:
@@ -190,9 +198,10 @@ class Contest:
             f"{self.subject.name} in {self.table.device.runtime}, {THREADS} thread, batch {batch}, {tokens} tokens. Cosine: mean agreement "
             f"of embeddings with the original's on {len(self.text['report'])} held-out sentences. SST-2: a logistic regression on "
             f"embeddings of {NUM_TRAIN} sentences, right on {NUM_DEV} others (standard error {100 * 0.4 / NUM_DEV**0.5:.1f} points).",
-            f"anyfit's is the largest within {', '.join(f'{share:.0%}' for share in NEARBY)} of the predicted time that takes no longer "
-            "than the fastest of the others, all measured in turns. Its row holds where it takes no longer, its cosine is the highest, and "
-            f"no other is right more often by {CERTAIN} standard errors, of the difference on the same sentences.",
+            "In pairs at equal measured time: each of the others, and anyfit's before it, the largest within "
+            f"{', '.join(f'{share:.0%}' for share in NEARBY)} of the predicted time that takes no longer, all measured in turns. Its row "
+            f"holds where it takes no longer, its cosine is no lower, and the other isn't right more often by {CERTAIN} standard errors, "
+            "of the difference on the same sentences.",
             *([] if self.environments else ["Torch-Pruning wasn't run: its environment wasn't named."]),
         ]
 
@@ -200,8 +209,9 @@ class Contest:
 def retained(contest: Contest) -> Section:
     """At each speed-up: the searched network, the best uniform one and the peer's best, all within the same predicted time."""
     rows = [Row(("", "the original", "", "1", f"{contest.probe.right(contest.original).float().mean():.1%}"))]
-    for faster, rivals in contest.rivals.items():
-        rows += contest.rows(faster, [rival.model for rival in rivals], [()] * len(rivals))
+    for faster in FASTER:
+        networks = contest.networks(faster)
+        rows += contest.rows(faster, {pruned: pruned.model for pruned in networks}, dict.fromkeys(networks, ()))
     about = (
         "One shot: nothing is trained. Uniform: the best of this family's settings that keep the same share everywhere, repaired by the "
         "same least squares. Torch-Pruning: heads and channels by its group magnitude, with one ratio for each layer or one threshold for "
@@ -217,13 +227,13 @@ def distilled(contest: Contest) -> Section:
     assert found is not None
     settings = replace(found.settings, num_steps=STEPS)
     how, text, rows = replace(found, settings=settings), contest.text["calibration"], list[Row]()
-    for faster, rivals in contest.rivals.items():
-        models, others = [], []
-        for rival in rivals:
-            before, began = contest.cosine(rival.model), time.process_time()
-            models.append(_trained(contest, rival, how, text))
-            others.append((f"{time.process_time() - began:.0f}", f"{before:.4f}"))
-        rows += contest.rows(faster, models, others)
+    for faster in FASTER:
+        models, more = dict[Pruned, PreTrainedModel](), dict[Pruned, tuple[str, ...]]()
+        for pruned in contest.networks(faster):
+            before, began = contest.cosine(pruned.model), time.process_time()
+            models[pruned] = _trained(contest, pruned, how, text)
+            more[pruned] = f"{time.process_time() - began:.0f}", f"{before:.4f}"
+        rows += contest.rows(faster, models, more)
     about = (
         f"The networks that are compared in one shot: all numbers of each trained for {STEPS} steps of {settings.batch_size} sentences, "
         f"Adam at {found.encoders * settings.rate:g} falling to zero, towards the states of the original's tokens after every block "
@@ -234,8 +244,8 @@ def distilled(contest: Contest) -> Section:
     return Section("After distillation", header, rows, [*contest.remarks, about])
 
 
-def _trained(contest: Contest, rival: Rival, how: Recovery, text: Tensor) -> PreTrainedModel:
-    model = copy.deepcopy(rival.model)
+def _trained(contest: Contest, pruned: Pruned, how: Recovery, text: Tensor) -> PreTrainedModel:
+    model = copy.deepcopy(pruned.model)
     with tempfile.TemporaryDirectory() as folder:
         # Whoever made it, it is one network, which runs in one way: no config says more of it.
         recovery.Recovery(contest.original, text, how, how.settings, to_stderr()).run(

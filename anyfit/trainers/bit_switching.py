@@ -7,7 +7,7 @@ At few bits the gradient of the shared scale has a factor 2^D; so with D fewer b
 
 As printed the mean is subtracted from the rate itself, not from 1, which makes nearly every rate negative.
 Differs from the paper in what these rates are of: not of the scales but of the logarithms of what they are multiplied by, where a step is
-a share of the scale. Most of what ALRS mends isn't there then: at two bits, where it is said to matter, a ResNet-20 does no better with it
+a share of the scale. What ALRS mends isn't there then: at two bits, where it is said to matter, a ResNet-20 is half a point worse with it
 (docs/benchmarks/train-once.md).
 """
 
