@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,55 +93,67 @@ def measure(
     network's time what isn't its modules' is the rest.
     Raises `UserError` for what can't be timed.
     """
-    threads, formats = threads or cores(), list(formats or stopwatch.formats[:1])
+    threads, formats = threads or cores(), list(dict.fromkeys(formats or stopwatch.formats[:1]))
     _require(stopwatch, setting, formats, threads, config)
     shape = shape_of(config, trust_remote_code=trust_remote_code)
     setting = replace(setting, sequence=interface_of(config).length(config) or setting.sequence)
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
-    networks = _networks(shape)
-
-    def ready(blocks: Sequence[tuple[int, int]], format_: str, folder: Path) -> tuple[Run, int]:
-        """And the bytes of its numbers in float32. It has run once, so that it holds all that it will hold."""
-        model = sized(config, blocks, trust_remote_code=trust_remote_code)
-        num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-        run = stopwatch.ready(model, format_, setting, threads, folder)
-        run()
-        return run, num_bytes
-
-    def slower(format_: str) -> float:
-        """How many times as long the whole network takes in a format as in the first."""
-        with tempfile.TemporaryDirectory() as folder:
-            plain, _ = ready(shape.uncut, formats[0], _new(folder, "plain"))
-            return Clock(plain, threads).shares([ready(shape.uncut, format_, _new(folder, "whole"))[0]])[0]
-
-    def timed(format_: str, stage: Stage) -> tuple[dict[Blocks, float], float]:
-        """What each network takes as a share of the whole one, and that one's milliseconds."""
-        shares, left = dict[Blocks, float](), list(networks)
-        random.Random(0).shuffle(left)  # those that don't fit at once shouldn't differ from others in kind
-        with tempfile.TemporaryDirectory() as first:
-            clock = Clock(ready(shape.uncut, format_, Path(first))[0], threads)
-            while left:
-                with tempfile.TemporaryDirectory() as folder:
-                    runs, held = dict[Blocks, Run](), 0
-                    memory.release()
-                    before = _free(folder)
-                    while left and not (runs and (held >= HELD or len(runs) * threads >= ALIVE or _crowded(before, folder))):
-                        blocks = left.pop()
-                        runs[blocks], num_bytes = ready(blocks, format_, _new(folder, str(len(runs))))
-                        held += num_bytes
-                        stage.advance(detail=f"{networks[blocks]} {format_}")
-                    taken = clock.shares(list(runs.values()), lambda: stage.advance(detail=f"taking turns, {format_}"))
-                    shares |= zip(runs, taken, strict=True)
-        return {blocks: shares[blocks] for blocks in networks}, clock.whole
-
+    networks, maker = _networks(shape), _Maker(stopwatch, config, setting, threads, trust_remote_code)
     # Half of the stage is making networks ready, the other half timing them.
     with pinned(threads), (progress or Silent()).stage("measure", 2 * len(formats) * len(networks)) as stage:
         for name in formats:
-            shares, ms = timed(name, stage)
-            whole[name] = whole[formats[0]] * slower(name) if whole else ms
+            with tempfile.TemporaryDirectory() as folder:
+                clock = Clock(maker.ready(shape.uncut, name, _new(folder, "whole"))[0], threads)
+                shares = _shares(clock, networks, maker, name, stage)
+            whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else clock.whole
             modules |= {(*key, name): own * whole[name] for key, own in _fitted(shares, shape).items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes networks of one config ready to be timed."""
+
+    stopwatch: Stopwatch
+    config: PretrainedConfig
+    setting: Setting
+    threads: int
+    trust_remote_code: bool
+
+    def ready(self, blocks: Iterable[tuple[int, int]], format_: str, folder: Path) -> tuple[Run, int]:
+        """And the bytes of its numbers in float32. It has run once, so that it holds all that it will hold."""
+        model = sized(self.config, list(blocks), trust_remote_code=self.trust_remote_code)
+        num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+        run = self.stopwatch.ready(model, format_, self.setting, self.threads, folder)
+        run()
+        return run, num_bytes
+
+
+def _shares(clock: Clock, networks: Mapping[Blocks, str], maker: _Maker, format_: str, stage: Stage) -> dict[Blocks, float]:
+    """What each network takes as a share of the clock's, as many as may be held taking turns."""
+    shares, left = dict[Blocks, float](), list(networks)
+    random.Random(0).shuffle(left)  # those that don't fit at once shouldn't differ from others in kind
+    while left:
+        with tempfile.TemporaryDirectory() as folder:
+            runs, held = dict[Blocks, Run](), 0
+            memory.release()
+            before = _free(folder)
+            while left and not (runs and (held >= HELD or len(runs) * maker.threads >= ALIVE or _crowded(before, folder))):
+                blocks = left.pop()
+                runs[blocks], num_bytes = maker.ready(blocks, format_, _new(folder, str(len(runs))))
+                held += num_bytes
+                stage.advance(detail=f"{networks[blocks]} {format_}")
+            taken = clock.shares(list(runs.values()), lambda: stage.advance(detail=f"taking turns, {format_}"))
+            shares |= zip(runs, taken, strict=True)
+    return {blocks: shares[blocks] for blocks in networks}
+
+
+def _slower(shape: Shape, maker: _Maker, format_: str, plain: str) -> float:
+    """How many times as long the whole network takes in a format as in another."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, other = (maker.ready(shape.uncut, name, _new(folder, name))[0] for name in (plain, format_))
+        return Clock(run, maker.threads).shares([other])[0]
 
 
 def _networks(shape: Shape) -> dict[Blocks, str]:
