@@ -305,6 +305,16 @@ def test_formats_are_timed_beside_each_other(monkeypatch):
     assert found.ms(ATTENTION, 2, "F16") == pytest.approx(2.0)
 
 
+def test_a_format_that_is_said_twice_is_timed_once(monkeypatch):
+    fake, progress = FakeStopwatch(), Counted()
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: fake.now)
+    monkeypatch.setattr(stopwatch, "SECONDS", 0.0)
+    config = tiny_model("llama").config
+    found = stopwatch.measure(fake, config, "fake", SETTING, formats=("F32", "F16", "F32"), threads=1, progress=progress)
+    assert list(found.whole) == ["F32", "F16"]
+    assert progress.done == progress.total == 2 * 2 * len(stopwatch._networks(SHAPE))
+
+
 def test_what_runs_in_the_place_of_a_module_is_counted(monkeypatch):
     """Where a feed-forward can't be left out: its smallest, which stands in its place, belongs to the rest."""
 
