@@ -40,7 +40,7 @@ from anyfit.trainers.loop import Settings, Trainable, train
 from anyfit.trainers.losses import Divergence
 from anyfit.trainers.sampling import Sampler
 from anyfit.tuning import pv
-from anyfit.tuning.coded import Stored, taken
+from anyfit.tuning.coded import Stored, repacked, taken
 from anyfit.tuning.refining import windows
 
 FOLDER = "training"
@@ -204,9 +204,9 @@ class Training(_AllAtOnce):
         self._train(Decoupled(network, Divergence(network.model, text)), self.decisions, self.expected, measured)
         merged: dict[str, Tensor] = {}
         for (unit, name), variant in network.variants().items():
-            if (scales := variant.merged()) is not None:
-                merged |= {_key(unit, name, part): value for part, value in scales.stored.items()}
-                variant.settle(scales)
+            parts = variant.merged()
+            merged |= {_key(unit, name, part): value for part, value in parts.items()}
+            variant.settle(parts)
         return {
             name: Gain(*figures) for name, figures in zip(self.formats, zip(before, measured(held_out), strict=True), strict=True)
         }, merged
@@ -215,10 +215,8 @@ class Training(_AllAtOnce):
         return kl(network.set(uniform(self.decisions, name)), held_out)
 
     def _bytes(self, entry: Stored, unit: str) -> Tensor:
-        assert isinstance(entry.format_, GridFormat)
-        codes, scales = entry.format_.read(entry.data)
-        stored = {part: self._merged.get(_key(unit, entry.format_.name, part), value) for part, value in scales.stored.items()}
-        return entry.format_.pack(codes, entry.format_.assemble(stored))
+        own = _key(unit, entry.format_.name, "")
+        return repacked(entry.format_, entry.data, {key.removeprefix(own): v for key, v in self._merged.items() if key.startswith(own)})
 
 
 @dataclass
@@ -303,8 +301,10 @@ class Nesting(_AllAtOnce):
             errors = {paths[unit]: {bits[name]: value for name, value in own.items() if name in bits} for unit, own in table.errors.items()}
             return Table({paths[unit]: value for unit, value in table.sensitivity.items()}, errors)
 
+        sized = {name: uniform(network.decisions, str(bits)) for name, bits in self.sizes.items()}
+
         def measured(held_out: Reference) -> list[float]:
-            return self.group.each(names, lambda name: kl(cast(PreTrainedModel, network.set(self.sizes[name])), held_out))
+            return self.group.each(names, lambda name: kl(cast(PreTrainedModel, network.set(sized[name])), held_out))
 
         self._train(subject, network.decisions, expected, measured)
         network.settle()
@@ -377,12 +377,12 @@ def stored_choices(space: Space, decisions: Iterable[Decision], matrices: Callab
 
 def decided(space: Space, how: recipes.Training | recipes.Tuning | recipes.Nesting) -> tuple[Decision, ...]:
     """What a recipe's stage trains of a space."""
-    if isinstance(how, recipes.Nesting):
-        return trained(space, math.inf)
-    return trained(space, kinds=(GridFormat, AdditiveFormat) if isinstance(how, recipes.Tuning) else (GridFormat,))
+    return trained(space, math.inf, kinds=(GridFormat,)) if isinstance(how, recipes.Nesting) else trained(space)
 
 
-def trained(space: Space, most_bits: float = MOST_BITS, *, kinds: tuple[type[Format], ...] = (GridFormat,)) -> tuple[Decision, ...]:
+def trained(
+    space: Space, most_bits: float = MOST_BITS, *, kinds: tuple[type[Format], ...] = (GridFormat, AdditiveFormat)
+) -> tuple[Decision, ...]:
     """The decisions about one matrix of a block, with the choices that training has something to gain from: few bits, of these kinds."""
     found = []
     for decision in space.decisions:

@@ -22,6 +22,7 @@ from anyfit.trainers.bit_switching import BitSwitching
 from anyfit.trainers.loop import Settings, Trainable, train
 from anyfit.trainers.losses import MicroBatch, Objective, Outputs
 from anyfit.trainers.sampling import Draws, EverySize
+from anyfit.training import uniform
 
 SIZES = (8, 6, 4, 2)
 SETTINGS = Settings(num_steps=500, batch_size=64, micro_batch=64, rate=5e-4, together=False)
@@ -83,7 +84,7 @@ def section(assets: Path, progress: Progress) -> Section:
     rows = [Row(("float, as given", f"{pictures.accuracy(original):.2f}", "", "", "", ""))]
     rows.append(Row(("float, trained as often", f"{reference:.2f}", "", "", "", "")))
     nested = NestedNetwork(copy.deepcopy(original), original.inner, SIZES)
-    before = {bits: pictures.accuracy(nested.set(bits)) for bits in SIZES}
+    before = {bits: pictures.accuracy(_at(nested, bits)) for bits in SIZES}
     found: dict[bool, list[dict[int, float]]] = {True: [], False: []}
     exact = True
     for seed, adaptive in product(SEEDS, (True, False)):
@@ -92,7 +93,7 @@ def section(assets: Path, progress: Progress) -> Section:
         subject = BitSwitching(network, Labels(network.model, pictures), adaptive=adaptive)
         _train(subject, EverySize(network.decisions, 1), replace(SETTINGS, seed=seed), progress)
         network.model.eval()
-        found[adaptive].append({bits: pictures.accuracy(network.set(bits)) for bits in SIZES})
+        found[adaptive].append({bits: pictures.accuracy(_at(network, bits)) for bits in SIZES})
         print(seed, adaptive, found[adaptive][-1], flush=True)
         if adaptive:
             exact &= all(_exact(network, bits, pictures.tested[0][:200]) for bits in SIZES)
@@ -142,7 +143,11 @@ def _train(subject: Trainable, sampler: Draws, settings: Settings, progress: Pro
 
 
 @torch.no_grad()
+def _at(network: NestedNetwork, bits: int) -> nn.Module:
+    return network.set(uniform(network.decisions, str(bits)))
+
+
 def _exact(network: NestedNetwork, bits: int, some: Tensor) -> bool:
     """Whether an ordinary network with what the integers stand for has the outputs that training saw."""
-    extracted = network.extracted(resnet.ResNet20(), bits).eval()
-    return torch.equal(extracted(some), network.set(bits)(some))
+    extracted = network.extracted(resnet.ResNet20(), uniform(network.decisions, str(bits))).eval()
+    return torch.equal(extracted(some), _at(network, bits)(some))

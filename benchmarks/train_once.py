@@ -35,7 +35,7 @@ from anyfit.api import prepare
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config
 from anyfit.core.space import Decision, Space
-from anyfit.elastic.linear import ElasticNetwork, Variant
+from anyfit.elastic.linear import ElasticNetwork, GridVariant, Variant
 from anyfit.family.store import Store, stored_matrices
 from anyfit.pipeline import Fit
 from anyfit.progress import Progress, to_stderr
@@ -160,16 +160,16 @@ def say(what: str, figures: Mapping[Any, float]) -> None:
 def settle(network: ElasticNetwork) -> None:
     """As it would be stored."""
     for variant in network.variants().values():
-        scales = variant.merged()
-        assert scales is not None
-        variant.settle(scales)
+        variant.settle(variant.merged())
 
 
 def stitched(bench: Bench, networks: Mapping[str, ElasticNetwork]) -> ElasticNetwork:
     """Each format's variants from the network that was trained in it alone."""
     made = bench.network(Settings())
     for (unit, name), variant in made.variants().items():
-        variant.settle(networks[name].variants()[unit, name].scales)
+        trained = networks[name].variants()[unit, name]
+        assert isinstance(trained, GridVariant)
+        variant.settle(trained.scales.stored)
     return made
 
 
@@ -197,8 +197,8 @@ def merge_section(bench: Bench, network: ElasticNetwork) -> Section:
 
 def _codes_and_scales(variant: Variant) -> bool:
     """Whether the bytes with merged offsets hold the very codes and scales that were there."""
-    scales = variant.merged()
-    assert scales is not None
+    assert isinstance(variant, GridVariant)
+    scales = variant.format_.assemble({**variant.scales.stored, **variant.merged()})
     codes = taken(variant.codes, variant.order)
     again, after = variant.format_.read(variant.format_.pack(codes, scales))
     return torch.equal(codes, again) and torch.equal(variant.scales.stored["scale"], after.stored["scale"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import anyfit
-from anyfit import estimates, finalists
+from anyfit import estimates, finalists, training
 from anyfit.api import prepare
 from anyfit.architectures import architecture_of
 from anyfit.calibration.statistics import InputStatistics
@@ -31,12 +31,13 @@ from anyfit.formats.base import SPAN
 from anyfit.progress import Silent
 from anyfit.quantizers import aqlm, quantizers
 from anyfit.recipes import recipes
-from anyfit.recipes.base import Tuning
+from anyfit.recipes.base import Training, Tuning
 from anyfit.targets.aqlm import LAYOUTS
 from anyfit.targets.transformers import TARGET
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.testing.targets import CHECKS, Trial
+from anyfit.trainers import loop
 from anyfit.tuning import pv
 from anyfit.tuning.coded import Matrix, Stored, Summed
 from anyfit.tuning.descent import Tuned
@@ -263,7 +264,7 @@ def test_formats_that_no_folder_has_together_are_refused_before_any_work(names: 
     with pytest.raises(UserError, match=r"No folder that transformers loads can have aqlm_2x8g8 and .*--formats aqlm_2x8g8,F16"):
         anyfit.plan(formats=names, **asked)
     with pytest.raises(UserError, match="nothing to train"):
-        prepare(formats=("aqlm_1x8g4", "F16"), recipe="llm-qfa", **asked)
+        prepare(formats=("F16", "BF16"), recipe="llm-qfa", **asked)
 
 
 def test_a_family_in_codebooks_and_plain_tensors(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +307,28 @@ def test_a_family_is_tuned(asked: dict[str, Any], tmp_path: Path, monkeypatch: p
         if "aqlm_1x8g8" in found:
             share = 1 if weight.block is None else 0.5  # errors shrink as the loss does
             assert found["aqlm_1x8g8"] == pytest.approx(share * errors["aqlm_1x8g8"])
+
+
+def test_a_family_is_trained_at_once(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codebooks and scales move, codes don't; what is extracted is what was stored."""
+    monkeypatch.setattr(training.Gain, "kept", True)
+    few = Training(loop.Settings(num_steps=4, batch_size=2, rank=2), "frontier")
+    monkeypatch.setitem(recipes.get("llm-qfa").__dict__, "training", few)
+    monkeypatch.setattr(finalists, "NUM_FINALISTS", 2)
+    given = {"formats": ("aqlm_1x8g8", "F16"), **asked}
+    before = anyfit.fit(output=tmp_path / "plain.family", **given)
+    family = anyfit.fit(output=tmp_path / "trained.family", recipe="llm-qfa", **given)
+    assert any(note.startswith("aqlm_1x8g8: trained, KL") for note in family.manifest.notes)
+    config = family.space.uniform("aqlm_1x8g8")
+    extracted = family.extract(config)
+    for decision in family.space.decisions:
+        (weight,) = decision.unit.weights
+        if weight.block is None or config[decision.key] != "aqlm_1x8g8":
+            continue
+        data, own = (one.variants(config)(weight.name, "aqlm_1x8g8") for one in (before, family))
+        was, now = (additive("aqlm_1x8g8").read(stored) for stored in (data, own))
+        assert torch.equal(was.codes, now.codes) and not torch.equal(was.codebooks, now.codebooks)
+        assert torch.equal(extracted.get_parameter(weight.name), now.values)
 
 
 def test_memory_is_planned_for_whole_matrices(asked: dict[str, Any]) -> None:

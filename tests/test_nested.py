@@ -32,6 +32,7 @@ from anyfit.trainers.losses import MicroBatch, Objective, Outputs
 from anyfit.trainers.sampling import EverySize, HessianAware
 
 SIZES = (8, 6, 4, 2)
+MIXED = Config.of_formats({"first": "8", "second": "2"})
 
 
 @given(code=st.integers(-128, 127), low=st.integers(2, 8))
@@ -115,16 +116,21 @@ def trained(network: NestedNetwork, some: Tensor, labels: Tensor, steps: int, **
     return network
 
 
+def at(network: NestedNetwork, bits: int) -> nn.Module:
+    """The network at one size everywhere."""
+    return network.set(training.uniform(network.decisions, str(bits)))
+
+
 def test_stored_integers_give_the_very_outputs_of_training(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
     model, some, labels = pictures
     network = trained(NestedNetwork(model, ("first", "second"), SIZES), some, labels, 5)
     assert all(entry.integers.dtype == torch.int8 for entry in network.stored().values())
     with torch.no_grad():
-        for config in (*SIZES, {"first": 8, "second": 2}):
+        for config in (*(training.uniform(network.decisions, str(bits)) for bits in SIZES), MIXED):
             extracted = network.extracted(Pictures(), config)
             assert type(extracted) is Pictures and set(extracted.state_dict()) == set(Pictures().state_dict())
             assert torch.equal(extracted(some), network.set(config)(some)), config
-    assert len({float(network.set(bits)(some).sum()) for bits in SIZES}) == len(SIZES)
+    assert len({float(at(network, bits)(some).sum()) for bits in SIZES}) == len(SIZES)
 
 
 def test_each_size_learns_and_has_norms_of_its_own(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
@@ -134,7 +140,7 @@ def test_each_size_learns_and_has_norms_of_its_own(pictures: tuple[Pictures, Ten
     def losses() -> list[float]:
         network.model.eval()
         with torch.no_grad():
-            return [float(nn.functional.cross_entropy(network.set(bits)(some), labels)) for bits in SIZES]
+            return [float(nn.functional.cross_entropy(at(network, bits)(some), labels)) for bits in SIZES]
 
     before = losses()
     trained(network, some, labels, 90)
@@ -147,8 +153,8 @@ def test_each_size_learns_and_has_norms_of_its_own(pictures: tuple[Pictures, Ten
 def test_a_mix_of_sizes_runs(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
     model, some, _ = pictures
     network = NestedNetwork(model.eval(), ("first", "second"), SIZES)
-    mixed = network.set({"first": 8, "second": 2})(some)
-    assert not torch.equal(mixed, network.set(8)(some)) and not torch.equal(mixed, network.set(2)(some))
+    mixed = network.set(MIXED)(some)
+    assert not torch.equal(mixed, at(network, 8)(some)) and not torch.equal(mixed, at(network, 2)(some))
 
 
 def test_samplers_draw_mixes_of_a_nested_network(pictures: tuple[Pictures, Tensor, Tensor]) -> None:
@@ -160,7 +166,7 @@ def test_samplers_draw_mixes_of_a_nested_network(pictures: tuple[Pictures, Tenso
     mixed = next(config for config in drawn if config.format("first") != config.format("second"))
     sizes = {path: int(bits) for path, bits in mixed.formats.items()}
     subject.set(mixed)
-    assert torch.equal(network.model(pictures[1]), network.set(sizes)(pictures[1]))
+    assert torch.equal(network.model(pictures[1]), network.set(mixed)(pictures[1]))
     assert subject.bits(mixed) == pytest.approx((27 * sizes["first"] + 72 * sizes["second"]) / 99)
     assert subject.share(Config.of_formats({"first": "4", "second": "6"})) == 0.5 and subject.share(drawn[0]) == 1
 
@@ -272,6 +278,6 @@ def test_transposed_weights_are_nested_along_their_inputs() -> None:
     straight = NestedNetwork(outer, ["own"], SIZES, 32)
     transposed = NestedNetwork(other, ["own"], SIZES, 32, {"own"})
     for bits in SIZES:
-        values = [network.set(bits).get_submodule("own").weight for network in (straight, transposed)]
+        values = [at(network, bits).get_submodule("own").weight for network in (straight, transposed)]
         assert torch.equal(values[0].T, values[1])  # type: ignore[union-attr]
     assert torch.equal(straight.stored()["own"].integers, transposed.stored()["own"].integers)

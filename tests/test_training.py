@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from anyfit.core.config import Config
 from anyfit.core.errors import ModelError, UserError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
-from anyfit.elastic.linear import ElasticLinear, ElasticNetwork, Variant
+from anyfit.elastic.linear import ElasticLinear, ElasticNetwork, GridVariant, Variant
 from anyfit.formats import formats
 from anyfit.formats.base import GridFormat, quantize
 from anyfit.progress import Silent
@@ -33,9 +34,10 @@ from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.losses import Divergence
 from anyfit.trainers.sampling import Frontier, Sampler, Shifted
 from anyfit.tuning import pv
-from anyfit.tuning.coded import Coded, Stored
+from anyfit.tuning.coded import Coded, Stored, repacked
 from anyfit.tuning.descent import Tuned
 
+V = TypeVar("V", bound=Variant)
 PERIOD = 200
 OFFSETS = ("int4_offset", "int3_offset", "int2_offset")
 SETTINGS = loop.Settings(num_steps=6, batch_size=2, rate=1e-2, rank=2, num_periods=2)
@@ -191,7 +193,7 @@ def stored(name: str, weight: Tensor | None = None, path: str = "m", order: Tens
     return Stored(about, format_, Coded(format_, codes, scales).data, order)
 
 
-def moved(variant: Variant, seed: int) -> Variant:
+def moved(variant: V, seed: int) -> V:
     """Something other than the zeros that training starts from."""
     generator = Generator().manual_seed(seed)
     for parameter in variant.trained():
@@ -203,7 +205,7 @@ def moved(variant: Variant, seed: int) -> Variant:
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_variant_starts_as_what_is_stored(name: str, ordered: bool) -> None:
     entry = stored(name, order=torch.randperm(24, generator=Generator().manual_seed(1)) if ordered else None)
-    assert torch.equal(Variant(entry, 4, Generator()).values, entry.values())
+    assert torch.equal(GridVariant(entry, 4, Generator()).values, entry.values())
 
 
 @pytest.mark.parametrize("name", OFFSETS)
@@ -211,7 +213,7 @@ def test_a_variant_starts_as_what_is_stored(name: str, ordered: bool) -> None:
 def test_adapters_merge_into_offsets_exactly(name: str, ordered: bool) -> None:
     """Adapter on against other offsets; codes and scales are the same to the bit."""
     entry = stored(name, order=torch.randperm(24, generator=Generator().manual_seed(1)) if ordered else None)
-    variant = moved(Variant(entry, 4, Generator().manual_seed(2)), 3)
+    variant = moved(GridVariant(entry, 4, Generator().manual_seed(2)), 3)
     linear = ElasticLinear({name: variant}, torch.randn(24, generator=Generator().manual_seed(4)))
     inputs = torch.randn(5, 7, 256, generator=Generator().manual_seed(5))
     assert variant.adapter is not None
@@ -219,8 +221,7 @@ def test_adapters_merge_into_offsets_exactly(name: str, ordered: bool) -> None:
         adapted = linear(inputs)
         assert (adapted - nn.functional.linear(inputs, entry.values(), linear.bias)).abs().max() > 1e-2
         assert (adapted - nn.functional.linear(inputs, variant.values, linear.bias)).abs().max() < 1e-4
-        scales = variant.merged()
-        assert scales is not None
+        scales = variant.format_.assemble({**variant.scales.stored, **variant.merged()})
         sums = variant.adapter.sums if entry.order is None else variant.adapter.sums[entry.order]
         wanted = variant.scales.offset - sums
         inside = (wanted >= 0) & (wanted <= scales.scale * (len(variant.format_.levels) - 1))
@@ -230,17 +231,16 @@ def test_adapters_merge_into_offsets_exactly(name: str, ordered: bool) -> None:
     codes, again = variant.format_.read(variant.format_.pack(variant.codes if entry.order is None else variant.codes[entry.order], scales))
     before, old = variant.format_.read(entry.data)
     assert torch.equal(codes, before) and torch.equal(again.scale, old.scale) and torch.equal(again.offset, scales.offset)
-    variant.settle(scales)
-    assert torch.equal(variant.values, Stored(entry.weight, entry.format_, variant.format_.pack(before, scales), entry.order).values())
+    merged = repacked(entry.format_, entry.data, variant.merged())
+    variant.settle(variant.merged())
+    assert torch.equal(variant.values, replace(entry, data=merged).values())
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q3_K", "IQ4_NL", "int3_sym", "int2_asym"])
 def test_elsewhere_halves_are_multiplied(name: str) -> None:
-    variant = moved(Variant(stored(name), 4, Generator()), 1)
+    variant = moved(GridVariant(stored(name), 4, Generator()), 1)
     running = variant.values.detach()
-    scales = variant.merged()
-    assert scales is not None
-    variant.settle(scales)
+    variant.settle(variant.merged())
     assert (variant.values - running).abs().max() < 2e-3 * running.abs().max() and not torch.equal(variant.values, stored(name).values())
 
 
@@ -248,7 +248,7 @@ def test_elsewhere_halves_are_multiplied(name: str) -> None:
 def test_numbers_are_made_of_codes_again_on_the_way_back(name: str) -> None:
     """Gradients are those of the plain product. An adapter's matrix isn't kept: other codes in the meantime are what inputs hear of."""
     inputs = torch.randn(5, 256, generator=Generator().manual_seed(5)).requires_grad_()
-    variant = moved(Variant(stored(name), 4, Generator().manual_seed(2)), 3)
+    variant = moved(GridVariant(stored(name), 4, Generator().manual_seed(2)), 3)
     (inputs @ variant.values.T).square().sum().backward()
     expected = [value.grad for value in (inputs, *variant.trained())]
     inputs.grad = None

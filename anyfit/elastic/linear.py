@@ -6,11 +6,13 @@ another choice:
 - Where zero points needn't be whole (`int*_offset`), an `Adapter`: of LLM-QFA and QA-LoRA, low-rank behind a pool over each
   group of columns. It sees one number a group, so it is the same as other offsets, and merges into them exactly.
 - Elsewhere the halves that the scales are proportional to, as factors.
+- Of additive codebooks their entries, and the scales of rows.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
@@ -21,11 +23,12 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
-from anyfit.core.config import Config
 from anyfit.core.space import Decision
 from anyfit.core.units import Weight
 from anyfit.distributed import ALONE, Group
-from anyfit.formats.base import GridFormat, Scales
+from anyfit.elastic.base import Elastic
+from anyfit.formats.aqlm import AdditiveFormat, summed
+from anyfit.formats.base import GridFormat
 from anyfit.formats.fitting import HALF_MAX
 from anyfit.formats.integer import IntegerFormat
 from anyfit.tuning.coded import Stored, placed, taken
@@ -49,21 +52,58 @@ class Adapter(nn.Module):
         return self.scale * (self.up @ self.down)
 
 
-class Variant(nn.Module):
+class Variant(nn.Module, ABC):
     """One choice of one matrix: its codes, frozen, and what is trained of it. Rows are in the network's order."""
+
+    codes: nn.Parameter
+    group: int
+    """Columns that the adapter sees one sum of."""
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__()
+        self.order = stored.order
+        self.adapter: Adapter | None = None
+
+    @abstractmethod
+    def trained(self) -> list[nn.Parameter]: ...
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The matrix but for its adapter, (outputs, inputs) float32."""
+
+    @abstractmethod
+    def merged(self) -> dict[str, Tensor]:
+        """What was trained, as parts of what is stored, rows in stored order: see `tuning.coded.repacked`."""
+
+    @abstractmethod
+    def settle(self, parts: Mapping[str, Tensor]) -> None:
+        """Run with these parts from now on, see `merged`; nothing is left to train."""
+
+    @property
+    def values(self) -> Tensor:
+        """The matrix, (outputs, inputs) float32."""
+        frozen: Tensor = self()
+        return frozen if self.adapter is None else frozen + self.adapter.sums.repeat_interleave(self.group, 1)
+
+    def _frozen(self, codes: Tensor) -> nn.Parameter:
+        """A parameter, so that processes can hold codes together."""
+        return nn.Parameter(placed(codes, self.order), requires_grad=False)
+
+
+class GridVariant(Variant):
+    """Codes on a grid."""
 
     levels: Tensor
     scale: Tensor
     offset: Tensor
 
     def __init__(self, stored: Stored, rank: int, generator: Generator) -> None:
-        super().__init__()
+        super().__init__(stored)
         assert isinstance(stored.format_, GridFormat)
-        self.order, self.format_ = stored.order, stored.format_
-        self.adapter: Adapter | None = None
+        self.format_, self.group = stored.format_, stored.format_.group
         self.factors = nn.ParameterDict()
         codes, self.scales = self.format_.read(stored.data)
-        self.codes = nn.Parameter(placed(codes, stored.order), requires_grad=False)
+        self.codes = self._frozen(codes)
         self.register_buffer("levels", self.format_.levels)
         self.register_buffer("scale", placed(self.scales.scale, stored.order))
         self.register_buffer("offset", placed(self.scales.offset, stored.order))
@@ -80,11 +120,10 @@ class Variant(nn.Module):
         return [*(self.adapter.parameters() if self.adapter else ()), *self.factors.parameters()]
 
     def forward(self) -> Tensor:
-        """The matrix but for its adapter, (outputs, inputs) float32."""
         levels = self.codes.float() + self.levels[0] if self.format_.uniform else self.levels[self.codes.int()]
         scale = self._moved(self.scale, self.format_.scale_half)
         offset = self._moved(self.offset, self.format_.offset_half)
-        return (levels.unflatten(1, (-1, self.format_.group)) * scale.unsqueeze(-1) - offset.unsqueeze(-1)).flatten(1)
+        return (levels.unflatten(1, (-1, self.group)) * scale.unsqueeze(-1) - offset.unsqueeze(-1)).flatten(1)
 
     def _moved(self, grid: Tensor, half: str | None) -> Tensor:
         """Scales or offsets (outputs, groups) as the `half` that they are proportional to was trained."""
@@ -93,33 +132,71 @@ class Variant(nn.Module):
         factor = self.factors[half].exp()
         return grid * factor.repeat_interleave(grid.shape[1] // factor.shape[1], 1)
 
-    @property
-    def values(self) -> Tensor:
-        """The matrix, (outputs, inputs) float32."""
-        frozen: Tensor = self()
-        if self.adapter is None:
-            return frozen
-        return frozen + self.adapter.sums.repeat_interleave(self.format_.group, 1)
-
     @torch.no_grad()
-    def merged(self) -> Scales | None:
-        """The scales with what was trained, rows in stored order; None where nothing is."""
-        if self.adapter is None and not self.factors:
-            return None
+    def merged(self) -> dict[str, Tensor]:
         if self.adapter is not None:
             assert isinstance(self.format_, IntegerFormat)
-            zero = self.format_.zero_of(self.scales.scale, self.scales.offset - taken(self.adapter.sums.cpu(), self.order))
-            return self.format_.assemble({**self.scales.stored, "zero": zero})
-        halves = dict(self.scales.stored)
-        for half, factor in self.factors.items():
-            moved = halves[half].float() * taken(factor.exp().cpu(), self.order)
-            halves[half] = moved.clamp(-HALF_MAX, HALF_MAX).to(halves[half].dtype)
-        return self.format_.assemble(halves)
+            offset = self.scales.offset - taken(self.adapter.sums.cpu(), self.order)
+            return {"zero": self.format_.zero_of(self.scales.scale, offset)}
+        stored = self.scales.stored
+        return {name: _half(stored[name].float() * taken(by.exp().cpu(), self.order), stored[name]) for name, by in self.factors.items()}
 
-    def settle(self, scales: Scales) -> None:
-        """Run with these scales, rows in stored order, from now on; nothing is left to train."""
-        self.scales, self.adapter, self.factors = scales, None, nn.ParameterDict()
-        self.scale, self.offset = (placed(part, self.order).to(self.codes.device) for part in (scales.scale, scales.offset))
+    def settle(self, parts: Mapping[str, Tensor]) -> None:
+        self.scales = self.format_.assemble({**self.scales.stored, **parts})
+        self.adapter, self.factors = None, nn.ParameterDict()
+        self.scale, self.offset = (placed(part, self.order).to(self.codes.device) for part in (self.scales.scale, self.scales.offset))
+
+
+class AdditiveVariant(Variant):
+    """Codes of additive codebooks. What is trained: how far their entries have moved, as a share of their root mean square, and the
+    scales of rows, as logarithms of factors."""
+
+    codebooks: Tensor
+    scale: Tensor
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__(stored)
+        assert isinstance(stored.format_, AdditiveFormat)
+        parts = stored.format_.read(stored.data)
+        self.group = stored.format_.group
+        self.codes = self._frozen(parts.codes)
+        self.register_buffer("codebooks", parts.codebooks.float())
+        self.register_buffer("scale", placed(parts.scales, stored.order).float())
+        self._unit = float(self.codebooks.square().mean().sqrt())
+        self.steps: nn.Parameter | None = nn.Parameter(torch.zeros_like(self.codebooks))
+        self.factor: nn.Parameter | None = nn.Parameter(torch.zeros_like(self.scale))
+
+    def trained(self) -> list[nn.Parameter]:
+        return [value for value in (self.steps, self.factor) if value is not None]
+
+    def forward(self) -> Tensor:
+        codebooks, scale = self._parts()
+        return summed(codebooks, self.codes) * scale.unsqueeze(1)
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        codebooks = self.codebooks if self.steps is None else self.codebooks + self._unit * self.steps
+        return codebooks, self.scale if self.factor is None else self.scale * self.factor.exp()
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        if self.steps is None:
+            return {}
+        codebooks, scale = (part.clamp(-HALF_MAX, HALF_MAX).half().cpu() for part in self._parts())
+        return {"codebooks": codebooks, "scales": taken(scale, self.order)}
+
+    def settle(self, parts: Mapping[str, Tensor]) -> None:
+        where = self.codes.device
+        self.codebooks, self.scale = parts["codebooks"].float().to(where), placed(parts["scales"], self.order).float().to(where)
+        self.steps = self.factor = None
+
+
+def variant_of(stored: Stored, rank: int, generator: Generator) -> Variant:
+    """`rank` of an adapter, and the `generator` that it starts from, where the format's variants have one."""
+    return AdditiveVariant(stored) if isinstance(stored.format_, AdditiveFormat) else GridVariant(stored, rank, generator)
+
+
+def _half(value: Tensor, like: Tensor) -> Tensor:
+    return value.clamp(-HALF_MAX, HALF_MAX).to(like.dtype)
 
 
 def trains_offsets(format_: GridFormat) -> bool:
@@ -136,13 +213,25 @@ class ElasticLinear(nn.Module):
         self.bias = bias
         self.chosen = next(iter(variants))
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def set(self, choice: str) -> None:
+        self.chosen = choice
+
+    @property
+    def matrix(self) -> Tensor:
+        return self._variant.values
+
+    @property
+    def _variant(self) -> Variant:
         variant = self.variants[self.chosen]
         assert isinstance(variant, Variant)
+        return variant
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        variant = self._variant
         outputs = _multiplied(variant, inputs, self.bias)
         if variant.adapter is None:
             return outputs
-        pooled = inputs.unflatten(-1, (-1, variant.format_.group)).sum(-1)
+        pooled = inputs.unflatten(-1, (-1, variant.group)).sum(-1)
         return outputs + linear(linear(pooled, variant.adapter.down), variant.adapter.up) * variant.adapter.scale
 
 
@@ -164,8 +253,8 @@ def _multiplied(variant: Variant, inputs: Tensor, bias: Tensor | None) -> Tensor
         return linear(inputs, weight, bias)
 
 
-class ElasticNetwork:
-    """A network whose matrices in the blocks are `ElasticLinear`; `set` costs an assignment a matrix.
+class ElasticNetwork(Elastic[PreTrainedModel]):
+    """A network whose matrices in the blocks are `ElasticLinear`.
 
     `model` is changed. `matrices`: {unit: {choice: its matrix}} of what is trained, block by block; whatever else is decided about stays
     as it is. `decisions`: about these units, with these choices. The processes of a `group` hold the blocks' codes together: each block is
@@ -181,7 +270,8 @@ class ElasticNetwork:
         seed: int,
         group: Group = ALONE,
     ) -> None:
-        self.model, self.linears, self.sharded = model, dict[str, ElasticLinear](), not group.alone
+        self.model, self.sharded = model, not group.alone
+        self.layers: dict[str, ElasticLinear] = {}
         generator = Generator().manual_seed(seed)
         self.decisions = tuple(decisions)
         where, architecture = model.device, architecture_of(model)
@@ -189,19 +279,14 @@ class ElasticNetwork:
             for unit, stored in units:
                 path = _weight(stored).name.removesuffix(".weight")
                 bias = getattr(model.get_submodule(path), "bias", None)
-                self.linears[unit] = ElasticLinear({name: Variant(entry, rank, generator) for name, entry in stored.items()}, bias)
-                model.set_submodule(path, self.linears[unit].to(where))
+                self.layers[unit] = ElasticLinear({name: variant_of(entry, rank, generator) for name, entry in stored.items()}, bias)
+                model.set_submodule(path, self.layers[unit].to(where))
             if block is not None:
                 group.shard(model.get_submodule(architecture.block.format(i=block)))
 
-    def set(self, config: Mapping[tuple[str, str], str] | Config) -> PreTrainedModel:
-        for decision in self.decisions:
-            self.linears[decision.unit.name].chosen = config[decision.key]
-        return self.model
-
     def variants(self) -> dict[tuple[str, str], Variant]:
         """By unit and choice."""
-        return {(unit, name): v for unit, one in self.linears.items() for name, v in one.variants.items() if isinstance(v, Variant)}
+        return {(unit, name): v for unit, one in self.layers.items() for name, v in one.variants.items() if isinstance(v, Variant)}
 
 
 def _weight(stored: Mapping[str, Stored]) -> Weight:

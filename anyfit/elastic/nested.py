@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from anyfit.core.space import Choice, Decision
 from anyfit.core.units import Unit, Weight
+from anyfit.elastic.base import Elastic
 from anyfit.formats.fitting import HALF_MAX
 from anyfit.quantizers import double_rounding
 
@@ -46,6 +47,27 @@ class NestedWeight(nn.Module):
         return rounded.flatten(1).T if self.transposed else rounded.view(weight.shape)
 
 
+@dataclass(frozen=True)
+class NestedLayer:
+    """A layer of a network, and the parametrization of its weight. Choices are named by their bits."""
+
+    layer: nn.Module
+    nested: NestedWeight
+
+    def set(self, choice: str) -> None:
+        self.nested.bits = int(choice)
+
+    @property
+    def matrix(self) -> Tensor:
+        weight = cast(Tensor, self.layer.weight)
+        return weight.T if self.nested.transposed else weight
+
+    @property
+    def original(self) -> nn.Parameter:
+        """What the integers are made of while they are trained."""
+        return self.layer.get_parameter("parametrizations.weight.original")
+
+
 class SwitchedNorm(nn.Module):
     """A batch norm for each size, as what arrives differs in mean and variance; all begin as the given one."""
 
@@ -78,9 +100,9 @@ class Stored:
         return found.T if self.transposed else found
 
 
-class NestedNetwork:
-    """`model`, which is changed, with the weights at `paths` nested. `set` costs an assignment a layer. `group`: see `NestedWeight`;
-    `transposed`: those paths where the weight is."""
+class NestedNetwork(Elastic[nn.Module]):
+    """`model`, which is changed, with the weights at `paths`, which units are named by, nested. `group`: see `NestedWeight`; `transposed`:
+    those paths where the weight is."""
 
     def __init__(
         self,
@@ -91,12 +113,13 @@ class NestedNetwork:
         transposed: Collection[str] = (),
     ) -> None:
         assert group is not None or not transposed
-        self.model, self.paths, self.sizes = model, tuple(paths), tuple(sorted(sizes, reverse=True))
-        self._weights: dict[str, NestedWeight] = {}
+        self.model, self.sizes = model, tuple(sorted(sizes, reverse=True))
+        self.layers: dict[str, NestedLayer] = {}
+        self.decisions = tuple(self._decision(path) for path in paths)
         for path in paths:
             layer: Any = model.get_submodule(path)
-            self._weights[path] = NestedWeight(layer.weight, sizes, group, path in transposed)
-            parametrize.register_parametrization(layer, "weight", self._weights[path])
+            self.layers[path] = NestedLayer(layer, NestedWeight(layer.weight, sizes, group, path in transposed))
+            parametrize.register_parametrization(layer, "weight", self.layers[path].nested)
         norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
         self._norms: dict[str, SwitchedNorm] = {}
         for name in norms:
@@ -105,38 +128,33 @@ class NestedNetwork:
             self._norms[name] = SwitchedNorm(norm, sizes)
             model.set_submodule(name, self._norms[name])
 
-    @property
-    def decisions(self) -> tuple[Decision, ...]:
-        """Of each weight, how many bits: choices are named by them."""
-        found = []
-        for path in self.paths:
-            layer: Any = self.model.get_submodule(path)
-            shape = layer.weight.shape
-            weight = Weight(f"{path}.weight", (shape[0], shape[1:].numel()), path, path)
-            sizes = {bits: -(-weight.num_weights * bits // 8) for bits in sorted(self.sizes)}
-            found.append(Decision(Unit(path, (weight,)), tuple(Choice(str(bits), size, size) for bits, size in sizes.items())))
-        return tuple(found)
+    def _decision(self, path: str) -> Decision:
+        """Of one weight, how many bits."""
+        layer: Any = self.model.get_submodule(path)
+        shape = layer.weight.shape
+        weight = Weight(f"{path}.weight", (shape[0], shape[1:].numel()), path, path)
+        sizes = {bits: -(-weight.num_weights * bits // 8) for bits in reversed(self.sizes)}
+        return Decision(Unit(path, (weight,)), tuple(Choice(str(bits), size, size) for bits, size in sizes.items()))
 
     def buffers(self) -> dict[str, Tensor]:
         """What a pass in training changes."""
         return {f"{path}.{name}": value for path, norm in self._norms.items() for name, value in norm.named_buffers()}
 
-    def set(self, bits: int | Mapping[str, int]) -> nn.Module:
-        """Run with these bits, everywhere or by path. Norms are those of the size that most weights have."""
-        for path, weight in self._weights.items():
-            weight.bits = bits if isinstance(bits, int) else bits[path]
-        own = [weight.bits for weight in self._weights.values()]
+    def set(self, config: Mapping[tuple[str, str], str]) -> nn.Module:
+        """Norms are those of the size that most weights have."""
+        super().set(config)
+        own = [layer.nested.bits for layer in self.layers.values()]
         most = max(self.sizes, key=own.count)
         for norm in self._norms.values():
             norm.bits = most
         return self.model
 
-    def extracted(self, plain: nn.Module, bits: int | Mapping[str, int]) -> nn.Module:
-        """`plain`, an ordinary network such as was given, with the values of these bits: out of the stored integers."""
-        self.set(bits)
+    def extracted(self, plain: nn.Module, config: Mapping[tuple[str, str], str]) -> nn.Module:
+        """`plain`, an ordinary network such as was given, with the values of this config: out of the stored integers."""
+        self.set(config)
         stored, state = self.stored(), self.model.state_dict()
         for path, entry in stored.items():
-            state[f"{path}.weight"] = entry.values(self._weights[path].bits)
+            state[f"{path}.weight"] = entry.values(self.layers[path].nested.bits)
         for path, norm in self._norms.items():
             state |= {f"{path}.{name}": value for name, value in norm.of_size[str(norm.bits)].state_dict().items()}
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
@@ -144,12 +162,12 @@ class NestedNetwork:
 
     def factors(self) -> dict[str, nn.Parameter]:
         """Logarithms of what the scales are multiplied by."""
-        return {path: weight.factor for path, weight in self._weights.items()}
+        return {path: layer.nested.factor for path, layer in self.layers.items()}
 
     @torch.no_grad()
     def settle(self) -> None:
         """Run with the halves that scales are stored as from now on."""
-        for weight in self._weights.values():
+        for weight in (layer.nested for layer in self.layers.values()):
             weight.first.copy_(weight.scale.clamp(-HALF_MAX, HALF_MAX).half())
             weight.factor.zero_()
 
@@ -157,9 +175,8 @@ class NestedNetwork:
     def stored(self) -> dict[str, Stored]:
         """What a file holds of the weights, by path."""
         found = {}
-        for path, weight in self._weights.items():
-            layer: Any = self.model.get_submodule(path)
-            original = layer.parametrizations.weight.original
+        for path, layer in self.layers.items():
+            weight, original = layer.nested, layer.original
             rounded = double_rounding.integers(weight.grouped(original), weight.scale, weight.high)
             shaped = rounded.flatten(1) if weight.transposed else rounded.view(original.shape)
             found[path] = Stored(shaped, weight.scale.clone(), weight.high, weight.transposed)

@@ -55,7 +55,7 @@ class BitSwitching(Trainable):
         self.groups = {"weights": weights, "scales": {f"scale of {path}": factor for path, factor in factors.items()}}
 
     def set(self, config: Config) -> None:
-        self.network.set({path: int(config[path, FORMAT]) for path in self.network.paths})
+        self.network.set(config)
 
     def bits(self, config: Config) -> float:
         return sum(int(config[path, FORMAT]) * number for path, number in self._numbers.items()) / sum(self._numbers.values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -108,3 +109,13 @@ class Stored:
         """Decoded, as the network's parameter."""
         decoded = placed(self.format_.decode(self.data), self.order)
         return decoded.T if self.weight.transposed else decoded
+
+
+def repacked(format_: Format, data: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """The bytes of a matrix with other halves, or other codebooks, by name as `Scales.stored` or `Additive` has them; rows in stored
+    order. The format must have codes, which stay."""
+    if isinstance(format_, AdditiveFormat):
+        return format_.pack(replace(format_.read(data), **parts))
+    assert isinstance(format_, GridFormat)
+    codes, scales = format_.read(data)
+    return format_.pack(codes, format_.assemble({**scales.stored, **parts}))
