@@ -38,11 +38,12 @@ from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
-from anyfit.recipes.base import Nesting, Recipe
+from anyfit.recipes.base import Nesting, Recipe, Training
 from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
 from anyfit.targets.base import Target
+from anyfit.trainers.losses import ORIGINAL, TOWARDS
 from anyfit.training import MOST_BITS, decided, nested_sizes
 from anyfit.zoo import MODEL
 
@@ -60,6 +61,8 @@ class Wishes(TypedDict, total=False):
     recipe: str
     latency: str | Path | None
     recover: Iterable[str] | None
+    towards: str
+    patience: int | None
     length: int | None
     segments: int | None
     effort: str
@@ -131,6 +134,8 @@ def prepare(
     recipe: str = "gptq",
     latency: str | Path | None = None,
     recover: Iterable[str] | None = None,
+    towards: str = ORIGINAL,
+    patience: int | None = None,
     length: int | None = None,
     segments: int | None = None,
     effort: str = Effort.NORMAL,
@@ -147,6 +152,8 @@ def prepare(
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
     `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes. `recover`: falling budgets such as
     ("1.25x", "1.5x", "2x"): for each the network is cut, trained towards the original, and then pruned on for the next.
+    `towards`: what a recipe that trains variants does so towards: "original", its predictions, or "task", the text itself. `patience`: such
+    a recipe then looks at held-out text every hundred steps, stops after so many looks without a gain, and keeps what was best.
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
     `segments`: how many calibrate (default 128, of an encoder's texts or pictures 512).
     `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
@@ -175,6 +182,7 @@ def prepare(
         where,
         None if table is None else table.digest,
         _recovered(method, recover),
+        *_trained(method, towards, patience),
     )
     progress = progress or Silent()
     # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
@@ -235,6 +243,18 @@ def _recovered(method: Recipe, budgets: Iterable[str] | None) -> tuple[str, ...]
         known = ", ".join(name for name in recipes if recipes.get(name).recovery)
         raise UserError(f"{method.name} leaves nothing out that training could make good for.", remedy=f"Take --recipe {known}.")
     return found
+
+
+def _trained(method: Recipe, towards: str, patience: int | None) -> tuple[str, int | None]:
+    """As they were given. Raises `UserError` for a recipe that they have nothing to say to, and for what nothing is trained towards."""
+    if towards not in TOWARDS:
+        raise UserError(f"Nothing is trained towards {towards!r}.", remedy=f"Known: {', '.join(TOWARDS)}.")
+    if patience is not None and patience < 1:
+        raise UserError(f"A patience of {patience} would stop before anything was trained.", remedy="Give a number from 1 on.")
+    if (towards, patience) != (ORIGINAL, None) and not isinstance(method.training, Training | Nesting):
+        known = ", ".join(name for name in recipes if isinstance(recipes.get(name).training, Training | Nesting))
+        raise UserError(f"{method.name} trains nothing towards a loss, so it has no --towards and no --patience.", remedy=f"Take {known}.")
+    return towards, patience
 
 
 def _require_subject(method: Recipe, run: Fit) -> None:

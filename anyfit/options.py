@@ -40,6 +40,21 @@ Recover = Annotated[
         help="Budgets, the largest first, `1.25x,1.5x,2x`: a recipe that prunes then cuts and trains the network for one after another."
     ),
 ]
+Towards = Annotated[
+    str,
+    typer.Option(
+        help="What a recipe that trains does so towards: `original`, what the original predicts; or `task`, the text itself. Either way "
+        "formats that don't come nearer to the original stay as they were."
+    ),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="A recipe that trains looks at held-out text every 100 steps, stops after so many looks without a gain, and keeps the best. "
+        "Default: it goes on to the end, where the rate has fallen to zero.",
+    ),
+]
 EffortName = Annotated[
     Effort,
     typer.Option(

@@ -6,7 +6,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -65,6 +65,7 @@ from anyfit.targets import targets
 from anyfit.targets.base import CutTarget
 from anyfit.tasks.language import Reference
 from anyfit.trainers import samplers
+from anyfit.trainers.losses import ORIGINAL, TOWARDS
 from anyfit.training import FOLDER as TRAINING
 from anyfit.training import RESULT, Changes, Nesting, Training, Tuning, decided, gains
 from anyfit.tuning.refining import Refinery
@@ -96,6 +97,10 @@ class Settings:
     """Digest of the table that latencies are taken from."""
     recover: tuple[str, ...] = ()
     """Budgets, falling, for which a network is cut and trained, each from the one before."""
+    towards: str = ORIGINAL
+    """What a recipe that trains does so towards, see `trainers.losses.TOWARDS`."""
+    patience: int | None = None
+    """Of its training, see `trainers.loop.Settings`."""
 
 
 class Fit:
@@ -303,11 +308,15 @@ class Fit:
             "held_out": self.segments.search,
             "progress": self.progress,
             "group": self.group,
-            "settings": how.settings_for(self.effort),
         }
         if isinstance(how, TuningRecipe):
-            return Tuning(**shared)
-        shared |= {"sampler": samplers.get(how.sampler), "expected": lambda: self.expected(store, decisions)}
+            return Tuning(**shared, settings=how.settings_for(self.effort))
+        shared |= {
+            "settings": replace(how.settings_for(self.effort), patience=self.settings.patience),
+            "towards": TOWARDS[self.settings.towards],
+            "sampler": samplers.get(how.sampler),
+            "expected": lambda: self.expected(store, decisions),
+        }
         if isinstance(how, NestingRecipe):
             return Nesting(**shared, scale_rate=how.scale_rate, shares=how.shares)
         return Training(**shared, sharded=self.shards)

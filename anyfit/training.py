@@ -37,7 +37,7 @@ from anyfit.tasks.language import Reference, kl
 from anyfit.trainers.bit_switching import BitSwitching
 from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.loop import Settings, Trainable, train
-from anyfit.trainers.losses import Divergence
+from anyfit.trainers.losses import Objective
 from anyfit.trainers.sampling import Sampler
 from anyfit.tuning import pv
 from anyfit.tuning.coded import Stored, repacked, taken
@@ -133,11 +133,12 @@ class Changes(ABC):
 
 @dataclass
 class _AllAtOnce(Changes):
-    """Trains all formats in one loop. `expected`: what the decided units and their choices lose untrained, asked for where the sampler
-    wants it."""
+    """Trains all formats in one loop. `towards`: for what. `expected`: what the decided units and their choices lose untrained, asked for
+    where the sampler wants it."""
 
     sampler: type[Sampler]
     settings: Settings
+    towards: Callable[[PreTrainedModel, Reference], Objective]
     expected: Callable[[], Table]
 
     def _prepare(self) -> None:
@@ -201,7 +202,7 @@ class Training(_AllAtOnce):
             return self.group.each(self.formats, lambda name: self._measured(network, name, held_out))
 
         before = measured(held_out)
-        self._train(Decoupled(network, Divergence(network.model, text)), self.decisions, self.expected, measured)
+        self._train(Decoupled(network, self.towards(network.model, text)), self.decisions, self.expected, measured)
         merged: dict[str, Tensor] = {}
         for (unit, name), variant in network.variants().items():
             parts = variant.merged()
@@ -288,7 +289,7 @@ class Nesting(_AllAtOnce):
         network = NestedNetwork(model, list(paths.values()), list(self.sizes.values()), _grid(names[0]).group, transposed)
         subject = BitSwitching(
             network,
-            Divergence(model, text),
+            self.towards(model, text),
             scale_rate=self.scale_rate,
             adaptive=not self.settings.together,  # a rate for each size takes an update for each
             shares=self.shares,

@@ -31,7 +31,7 @@ from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.trainers import loop, samplers
 from anyfit.trainers.decoupled import Decoupled
-from anyfit.trainers.losses import Divergence
+from anyfit.trainers.losses import Divergence, MicroBatch, NextTokens
 from anyfit.trainers.sampling import Frontier, Sampler, Shifted
 from anyfit.tuning import pv
 from anyfit.tuning.coded import Coded, Stored, repacked
@@ -388,6 +388,60 @@ def test_a_format_that_lost_keeps_what_it_had(few_steps: None, tmp_path: Path, m
     for name, same in ((better, False), (worse, True)):
         ours, theirs = (one.variants(one.space.uniform(name))(weight.name, name) for one in (family, plain))
         assert torch.equal(ours, theirs) == same
+
+
+def test_the_text_itself_is_a_loss(text: Tensor) -> None:
+    model = tiny_model("llama")
+    objective, batch = NextTokens(model, Reference.of(model, text)), MicroBatch(0, torch.tensor([4, 1]))
+    with torch.no_grad():
+        found = objective.loss(objective.outputs(batch), batch)
+        expected = model(input_ids=text[[4, 1]], labels=text[[4, 1]]).loss
+    assert float(found) == pytest.approx(float(expected), rel=2e-3)  # products may be in bfloat16
+
+
+def test_a_family_is_trained_towards_its_text_for_as_long_as_that_helps(
+    few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, notes = save_tiny(tmp_path / "tiny", "llama"), tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    asked: dict[str, Any] = {"data": notes, "formats": ("F16", "Q4_K", "Q2_K"), "length": 32, "segments": 8, "recipe": "llm-qfa"}
+    used, looks = list[type](), list[float]()
+    monkeypatch.setattr(training.Gain, "kept", True)
+    monkeypatch.setattr(loop, "EVERY", 1)
+    decoupled, waited = training.Decoupled, loop._Best.waited
+
+    def subject(network: ElasticNetwork, objective: Any) -> Decoupled:
+        used.append(type(objective))
+        return decoupled(network, objective)
+
+    def looked(best: Any, loss: float) -> int:
+        looks.append(loss)
+        return waited(best, 1.0 if len(looks) == 1 else 2.0)
+
+    monkeypatch.setattr(training, "Decoupled", subject)
+    monkeypatch.setattr(loop._Best, "waited", looked)
+    plain = anyfit.fit(tiny, output=tmp_path / "plain.family", **asked)
+    assert used == [Divergence] and not looks
+    impatient = anyfit.fit(tiny, output=tmp_path / "impatient.family", patience=2, **asked)
+    assert len(looks) == 4, "the best, two that are no better, and the last state"
+    assert impatient.digest != plain.digest
+    towards = anyfit.fit(tiny, output=tmp_path / "task.family", towards="task", **asked)
+    assert used == [Divergence, Divergence, NextTokens] and towards.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"recipe": "gptq", "towards": "task"}, "trains nothing towards a loss.*llm-qfa"),
+        ({"recipe": "gptq", "patience": 3}, "trains nothing towards a loss"),
+        ({"recipe": "llm-qfa", "towards": "labels"}, "towards 'labels'.*original, task"),
+        ({"recipe": "llm-qfa", "patience": 0}, "patience of 0"),
+    ],
+)
+def test_what_training_is_asked_for_is_looked_at_first(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        anyfit.fit(output=tmp_path / "x.family", **given)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("recipe", ["llm-qfa", "pv-tuning", "qat"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 from anyfit.interface import interface_of, present
@@ -56,13 +56,31 @@ class Divergence(Objective):
         self._model, self._reference, self.num_samples = model, reference, len(reference.tokens)
 
     def outputs(self, batch: MicroBatch) -> Outputs:
-        with _autocast(self._model.device):
-            tokens = self._reference.tokens[batch.samples].to(self._model.device)
-            return Outputs(self._model(input_ids=tokens, use_cache=False).logits)
+        return _predicted(self._model, self._reference.tokens[batch.samples])
 
     def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
         assert outputs.logits is not None, "a language model predicts"
         return self._reference.divergence(outputs.logits, batch.samples)
+
+
+class NextTokens(Objective):
+    """The task's own loss: mean cross-entropy per token in nats of the text itself."""
+
+    def __init__(self, model: PreTrainedModel, reference: Reference) -> None:
+        self._model, self._tokens, self.num_samples = model, reference.tokens, len(reference.tokens)
+
+    def outputs(self, batch: MicroBatch) -> Outputs:
+        return _predicted(self._model, self._tokens[batch.samples])
+
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        assert outputs.logits is not None, "a language model predicts"
+        expected = self._tokens[batch.samples, 1:].to(outputs.logits.device)
+        return cross_entropy(outputs.logits[:, :-1].float().flatten(0, 1), expected.flatten())
+
+
+ORIGINAL, TASK = "original", "task"
+TOWARDS: Mapping[str, type[Divergence] | type[NextTokens]] = {ORIGINAL: Divergence, TASK: NextTokens}
+"""What a language model can be trained towards: what the original predicts, or the text."""
 
 
 class TokenDistance(Objective):
@@ -130,6 +148,11 @@ def distilled(logits: Tensor, teacher: Tensor) -> Tensor:
     """
     expected = teacher.detach().float().log_softmax(-1)
     return kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="sum") / expected[..., 0].numel()
+
+
+def _predicted(model: PreTrainedModel, tokens: Tensor) -> Outputs:
+    with _autocast(model.device):
+        return Outputs(model(input_ids=tokens.to(model.device), use_cache=False).logits)
 
 
 def _autocast(where: torch.device) -> AbstractContextManager[Any]:
