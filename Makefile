@@ -74,7 +74,7 @@ bench-frontier: $(VENV)/.llamacpp $(if $(PEERS),,peers)  ## Every size against t
 bench-kill: $(VENV)/.installed  ## A hundred kills and some full disks: the same bytes in the end.
 	$(BIN)/python benchmarks/kill.py
 
-bench-latency: $(VENV)/.dev $(VENV)/.llamacpp  ## Latencies of smaller networks, predicted from a table and found, in ONNX Runtime and llama.cpp.
+bench-latency: $(VENV)/.dev $(VENV)/.llamacpp  ## Latencies of smaller networks, predicted from a table and found, in ONNX Runtime, llama.cpp and torch.
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
 
 bench-scale: $(VENV)/.installed $(if $(PEERS),,peers)  ## Memory, time and disk of large networks; five formats against the peers' one.

@@ -326,7 +326,7 @@ def main() -> int:
     sections, status = list[Section](), 1
     for name in wanted:
         sections.append(made[name]())
-        status = finish_page("device", "On a graphics processor", "make bench-device", sections, (remark,))
+        status = finish_page("device", "On a graphics processor", "make bench-device", sections, (remark,), partly=bool(args.only))
     return status
 
 

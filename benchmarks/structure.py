@@ -415,7 +415,7 @@ def main() -> int:
         page, command = ("structure-minilm", " MINILM=FOLDER ASSETS=FOLDER") if given.minilm else ("structure", "")
         for name in wanted:  # the page is there as far as it goes, should the next section take too long
             sections += works[name]()
-            status = finish_page(page, f"Fewer parts: {subject.name}", f"make bench-structure{command}", sections)
+            status = finish_page(page, f"Fewer parts: {subject.name}", f"make bench-structure{command}", sections, partly=bool(given.only))
     return status
 
 
