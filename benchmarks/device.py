@@ -222,7 +222,7 @@ class _Trained:
 
 
 def training_section() -> Section:
-    """Elastic training against plain LoRA of the same network, same batches, same loss."""
+    """Elastic training against plain LoRA of the same network, same micro-batches, same loss."""
     settings = replace(Settings(), num_steps=TRAINED_STEPS, batch_size=8)
     run = api.prepare(
         model(TRAINED_SHAPE),
@@ -245,7 +245,8 @@ def training_section() -> Section:
     parameters = run.space.num_parameters / 1e6
     remark = (
         f"{parameters:.0f}M parameters; {', '.join(TRAINED_FORMATS)} at once against adapters of the same rank, {settings.rank}, beside "
-        f"the unquantised network (peft); {settings.batch_size} windows of 256 tokens a step, products in bfloat16."
+        f"the unquantised network (peft); {settings.batch_size} windows of 256 tokens a step, {settings.micro_batch} at a time, products "
+        "in bfloat16."
     )
     return Section("Training", ("what", "tokens a second", "peak memory of the graphics processor"), rows, (remark,))
 
@@ -273,9 +274,10 @@ def _lora(run: Any, reference: Reference, settings: Settings) -> _Trained:
         for step in range(number):
             batch = torch.arange(settings.batch_size) + step * settings.batch_size % (len(reference.tokens) - settings.batch_size)
             optimizer.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16):
-                logits = network(input_ids=reference.tokens[batch].cuda(), use_cache=False).logits
-            reference.divergence(logits, batch).backward()
+            for part in batch.split(settings.micro_batch):
+                with torch.autocast("cuda", torch.bfloat16):
+                    logits = network(input_ids=reference.tokens[part].cuda(), use_cache=False).logits
+                (len(part) / len(batch) * reference.divergence(logits, part)).backward()
             optimizer.step()
 
     return _timed(steps, reference, settings)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -128,8 +129,7 @@ class Bench:
         for sampler, rate in CANDIDATES:
             name = named(sampler, rate)
             found[name] = self.trained(name, sampler, replace(settings, rate=rate), None, progress)
-            merging[name] = merge_section(self, found[name])
-            settle(found[name])
+            merging[name] = settled(self, found[name])
             losses[name] = mean([math.log(kl(found[name].set(config), self.search)) for config in self.configs().values()])
             say("one run", losses)
         best = min(losses, key=losses.__getitem__)
@@ -173,26 +173,56 @@ def stitched(bench: Bench, networks: Mapping[str, ElasticNetwork]) -> ElasticNet
     return made
 
 
-def merge_section(bench: Bench, network: ElasticNetwork) -> Section:
-    """Adapters on against offsets, before offsets are rounded to what is stored, and after."""
-    tokens, rows = bench.report.tokens[:4], []
-    for name in FORMATS:
-        config = uniform(bench.decisions, name)
+def settled(bench: Bench, network: ElasticNetwork) -> Section:
+    """Adapters on against offsets, before offsets are rounded to what is stored, and after: so the network is left."""
+    tokens, configs, merged = bench.report.tokens[:4], {name: uniform(bench.decisions, name) for name in FORMATS}, dict[str, Merged]()
+    for name, config in configs.items():
+        own = [variant for (_, n), variant in network.variants().items() if n == name]
         with torch.no_grad():
             adapted = network.set(config)(input_ids=tokens, use_cache=False).logits
             values = {d.unit.weights[0].name: network.variants()[d.unit.name, name].values for d in bench.decisions}
-            merged = functional_call(bench.plain(), values, kwargs={"input_ids": tokens, "use_cache": False}).logits
-        same = all(_codes_and_scales(v) for (_, n), v in network.variants().items() if n == name)
-        difference = float((adapted - merged).abs().max())
-        cells = (name, f"{difference:.1e}", "yes" if same else "no")
-        print("  ".join(cells), flush=True)
-        rows.append(Row(cells, difference < EXACT and same))
-    return Section(
-        "Merging",
-        ("format", "largest difference of a logit, adapter on against other offsets", "codes and scales the same to the bit"),
-        rows,
-        ("In float32. Offsets are then stored as halves of zero points, in steps of 1/256; the figures above are of what is stored.",),
+            plain = functional_call(bench.plain(), values, kwargs={"input_ids": tokens, "use_cache": False}).logits
+            beyond = torch.cat([_beyond(variant).flatten() for variant in own]).float().mean()
+        difference, same = float((adapted - plain).abs().max()), all(_codes_and_scales(variant) for variant in own)
+        merged[name] = Merged(difference, same, float(beyond), bench.quality(network, config).kl_mean)
+    settle(network)
+    rows = []
+    for name, was in merged.items():
+        stored = bench.quality(network, configs[name]).kl_mean
+        cells = (f"{was.difference:.1e}", "yes" if was.same else "no", f"{was.beyond:.2%}", f"{was.kl:.5f}", f"{stored:.5f}")
+        rows.append(Row((name, *cells, f"{stored / was.kl - 1:+.2%}"), was.difference < EXACT and was.same))
+        print("  ".join(rows[-1].cells), flush=True)
+    header = (
+        "format",
+        "largest difference of a logit, adapter on against other offsets",
+        "codes and scales the same to the bit",
+        "zero points clipped",
+        "KL as trained",
+        "KL as stored",
+        "what storing costs",
     )
+    remark = (
+        "Differences in float32. Offsets are then stored as halves of zero points, in steps of 1/256 and clipped to the integers' range; "
+        "KL on the report split, one format everywhere. All other figures are of what is stored."
+    )
+    return Section("Merging", header, rows, (remark,))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Of one format, before storing: what `settled` finds. `beyond`: the share of zero points that are clipped."""
+
+    difference: float
+    same: bool
+    beyond: float
+    kl: float
+
+
+def _beyond(variant: Variant) -> torch.Tensor:
+    """Which zero points, as they were trained, no integer's range has, (outputs, groups) bool."""
+    assert variant.adapter is not None
+    zero = (variant.offset - variant.adapter.sums) / variant.scale
+    return (variant.scale != 0) & ((zero < 0) | (zero > len(variant.levels) - 1))
 
 
 def _codes_and_scales(variant: Variant) -> bool:
@@ -227,15 +257,27 @@ def cost_section(bench: Bench) -> Section:
     return Section("Cost", ("what", "seconds of training", "the one run's, as a part of it"), rows, (remark,))
 
 
-def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
-    """One run, and what it takes the place of."""
+@contextmanager
+def opened() -> Iterator[Bench]:
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(target="transformers", formats=("int8_asym", *FORMATS), segments=SEGMENTS, device="cpu")
         store = Store(Path(folder))
         run.encode(store)
         table = run.score(store)
         text = Reference.of(run.model, windows(run.segments.calibration), kept_bytes=KEPT_BYTES)
-        bench = Bench(run, store, table, text, *(Reference.of(run.model, held) for held in (run.segments.search, run.segments.report)))
+        yield Bench(run, store, table, text, *(Reference.of(run.model, held) for held in (run.segments.search, run.segments.report)))
+
+
+def merging_section(settings: Settings, progress: Progress) -> Section:
+    """Of the recipe's sampler and rate alone."""
+    how = llm_qfa.RECIPE.training
+    with opened() as bench:
+        return settled(bench, bench.trained(ONCE, how.sampler, replace(settings, rate=how.settings.rate), None, progress))
+
+
+def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
+    """One run, and what it takes the place of."""
+    with opened() as bench:
         chosen, candidates, merging = bench.once(settings, progress)
         networks = {ONCE: candidates[chosen], UNIFORM: bench.trained(UNIFORM, "uniform", settings, None, progress)}
         settle(networks[UNIFORM])
@@ -281,12 +323,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
     parser.add_argument("--assets", type=Path, default=None, help="a folder with cifar10 and cifar10-resnet, for Double Rounding")
-    parser.add_argument("--only", default=None, help="one of sizes, processes, switching, codes, any-precision")
+    parser.add_argument("--only", default=None, help="one of sizes, merging, processes, switching, codes, any-precision")
     args = parser.parse_args()
     settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps, rate=RATES[0]), to_stderr()
     sections = list[Section]()
     if args.only in (None, "sizes"):
         sections += sizes_sections(settings, progress)
+    if args.only == "merging":
+        sections.append(merging_section(settings, progress))
     if args.only in (None, "processes"):
         sections.append(sharded.section())
     if args.only in (None, "switching") and args.assets:

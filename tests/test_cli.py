@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from made_family import made_family
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from anyfit import api, cli, evaluation
+from anyfit import api, cli, evaluation, finalists
 from anyfit.core.errors import DataError, UserError
 from anyfit.family import Family
 from anyfit.formats import formats
 from anyfit.progress import JsonLines, Plain, Silent, duration
 from anyfit.recipes import recipes
+from anyfit.recipes.base import Training
 from anyfit.targets import targets
 from anyfit.tasks import harness
 from anyfit.testing.models import tiny_text
@@ -166,6 +168,23 @@ def test_every_verb_on_a_real_family(tiny_llama_folder: Path, tmp_path: Path) ->
     measured = document(run("evaluate", tmp_path / "folder", "--against", tiny_llama_folder, "--data", text, "--length", 32, "--json"))
     assert measured["quality"]["kl_mean"] > 0
     assert "exists" in refused(run("extract", family, "--budget", budget, "-o", tmp_path / "folder"))
+
+
+def test_a_recipe_that_trains_takes_the_text_that_is_named(
+    tiny_llama_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipes.get("llm-qfa")
+    assert isinstance(recipe.training, Training)
+    few = replace(recipe.training, settings=replace(recipe.training.settings, num_steps=4))
+    monkeypatch.setitem(recipe.__dict__, "training", few)
+    monkeypatch.setattr(finalists, "NUM_FINALISTS", 3)
+    given = ("--recipe", "llm-qfa", "--data", text, "--target", "transformers", "--length", 32, "--segments", 8)
+    result = run("fit", tiny_llama_folder, *given, "-o", tmp_path / "trained.family", "--json")
+    family = Family.open(document(result)["family"])
+    assert "train: 4 in " in result.stderr
+    assert family.manifest.recipe == "llm-qfa" and "text.txt" in str(family.manifest.provenance["data"])
+    for name in ("int4_offset", "int3_offset", "int2_offset"):
+        assert any(note.startswith(f"{name}: trained, KL ") for note in family.notes), name
 
 
 def test_plan_can_say_whether_text_is_enough(tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -315,6 +315,25 @@ def test_training_lowers_the_divergence(text: Tensor) -> None:
     assert training.kl(made.set(small), reference) < 0.9 * before
 
 
+def test_products_in_bfloat16_leave_loss_and_gradients_near(text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made, about), reference = network(), Reference.of(tiny_model("llama").eval(), text)
+    subject, batch = Decoupled(made, Divergence(made.model, reference)), MicroBatch(0, torch.arange(len(text)))
+    subject.set(Config({d.key: "int2_offset" for d in about}))
+    trained = {name: value.requires_grad_() for name, value in subject.groups["variants"].items() if ".int2_offset." in name}
+    losses, gradients = [], []
+    for fast in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx512_bf16": fast})
+        outputs = subject.objective.outputs(batch)
+        assert outputs.logits is not None and outputs.logits.dtype == (torch.bfloat16 if fast else torch.float32)
+        loss = subject.objective.loss(outputs, batch)
+        gradients.append(torch.autograd.grad(loss, list(trained.values())))
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    for (name, value), exact, rounded in zip(trained.items(), *gradients, strict=True):
+        assert value.dtype == rounded.dtype == torch.float32
+        assert (rounded - exact).norm() <= 0.1 * exact.norm(), name
+
+
 @pytest.mark.parametrize("sampler", ["balanced", "sandwich", "shifted"])
 def test_a_run_goes_on_from_any_checkpoint_to_the_same_numbers(sampler: str, text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SECONDS", -1.0)

@@ -18,10 +18,12 @@ RECIPE = Recipe(
     about=(
         "The network is trained at all sizes at once, an update for each size and a slower rate of the shared scales at few bits; what is "
         "kept is one tensor of eight-bit integers a matrix, and an integer operation makes the smaller ones of it. Choose it where the "
-        "family itself must be small, or a device is to switch sizes: it costs quality at each size against variants of its own, and the "
-        "family's notes say how much. Differs from the paper in scales for each group of columns, as runtimes store them, in the loss, "
-        "which is the divergence from the original's predictions and counts more at many bits, and in quantising weights alone. Scales are "
-        "trained by their logarithms; with that the slower rate, which the paper has for two bits, hasn't shown a gain there."
+        "family itself must be small, or a device is to switch sizes, and for nothing else: at every size it is worse than variants of "
+        "their own, which GPTQ makes without training. Of the embedded default with a scale for 32 columns 8, 4, 3 and 2 bits lose 0.010, "
+        "0.036, 0.129 and 0.57 nats after 100 steps, and by themselves less than 0.0001, 0.011, 0.042 and 0.24; a family's notes say both. "
+        "Differs from the paper in scales for each group of columns, as runtimes store them, in the loss, which is the divergence from the "
+        "original's predictions and counts more at many bits, and in quantising weights alone. Scales are trained by their logarithms; "
+        "with that the slower rate, which the paper has for two bits, hasn't shown a gain there."
     ),
     quantizer="gptq",
     score="kl",

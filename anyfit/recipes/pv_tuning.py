@@ -11,8 +11,8 @@ RECIPE = Recipe(
         "GPTQ makes all variants, AQLM those with codebooks of their own; then each format is tuned by itself, in all blocks at once, "
         "towards the original's predictions: scales and codebooks follow their gradients, and the codes whose weights want to move "
         "furthest are chosen anew. Choose it for the formats of two bits, where codes matter most, and where there are minutes for each "
-        "format. Differs from the paper in the representation, which is the runtime's own format, whose codebooks move where they are "
-        "the matrix's: see anyfit/tuning/pv.py."
+        "format. Differs from the paper in the representation, which is the runtime's own format, whose codebooks move where they are the "
+        "matrix's, and in how many codes may change in a step, a tenth, not a hundredth: see anyfit/tuning/pv.py."
     ),
     quantizer="gptq",
     score="kl",

@@ -15,6 +15,7 @@ Differences from the paper, and why:
   tuned is what a runtime's file holds.
 * The loss is the divergence of the network's predictions from the original's.
 * Of the vectors that want to move furthest, those move that come nearest to where they want to: many that are far have no nearer code.
+* A tenth of the vectors may change in a step, not a hundredth, which was behind (docs/benchmarks/train-once.md).
 * Learning rates fall linearly to zero, and are lower for finer grids, which start nearer to the optimum.
 """
 
