@@ -27,7 +27,7 @@ from anyfit.core.files import output_error, remove, sha256, write_json, written_
 from anyfit.core.space import Decision, Space, coverage
 from anyfit.core.units import Weight
 from anyfit.costs.latency import LatencyTable
-from anyfit.costs.parts import measured, untimed
+from anyfit.costs.parts import measured
 from anyfit.devices import CPU, device, moved
 from anyfit.distributed import ALONE, Group
 from anyfit.elastic.loaded import loaded
@@ -185,7 +185,7 @@ class Fit:
             bool(self.settings.formats),
             self.settings.length,
             interface_of(self.checkpoint.config) is LANGUAGE,
-            None if self.latency is None else measured(self.latency, storage.dense),
+            None if self.latency is None else measured(self.latency, formats),
         )
         return found.space(storage)
 
@@ -409,10 +409,7 @@ class Fit:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should hear before anything is computed."""
-        latency = []
-        if self.latency is not None:
-            dense = CutTarget.of(self.target).dense(self.source)
-            latency = [str(self.latency), *untimed(self.latency, self.settings.formats, dense)]
+        latency = [] if self.latency is None else [str(self.latency)]
         return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []), *latency)
 
     def keep_source(self, store: Store) -> None:

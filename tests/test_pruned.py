@@ -220,7 +220,7 @@ def test_latencies_of_something_else_are_refused(model: Path, text: Path, family
         family.select("2ms")
     AutoModelForCausalLM.from_pretrained(model).to(torch.bfloat16).save_pretrained(tmp_path / "halves")
     tiny_tokenizer().save_pretrained(tmp_path / "halves")
-    with pytest.raises(UserError, match="measured in F32, and this network is stored in BF16"):
+    with pytest.raises(UserError, match="measured in F32, and not in BF16"):
         fitted(tmp_path / "halves", text, tmp_path / "no.family", latency=tmp_path / "latency.json")
 
 
