@@ -36,7 +36,7 @@ from anyfit.elastic.stream import ElasticStream
 from anyfit.encoding import FOLDER as CALIBRATION
 from anyfit.encoding import CalibrationPass, Encoding
 from anyfit.family.journal import Journal
-from anyfit.family.manifest import NAME, Manifest, Original, Point
+from anyfit.family.manifest import NAME, TIMED_ON, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
 from anyfit.finalists import WORK, Finalists
 from anyfit.formats.nested import held
@@ -431,6 +431,7 @@ class Fit:
         notes += nesting(self.space.formats())
         for decision in self.space.decisions:
             notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
+        timed_on = {} if self.latency is None else {TIMED_ON: asdict(self.latency.device)}
         return Manifest(
             target=self.settings.target,
             recipe=self.settings.recipe,
@@ -440,7 +441,7 @@ class Fit:
             original=original,
             coverage=self.coverage(),
             notes=tuple(notes),
-            provenance={**self.key, "data": self.segments.description, "data_digest": self.segments.digest},
+            provenance={**self.key, "data": self.segments.description, "data_digest": self.segments.digest, **timed_on},
             tied=self.source.tied,
             trust_remote_code=self.source.trust_remote_code,
         )
