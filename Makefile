@@ -84,8 +84,10 @@ bench-scores: $(VENV)/.installed  ## Predicted against measured loss over random
 	$(BIN)/python benchmarks/scores.py
 
 bench-structure: $(VENV)/.dev $(if $(MINILM),$(if $(PEERS),,$(PEER_VENVS)/torchpruning/.installed))  ## Heads and channels taken out: exactness, quality, speed. MINILM=FOLDER ASSETS=FOLDER adds an encoder.
-	$(BIN)/python benchmarks/structure.py
-	$(if $(MINILM),$(BIN)/python benchmarks/structure.py --minilm "$(MINILM)" --assets "$(ASSETS)" --environments $(or $(PEERS),$(PEER_VENVS)))
+	@status=0; \
+	$(BIN)/python benchmarks/structure.py || status=1; \
+	$(if $(MINILM),$(BIN)/python benchmarks/structure.py --minilm "$(MINILM)" --assets "$(ASSETS)" --environments $(or $(PEERS),$(PEER_VENVS)) || status=1;) \
+	exit $$status
 
 bench-train-once: $(VENV)/.installed  ## One run that trains every size, against a run for each. ASSETS=FOLDER adds Double Rounding.
 	$(BIN)/python benchmarks/train_once.py $(if $(ASSETS),--assets "$(ASSETS)")

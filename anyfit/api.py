@@ -150,8 +150,9 @@ def prepare(
     parquet, folders of them, data sets of the hub as "hf:NAME[:CONFIG][@SPLIT]", in any mix; it is divided into text
     to calibrate with, to search with and to report on. "self", the default for other models than the embedded one, is
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
-    `latency`: a table that `anyfit.measuring.measure` made on this device, for a recipe that prunes. `recover`: falling budgets such as
-    ("1.25x", "1.5x", "2x"): for each the network is cut, trained towards the original, and then pruned on for the next.
+    `latency`: a table that `anyfit.measuring.measure` made on this device, of all formats to choose from, for a recipe that prunes.
+    `recover`: falling budgets such as ("1.25x", "1.5x", "2x"): for each the network is cut, trained towards the original, and then pruned
+    on for the next.
     `towards`: what a recipe that trains variants does so towards: "original", its predictions, or "task", the text itself. `patience`: such
     a recipe then looks at held-out text every hundred steps, stops after so many looks without a gain, and keeps what was best.
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).

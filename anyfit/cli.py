@@ -200,10 +200,11 @@ def show(
     from anyfit.report import summary, tables
 
     opened = Family.open(family)
-    chosen = opened.select(budget) if budget else None
+    chosen, notes = (opened.select(budget), opened.notes_on(budget)) if budget else (None, ())
     document = summary.family_json(opened) | {"page": str(opened.path / "report.html")}
     shown: list[RenderableType] = [_headline(opened), tables.frontier(opened, chosen)]
     if chosen:
+        document["notes"] = [*document["notes"], *notes]
         document["chosen"] = summary.point_json(opened, chosen) | {"formats": chosen.config.chosen}
         shown += [f"\n{opened.budget(budget or [])}: {summary.described(opened, chosen)}", tables.layers(opened, chosen.config)]
         if opened.pruned:
@@ -214,7 +215,7 @@ def show(
         shown += ["", tables.refusals(opened.coverage)]
     if open_:
         webbrowser.open((opened.path / "report.html").resolve().as_uri())
-    return Answer(document, (*shown, *opened.notes, _page(opened)))
+    return Answer(document, (*shown, *opened.notes, *notes, _page(opened)))
 
 
 @command
@@ -240,7 +241,8 @@ def export(
     made = opened.export(budget, path, force=force, check=not no_check, progress=to_stderr())
     headline = f"{made.path}: {made.bytes_:,} bytes within {made.budget}, in {duration(made.seconds)}"
     checks = listing([("passed" if c.passed else "FAILED", c.name, c.detail) for c in made.checks], "", "check", "")
-    return Answer(made.to_json(), (headline, summary.described(opened, made.point), *([checks] if made.checks else ["Not loaded back."])))
+    shown = [headline, summary.described(opened, made.point), checks if made.checks else "Not loaded back.", *made.notes]
+    return Answer(made.to_json(), tuple(shown))
 
 
 @command
@@ -287,9 +289,11 @@ def extract(
     from anyfit.report import summary
 
     opened, path = Family.open(family), output.expanduser()
-    point = opened.save(budget, path, force=force)
+    point, notes = opened.save(budget, path, force=force), opened.notes_on(budget)
     document = {"path": str(path), "bytes_as_exported": point.bytes_, "bits": point.bits, "config": point.config.to_json()}
-    return Answer(document, (f"{path}: as exported for {opened.target}, {summary.described(opened, point)}",))
+    return Answer(
+        document | {"notes": list(notes)}, (f"{path}: as exported for {opened.target}, {summary.described(opened, point)}", *notes)
+    )
 
 
 @command

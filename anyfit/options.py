@@ -32,7 +32,7 @@ Length = Annotated[int | None, typer.Option(min=1, help="Tokens in a segment of 
 Segments = Annotated[int | None, typer.Option(min=1, help="How many segments of text to use.")]
 Latency = Annotated[
     Path | None,
-    typer.Option(help="A table of `anyfit measure`, made on this device: a recipe that prunes then fits to milliseconds."),
+    typer.Option(help="A table of `anyfit measure`, made on this device with the same --formats: a recipe that prunes then fits to ms."),
 ]
 Recover = Annotated[
     list[str] | None,

@@ -27,7 +27,7 @@ from anyfit.core.files import output_error, remove, sha256, write_json, written_
 from anyfit.core.space import Decision, Space, coverage
 from anyfit.core.units import Weight
 from anyfit.costs.latency import LatencyTable
-from anyfit.costs.parts import measured, untimed
+from anyfit.costs.parts import measured
 from anyfit.devices import CPU, device, moved
 from anyfit.distributed import ALONE, Group
 from anyfit.elastic.loaded import loaded
@@ -36,7 +36,7 @@ from anyfit.elastic.stream import ElasticStream
 from anyfit.encoding import FOLDER as CALIBRATION
 from anyfit.encoding import CalibrationPass, Encoding
 from anyfit.family.journal import Journal
-from anyfit.family.manifest import NAME, Manifest, Original, Point
+from anyfit.family.manifest import NAME, TIMED_ON, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
 from anyfit.finalists import WORK, Finalists
 from anyfit.formats.nested import held
@@ -190,7 +190,7 @@ class Fit:
             bool(self.settings.formats),
             self.settings.length,
             interface_of(self.checkpoint.config) is LANGUAGE,
-            None if self.latency is None else measured(self.latency, storage.dense),
+            None if self.latency is None else measured(self.latency, formats),
         )
         return found.space(storage)
 
@@ -418,10 +418,7 @@ class Fit:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should hear before anything is computed."""
-        latency = []
-        if self.latency is not None:
-            dense = CutTarget.of(self.target).dense(self.source)
-            latency = [str(self.latency), *untimed(self.latency, self.settings.formats, dense)]
+        latency = [] if self.latency is None else [str(self.latency)]
         return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []), *latency)
 
     def keep_source(self, store: Store) -> None:
@@ -443,6 +440,7 @@ class Fit:
         notes += nesting(self.space.formats())
         for decision in self.space.decisions:
             notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
+        timed_on = {} if self.latency is None else {TIMED_ON: asdict(self.latency.device)}
         return Manifest(
             target=self.settings.target,
             recipe=self.settings.recipe,
@@ -452,7 +450,7 @@ class Fit:
             original=original,
             coverage=self.coverage(),
             notes=tuple(notes),
-            provenance={**self.key, "data": self.segments.description, "data_digest": self.segments.digest},
+            provenance={**self.key, "data": self.segments.description, "data_digest": self.segments.digest, **timed_on},
             tied=self.source.tied,
             trust_remote_code=self.source.trust_remote_code,
         )

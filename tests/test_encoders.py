@@ -92,16 +92,24 @@ def latencies(model: Path, tmp_path: Path) -> LatencyTable:
     return made
 
 
-@pytest.mark.parametrize("formats", [None, ("F32", "int8_sym", "int8_dynamic")])
+@pytest.mark.parametrize("formats", [None, ("F32", "int8_sym")])
 def test_what_is_in_no_block_takes_time_too(
     formats: tuple[str, ...] | None, model: Path, sentences: Path, latencies: LatencyTable, tmp_path: Path
 ) -> None:
-    """An encoder of texts has no head that it could be counted with. Formats that weren't timed are told."""
+    """An encoder of texts has no head that it could be counted with."""
     run = prepare(model, data=sentences, target="onnxruntime", latency=tmp_path / "latency.json", formats=formats, **ASKED)
     assert run.space.costs(run.space.largest())[LATENCY] == pytest.approx(latencies.whole["F32"])
     embedding = [decision for decision in run.space.decisions if "embedding" in decision.unit.name]
     assert [choice.others[LATENCY] for decision in embedding for choice in decision.choices] == pytest.approx([1.0, 3.0] if formats else [])
-    assert ("int8_dynamic: not timed, and counted as no faster than F32" in run.notes()) == bool(formats)
+
+
+def test_what_was_not_timed_is_not_offered(model: Path, sentences: Path, latencies: LatencyTable, tmp_path: Path) -> None:
+    """It may take longer than float32, and then a budget in milliseconds would be exceeded."""
+    formats = ("int8_sym", "int8_dynamic", "int4_sym")
+    with pytest.raises(UserError, match="measured in F32, int8_sym, and not in int8_dynamic, int4_sym") as refused:
+        prepare(model, data=sentences, target="onnxruntime", latency=tmp_path / "latency.json", formats=formats, **ASKED)
+    assert "anyfit measure MODEL --target onnxruntime --formats F32,int8_sym,int8_dynamic,int4_sym." in refused.value.remedy
+    assert refused.value.remedy.endswith("--formats F32,int8_sym.")
 
 
 @pytest.mark.parametrize("budget", ["90%", "70%", "macs <= 50%"])

@@ -19,7 +19,7 @@ from anyfit.api import prepare
 from anyfit.architectures import architecture_of
 from anyfit.core.budget import BYTES, LATENCY, MACS
 from anyfit.core.config import HEADS, WIDTH, Config, format_of
-from anyfit.core.errors import BudgetError, ModelError, UserError
+from anyfit.core.errors import BudgetError, ModelError, RuntimeMissingError, UserError
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting
 from anyfit.costs.probes import shape_of
 from anyfit.elastic.extracted import InMemory
@@ -30,6 +30,7 @@ from anyfit.report import summary
 from anyfit.structure.cutting import cut, sizes
 from anyfit.structure.levels import kept_of, widths
 from anyfit.structure.space import kept_of_blocks
+from anyfit.targets import targets
 from anyfit.targets.base import Cut
 from anyfit.targets.onnxruntime import _layout_of_cut
 from anyfit.testing.models import save_tiny, tiny_tokenizer
@@ -180,10 +181,15 @@ def made_table(model: Path, **changes: object) -> LatencyTable:
     return LatencyTable(**{**given, "modules": modules, **changes})  # type: ignore[arg-type]
 
 
-def test_budgets_in_milliseconds(model: Path, text: Path, tmp_path: Path) -> None:
-    table = made_table(model)
-    table.write(tmp_path / "latency.json")
-    family = fitted(model, text, tmp_path / "fast.family", latency=tmp_path / "latency.json")
+@pytest.fixture(scope="module")
+def fast(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = tmp_path_factory.mktemp("families")
+    made_table(model).write(folder / "latency.json")
+    return fitted(model, text, folder / "fast.family", latency=folder / "latency.json")
+
+
+def test_budgets_in_milliseconds(model: Path, fast: Family) -> None:
+    table, family = made_table(model), fast
     whole = family.space.costs(family.space.largest())[LATENCY]
     assert whole == pytest.approx(table.whole["F32"])
     for budget, bound in (("2x", whole / 2), ("1.5x", whole / 1.5), ("2ms", 2.0)):
@@ -199,6 +205,33 @@ def test_budgets_in_milliseconds(model: Path, text: Path, tmp_path: Path) -> Non
     assert frontier == sorted(frontier)
     with pytest.raises(BudgetError, match=r"smallest possible is 1\.000 ms"):
         family.select("0.9ms")
+
+
+@pytest.mark.parametrize("budget", ["2ms", "2x", "70%"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_whose_milliseconds_a_budget_counts(
+    fast: Family, family: Family, budget: str, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family is chosen from on another machine, too, which need not have the runtime: that is told, in words and as JSON."""
+    commands = {
+        "show": ("show", str(fast.path), "--budget", budget),
+        "export": ("export", str(fast.path), "--budget", budget, "--no-check", "--force", "-o", str(tmp_path / "exported")),
+        "extract": ("extract", str(fast.path), "--budget", budget, "--force", "-o", str(tmp_path / "extracted")),
+    }
+    assert fast.notes_on(budget) == () and (budget != "70%" or family.notes_on(budget) == ())
+    monkeypatch.setattr("anyfit.costs.latency._processor", lambda: "abacus")
+    if not installed:
+        monkeypatch.setattr(type(targets.get("transformers")), "stopwatch", _nothing_to_time_with)
+    told = fast.notes_on(budget)
+    assert len(told) == (budget != "70%")
+    for arguments in commands.values():
+        words, data = run_cli(*arguments), json.loads(run_cli(*arguments, "--json"))
+        assert ("and not abacus" in " ".join(words.split())) == bool(told)
+        assert [note for note in data["notes"] if "not of this device" in note] == list(told)
+
+
+def _nothing_to_time_with(_: object) -> None:
+    raise RuntimeMissingError("torch", "torch", "Measuring latency")
 
 
 def test_latencies_of_something_else_are_refused(model: Path, text: Path, family: Family, tmp_path: Path) -> None:
@@ -220,7 +253,7 @@ def test_latencies_of_something_else_are_refused(model: Path, text: Path, family
         family.select("2ms")
     AutoModelForCausalLM.from_pretrained(model).to(torch.bfloat16).save_pretrained(tmp_path / "halves")
     tiny_tokenizer().save_pretrained(tmp_path / "halves")
-    with pytest.raises(UserError, match="measured in F32, and this network is stored in BF16"):
+    with pytest.raises(UserError, match="measured in F32, and not in BF16"):
         fitted(tmp_path / "halves", text, tmp_path / "no.family", latency=tmp_path / "latency.json")
 
 

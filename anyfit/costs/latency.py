@@ -43,6 +43,13 @@ class Device:
         """This machine with a runtime, given as its name and version."""
         return cls(_processor(), cores(), runtime, threads)
 
+    def __str__(self) -> str:
+        return f"{self.runtime} with {self.threads} thread{'s' if self.threads > 1 else ''} on {self.processor}"
+
+    def differences(self, here: Device) -> str:
+        """Where another device is not this one, for a person to read; empty where it is."""
+        return _differences(self, here)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -152,10 +159,7 @@ class LatencyTable:
         return made
 
     def __str__(self) -> str:
-        setting, device = self.setting, self.device
-        threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
-        where = f"{device.runtime} with {threads} on {device.processor}"
-        return f"Milliseconds are those of {setting}, as measured in {where}."
+        return f"Milliseconds are those of {self.setting}, as measured in {self.device}."
 
     @property
     def digest(self) -> str:
@@ -180,7 +184,7 @@ class LatencyTable:
 
     def require(self, here: Device) -> None:
         """Raises `UserError` where these latencies are another device's than this."""
-        if differences := _differences(self.device, here):
+        if differences := self.device.differences(here):
             raise UserError(f"These latencies are another device's: {differences}.", remedy="Measure again on this one.")
 
     def require_of(self, shape: Shape) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.errors import UserError
@@ -10,26 +10,16 @@ from anyfit.costs.latency import ATTENTION, FEED_FORWARD, LatencyTable
 from anyfit.structure.space import Measured
 
 
-def measured(table: LatencyTable, dense: str) -> Measured:
-    """What a pruned network's parts take by a table. A format that wasn't timed counts as the `dense` one. Raises `UserError` where that
-    wasn't timed either."""
-    if dense not in table.whole:
+def measured(table: LatencyTable, formats: Sequence[str]) -> Measured:
+    """What a pruned network's parts take by a table. `formats`: those that may be chosen, the dense one first. Raises `UserError` where one
+    wasn't timed: fewer bits may take longer, and budgets in milliseconds are kept."""
+    if untimed := [name for name in formats if name not in table.whole]:
+        known = list(table.whole)
+        command = f"anyfit measure MODEL --target {table.target} --formats {','.join(dict.fromkeys([*known, *formats]))}"
+        offered = "" if formats[0] in untimed else f" Or offer only what was: --formats {','.join(n for n in formats if n in known)}."
         raise UserError(
-            f"Latencies were measured in {', '.join(table.whole)}, and this network is stored in {dense}.",
-            remedy=f"Measure again with --formats {dense}.",
+            f"Latencies were measured in {', '.join(known)}, and not in {', '.join(untimed)}, which may take longer.",
+            remedy=f"Measure again, as before but with these: {command}.{offered}",
         )
     kinds = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
-
-    def timed(format_: str) -> str:
-        return format_ if format_ in table.whole else dense
-
-    return Measured(
-        lambda structure, kept, format_: table.ms(kinds[structure.axis], kept, timed(format_)),
-        lambda format_: table.rest(timed(format_)),
-    )
-
-
-def untimed(table: LatencyTable, formats: Iterable[str], dense: str) -> list[str]:
-    """What is said of formats that `measured` counts as another."""
-    names = ", ".join(name for name in formats if name not in table.whole)
-    return [f"{names}: not timed, and counted as no faster than {dense}"] if names else []
+    return Measured(lambda structure, kept, format_: table.ms(kinds[structure.axis], kept, format_), table.rest)

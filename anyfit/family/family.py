@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +20,14 @@ from anyfit import network
 from anyfit.activations import round_inputs
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Source, read_config
-from anyfit.core.budget import Budget
+from anyfit.core.budget import LATENCY, Budget
 from anyfit.core.config import HEADS, SPARSITY, WIDTH, Config, format_of
-from anyfit.core.errors import FamilyError, OutputError
+from anyfit.core.errors import FamilyError, OutputError, RuntimeMissingError
 from anyfit.core.files import output_error, refuse_existing, written_aside
 from anyfit.core.space import Space
+from anyfit.costs.latency import Device
 from anyfit.elastic.extracted import Extracted
-from anyfit.family.manifest import NAME, Manifest, Original, Point
+from anyfit.family.manifest import NAME, TIMED_ON, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, SOURCE, TEXT, Decoder, Store, refined_file
 from anyfit.progress import Progress, Silent
 from anyfit.report.card import model_card
@@ -50,6 +52,8 @@ class Export:
     point: Point
     checks: tuple[Check, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
+    """What is to be known of the budget, see `Family.notes_on`."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -62,6 +66,7 @@ class Export:
             "report": self.point.report and self.point.report.to_json(),
             "checks": [vars(check) for check in self.checks],
             "seconds": self.seconds,
+            "notes": list(self.notes),
         }
 
 
@@ -151,6 +156,18 @@ class Family:
         if not more and setting in self.space.uniforms():
             return Budget((), setting, setting)
         return Budget.parse(text, original=self.space.original(self.original.bytes_))
+
+    def notes_on(self, budget: str | Iterable[str] | Budget) -> tuple[str, ...]:
+        """What is to be known of a budget: whose milliseconds it counts, where these were measured on another device than this."""
+        if TIMED_ON not in self.provenance or LATENCY not in dict(self.budget(budget).limits):
+            return ()
+        timed_on = Device(**self.provenance[TIMED_ON])
+        runtime = timed_on.runtime
+        with suppress(RuntimeMissingError):  # a family may be chosen from where its runtime isn't
+            if watch := targets.get(self.target).stopwatch():
+                runtime = watch.runtime
+        differences = timed_on.differences(Device.here(runtime, timed_on.threads))
+        return (f"The budget's milliseconds are those of {timed_on}, not of this device: {differences}.",) if differences else ()
 
     def select(self, budget: str | Iterable[str] | Budget) -> Point:
         """The best config within the budget.
@@ -341,7 +358,7 @@ class Family:
             checks = self._check(target, aside, point, made, progress) if check else ()
             with written_aside(card or aside / "README.md", force=force) as page:
                 page.write_text(model_card(self, point, path.name), encoding="utf-8")
-        return Export(path, size, point.bits, str(budget), point, checks, time.perf_counter() - began)
+        return Export(path, size, point.bits, str(budget), point, checks, time.perf_counter() - began, self.notes_on(budget))
 
     def save(self, budget: str | Iterable[str] | Budget, path: str | Path, *, force: bool = False) -> Point:
         """Write the best model within `budget` as an ordinary transformers folder, its weights decoded to float32.

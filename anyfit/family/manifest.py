@@ -19,6 +19,8 @@ from anyfit.tasks.base import Quality
 
 NAME = "family.json"
 VERSION = 1
+TIMED_ON = "timed_on"
+"""In the provenance of a family that knows milliseconds: the device that they were measured on."""
 
 
 @dataclass(frozen=True)
