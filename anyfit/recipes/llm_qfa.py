@@ -16,7 +16,8 @@ RECIPE = Recipe(
         "mostly along the configs that are expected to lose least, as the search will take them. "
         "Codes never change: adapters that see one number a group merge into stored offsets; formats without a trainable offset get "
         "trained scales. Choose it where there is text like that of the task, and time. Differs from the paper in the loss, which is the "
-        "divergence from the original's predictions, in decisions for each matrix, not each block, and in the search, which is exact."
+        "divergence from the original's predictions, in decisions for each matrix, not each block, and in the search, which is exact: "
+        "--search correlation lets the paper's own compete."
     ),
     quantizer="gptq",
     score="kl",
