@@ -27,6 +27,7 @@ from anyfit.costs.latency import LatencyTable
 from anyfit.costs.probes import shape_of
 from anyfit.distributed import group
 from anyfit.family.family import Family, is_family
+from anyfit.finalists import EXACT
 from anyfit.formats import formats as all_formats
 from anyfit.formats.base import CastFormat
 from anyfit.gradual import GradualFit
@@ -39,6 +40,7 @@ from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
 from anyfit.recipes.base import Nesting, Recipe, Training
+from anyfit.searchers import searchers
 from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
 from anyfit.targets import targets
@@ -66,6 +68,7 @@ class Wishes(TypedDict, total=False):
     length: int | None
     segments: int | None
     effort: str
+    search: str
     seed: int
     device: str
     trust_remote_code: bool
@@ -139,6 +142,7 @@ def prepare(
     length: int | None = None,
     segments: int | None = None,
     effort: str = Effort.NORMAL,
+    search: str = EXACT,
     seed: int = 0,
     device: str = devices.AUTO,
     trust_remote_code: bool = False,
@@ -158,11 +162,13 @@ def prepare(
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
     `segments`: how many calibrate (default 128, of an encoder's texts or pictures 512).
     `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
+    `search`: who else than the exact search proposes configs, which measures them for that: "evolution" or "correlation".
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
     method = recipes.get(recipe)
     quantizers.get(method.quantizer)
+    searchers.get(search)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
     wanted = _wanted(method, runtime, diligence, formats, checkpoint)
     data = usual(data, embedded=model is None)
@@ -180,6 +186,7 @@ def prepare(
         NUM_REPORT * times,
         seed,
         diligence,
+        search,
         where,
         None if table is None else table.digest,
         _recovered(method, recover),
@@ -199,6 +206,8 @@ def _require_possible(run: Fit) -> None:
     if reason := run.target.supports(run.source):
         raise UserError(f"{run.target.name} can't run {name}: {reason}.", remedy="Take another target: anyfit targets lists them.")
     _require_subject(run.recipe, run)
+    if reason := searchers.get(run.settings.search).refuses(run.space):
+        raise UserError(f"{run.settings.search} can't search what {run.recipe.name} decides about: {reason}.", remedy="Leave out --search.")
     if isinstance(run, GradualFit):
         run.require_budgets()
     most = num_batches(run.segments.num_segments("calibration"), length)

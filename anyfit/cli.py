@@ -24,6 +24,7 @@ from anyfit.core.registry import Registry
 from anyfit.formats import formats as all_formats
 from anyfit.progress import duration, to_stderr
 from anyfit.recipes import recipes as all_recipes
+from anyfit.searchers import searchers as all_searchers
 from anyfit.targets import targets as all_targets
 
 __all__ = ["app", "run"]
@@ -47,9 +48,10 @@ def _require_known(registry: Registry[Any], names: Iterable[str]) -> None:
             raise UnknownNameError(registry.kind, name, registry)
 
 
-def _require_all_known(target: str, recipe: str, formats: list[str] | None) -> None:
+def _require_all_known(target: str, recipe: str, search: str, formats: list[str] | None) -> None:
     _require_known(all_targets, [target])
     _require_known(all_recipes, [recipe])
+    _require_known(all_searchers, [search])
     _require_known(all_formats, formats or [])
 
 
@@ -73,6 +75,7 @@ def plan(
     length: options.Length = None,
     segments: options.Segments = None,
     effort: options.EffortName = Effort.NORMAL,
+    search: options.SearcherName = "exact",
     saturation: Annotated[bool, typer.Option("--saturation", help="Also measure whether more text would help.")] = False,
     device: options.DeviceName = "auto",
     trust_remote_code: options.RemoteCode = False,
@@ -81,7 +84,7 @@ def plan(
 ) -> Answer:
     """What a fit would need and offer: memory, disk, time, sizes, coverage. Writes nothing."""
     wanted = _names(formats)
-    _require_all_known(target, recipe, wanted)
+    _require_all_known(target, recipe, search, wanted)
     from anyfit import api
     from anyfit.report import tables
     from anyfit.report.listing import listing
@@ -99,6 +102,7 @@ def plan(
         length=length,
         segments=segments,
         effort=effort,
+        search=search,
         device=device,
         trust_remote_code=trust_remote_code,
         progress=to_stderr(as_json=log_json),
@@ -142,6 +146,7 @@ def fit(
     length: options.Length = None,
     segments: options.Segments = None,
     effort: options.EffortName = Effort.NORMAL,
+    search: options.SearcherName = "exact",
     memory: Annotated[
         str | None,
         typer.Option(
@@ -159,7 +164,7 @@ def fit(
 ) -> Answer:
     """Turn a network into a family: one run, then any size in seconds."""
     wanted = _names(formats)
-    _require_all_known(target, recipe, wanted)
+    _require_all_known(target, recipe, search, wanted)
     from anyfit import api
     from anyfit.report import summary, tables
 
@@ -177,6 +182,7 @@ def fit(
         length=length,
         segments=segments,
         effort=effort,
+        search=search,
         seed=seed,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -394,6 +400,15 @@ def recipes(json_: options.Json = False) -> Answer:
     found = [all_recipes.get(name) for name in all_recipes]
     document = [{"name": r.name, "title": r.title, "paper": r.paper, "about": r.about} for r in found]
     return Answer(document, tuple(f"{r.name}: {r.title} ({r.paper})\n{r.about}\n" for r in found))
+
+
+@command
+def searchers(json_: options.Json = False) -> Answer:
+    """Who proposes what a family measures. All of them leave the choice to text that they haven't seen."""
+    from anyfit.report.listing import listing
+
+    rows = [(name, all_searchers.about(name)) for name in all_searchers]
+    return Answer([{"name": name, "about": about} for name, about in rows], (listing(rows, "searcher", "about"),))
 
 
 @command

@@ -31,7 +31,7 @@ from anyfit.core.units import Weight
 from anyfit.distributed import ALONE
 from anyfit.encoding import NUMBERS_AT_ONCE, Encoding, variants, works
 from anyfit.family.store import Store
-from anyfit.finalists import EVOLUTION, GENERATIONS, NUM_FINALISTS, NUM_REFINED
+from anyfit.finalists import EXACT, NUM_FINALISTS, NUM_REFINED, measuring
 from anyfit.formats import formats as all_formats
 from anyfit.importance import importances
 from anyfit.importance.base import NetworkImportance
@@ -44,6 +44,7 @@ from anyfit.quantizers.worker import Workers, num_workers
 from anyfit.recipes.base import Nesting, Tuning
 from anyfit.scores.kl import num_probes
 from anyfit.scores.table import Table
+from anyfit.searchers import searchers
 from anyfit.streaming import TOKENS_AT_ONCE, States, batches
 from anyfit.structure.levels import kept_of
 from anyfit.structuring import Structuring
@@ -122,6 +123,7 @@ def require_memory(run: Fit, limit: int, device_limit: int) -> None:
     if needed <= limit:
         return
     whole = " --effort normal doesn't hold the whole network in memory." if run.effort.refines else ""
+    whole += " --search exact doesn't, either." if run.settings.search != EXACT else ""
     whole += " --recipe gptq trains nothing, and doesn't hold it either." if run.recipe.training else ""
     whole += " With text of yours (--data) the model needn't write any, which takes it whole." if run.segments.num_pending else ""
     each = "" if run.group.alone else f" in each of {run.group.size} processes"
@@ -154,7 +156,7 @@ def _whole_matrices(run: Fit) -> int:
 def _takes_all(run: Fit) -> bool:
     """Whether some stage has the whole network in memory."""
     return (
-        run.effort.refines
+        bool(measuring(run.settings.search, run.effort))
         or bool(run.segments.num_pending or run.settings.recover)
         or run.recipe.training is not None
         or _scores_whole(run) is not None
@@ -168,11 +170,12 @@ def _scores_whole(run: Fit) -> NetworkImportance | None:
 
 
 def _in_memory(run: Fit) -> int:
-    """Bytes of what only works with the whole network in memory: writing text, training, and refining."""
+    """Bytes of what only works with the whole network in memory: writing text, training, searching by measuring, and refining."""
     model = 4 * run.space.num_parameters
     writing = generated.memory(run.checkpoint.config, run.settings.length) if run.segments.num_pending else 0
     # Beside the networks, tuning holds levels, latents, values, gradients and what they are made of.
     refining = model + 6 * model if run.effort.refines else 0
+    searching = model if measuring(run.settings.search, run.effort) else 0
     # Training holds every variant's codes and scales, and what is made of those that are drawn.
     decisions = decided(run.space, run.recipe.training) if run.recipe.training else ()
     variants = sum(len(decision.choices) * decision.unit.num_weights for decision in decisions)
@@ -188,7 +191,7 @@ def _in_memory(run: Fit) -> int:
         training = 5 * (model - inside) + 3 * max(blocks.values()) + variants + (5 * inside + variants) // run.group.size
     # Recovery holds what is trained, its gradients, two averages of them, and what they are added up in.
     recovery = 5 * model if run.settings.recover else 0
-    return max(model + max(writing, refining, recovery), training)
+    return max(model + max(writing, searching, refining, recovery), training)
 
 
 def _variants(run: Fit, decision: Decision) -> int:
@@ -360,15 +363,16 @@ def _steadily(work: Callable[[], T], seconds: float = STEADY) -> tuple[T, float]
 
 
 def _more_effort(run: Fit, sizes: Mapping[str, int]) -> int:
-    """Tokens that evolution and refining read, as forward passes."""
+    """Tokens that searchers that measure and refining read, as forward passes."""
+    searched = measuring(run.settings.search, run.effort)
+    searching = sum(searchers.get(name).num_segments(number) for name, number in searched.items()) * run.settings.length
     if not run.effort.refines:
-        return 0
+        return searching
     settings = Settings()
-    evolving = GENERATIONS * sum(segments * entrants for segments, entrants in EVOLUTION) * run.settings.length
     # Both networks run through a block to each of its inputs, three passes in all; a step of tuning costs three.
     solving = 6 * min(settings.num_segments, len(run.segments.calibration)) * run.settings.length
     tuning = 3 * settings.tuning.num_segments * min(WINDOW, run.settings.length)
-    return NUM_REFINED * (evolving + solving + tuning + 2 * (sizes["search"] + sizes["report"]))
+    return searching + NUM_REFINED * (solving + tuning + 2 * (sizes["search"] + sizes["report"]))
 
 
 def _training(run: Fit) -> int:

@@ -1,8 +1,8 @@
-"""Which configs a family has measured: optima along the frontier, every uniform setting, and what more effort makes of them."""
+"""Which configs a family has measured: optima along the frontier, every uniform setting, and what searching and more effort add."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,8 +22,9 @@ from anyfit.family.manifest import Point
 from anyfit.family.store import Store, refined_file
 from anyfit.progress import Progress
 from anyfit.scores.table import Table
-from anyfit.searchers.evolution import Fitness, Settings, Stage, evolve
-from anyfit.searchers.exact import Solver, hull
+from anyfit.searchers import searchers
+from anyfit.searchers.base import Fitness, Subject
+from anyfit.searchers.exact import hull
 from anyfit.streaming import Numbers, Predictions
 from anyfit.tasks import quality_from_json, task_of
 from anyfit.tasks.base import Quality, Reference, Task
@@ -39,19 +40,25 @@ NEGLIGIBLE = 3e-5
 """Of the loss (nats per token, or one less a cosine): a larger config than the first below this has nothing left to gain."""
 NUM_REFINED = 2
 """Of these budgets, the smallest, whose best configs are refined at high effort: there is most to gain there."""
-EVOLUTION = ((2, 8), (16, 2))
-"""(segments, entrants) of each stage. The text is of the calibration split, so that the search split still judges."""
-GENERATIONS = 5
-WORK = ("points", "evolved")
+EXACT, EVOLUTION = "exact", "evolution"
+"""Searchers: the one whose configs always compete, and the one that high effort adds."""
+WORK = ("points", "searched")
 """Folders of the journal that a finished family doesn't keep."""
+
+
+def measuring(search: str, effort: Effort) -> dict[str, int]:
+    """{searcher: sizes, the smallest first} of those that measure configs, where `search` was asked for."""
+    found = {EVOLUTION: NUM_REFINED} if effort.refines else {}
+    return found if search == EXACT else found | {search: NUM_FINALISTS}
 
 
 @dataclass
 class Finalists:
-    """One run's finalists. What is measured, evolved and refined is kept in the journal's folder, and not done twice.
+    """One run's finalists. What is measured and refined is kept in the journal's folder, and not done twice.
 
-    `in_memory` makes a network of which high effort runs many configs on little text, and which it refines. `texts`: the
-    search and the report split; `calibration`: text that neither holds. (segments, length) each.
+    `in_memory` makes a network of which searchers run many configs on little text, and which high effort refines. `texts`: the
+    search and the report split; `calibration`: text that neither holds, so that the search split judges what was searched on it.
+    (segments, length) each. `search`: the searcher whose configs compete with the exact optima.
     """
 
     store: Store
@@ -61,8 +68,9 @@ class Finalists:
     texts: Mapping[str, Tensor]
     calibration: Tensor
     effort: Effort
+    search: str
     progress: Progress
-    _evolving: dict[int, Reference] = field(default_factory=dict, repr=False)
+    _searching: dict[int, Reference] = field(default_factory=dict, repr=False)
 
     @property
     def space(self) -> Space:
@@ -86,20 +94,11 @@ class Finalists:
     def _network(self) -> ElasticModel:
         return self.in_memory()
 
-    @cached_property
-    def _solver(self) -> Solver:
-        return Solver(self.space, self.table)
-
     def points(self) -> list[Point]:
         """All of them measured, not refined."""
         # Exact optima first: where a uniform setting is one of them, it is then named as such.
         candidates: dict[Config, str | None] = dict.fromkeys(self._optima())
-        if self.effort.refines:
-            if self.elastic.group.first:
-                for size in self._smallest():
-                    self._evolved(size)
-            self.elastic.group.wait()
-            candidates |= dict.fromkeys(self._evolved(size) for size in self._smallest())
+        candidates |= dict.fromkeys(self._searched())
         candidates |= {self.space.uniform(name): name for name in self.space.uniforms()}
         with self.progress.stage("measure finalists", len(candidates)) as stage:
             for index, (config, uniform) in enumerate(candidates.items()):
@@ -136,30 +135,45 @@ class Finalists:
     def _smallest(self) -> list[float]:
         return self._sizes[0][:NUM_REFINED]
 
-    def _optima(self) -> Iterator[Config]:
+    def _optima(self) -> list[Config]:
         sizes, smallest, largest = self._sizes
         uniform = {self._size(self.space.uniform(name)) for name in self.space.uniforms()}
-        for size in sorted({*sizes, *(size for size in uniform if smallest <= size <= largest)}):
-            yield self._solver.solve(self._budget(size))
+        along = sorted({*sizes, *(size for size in uniform if smallest <= size <= largest)})
+        return searchers.get(EXACT).search(self.subject, [self._budget(size) for size in along])
 
-    def _evolved(self, size: float) -> Config:
-        """What evolution makes of the exact optimum of a size, or that itself."""
-        path = self.store.folder / "evolved" / f"{size}.json"
-        found = read_json(path)
-        if found is None:
-            start = self._solver.solve(self._budget(size))
-            stages = tuple(Stage(self._fitness(num), entrants) for num, entrants in EVOLUTION)
-            settings = Settings(stages, GENERATIONS)
-            ranked = evolve(self.space, self.table, budget=self._budget(size), start=[start], settings=settings, progress=self.progress)
-            found = ranked[0].config.to_json()
-            write_json(path, found)
-        return Config.from_json(found)
+    def _searched(self) -> list[Config]:
+        """What is found by measuring configs. The first process does that, the others find the same in what it has measured."""
+        if not self.elastic.group.first:
+            self.elastic.group.wait()
+        subject, found = self.subject, list[Config]()
+        for name, number in measuring(self.search, self.effort).items():
+            found += searchers.get(name).search(subject, [self._budget(size) for size in self._sizes[0][:number]])
+        if self.elastic.group.first:
+            self.elastic.group.wait()
+        return found
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.space, self.table, self._fitness, self.progress)
 
     def _fitness(self, num_segments: int) -> Fitness:
-        if num_segments not in self._evolving:
+        path = self.store.folder / "searched" / f"{num_segments}.json"
+        known: dict[str, float] = read_json(path) or {}
+
+        def measured(config: Config) -> float:
+            if config.digest not in known:
+                known[config.digest] = self._reference(num_segments).loss(self._network.set(config))
+                write_json(path, known)
+            return known[config.digest]
+
+        return measured
+
+    def _reference(self, num_segments: int) -> Reference:
+        """The original's predictions on text that is searched with."""
+        if num_segments not in self._searching:
             text = self.calibration[:num_segments]
-            self._evolving[num_segments] = self._task.reference(self.elastic.stream.predictions(text, self.elastic.original), text)
-        return lambda config: self._evolving[num_segments].loss(self._network.set(config))
+            self._searching[num_segments] = self._task.reference(self.elastic.stream.predictions(text, self.elastic.original), text)
+        return self._searching[num_segments]
 
     def point(self, config: Config, uniform: str | None = None) -> Point:
         """A config, measured. `uniform`: its name, where it is the same choice everywhere."""

@@ -61,6 +61,14 @@ EffortName = Annotated[
         "--effort", help="low: quick formats. normal: also the best small ones. high: also refines the smallest sizes; up to 3x low's time."
     ),
 ]
+SearcherName = Annotated[
+    str,
+    typer.Option(
+        "--search",
+        help="Who proposes mixes: `exact`, by the measured scores alone; `evolution` or `correlation` also run mixes of all sizes, which "
+        "then compete: see `anyfit searchers`.",
+    ),
+]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: a graphics processor where there is one.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]

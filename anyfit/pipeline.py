@@ -38,7 +38,7 @@ from anyfit.encoding import CalibrationPass, Encoding
 from anyfit.family.journal import Journal
 from anyfit.family.manifest import NAME, TIMED_ON, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
-from anyfit.finalists import WORK, Finalists
+from anyfit.finalists import EXACT, WORK, Finalists
 from anyfit.formats.nested import held
 from anyfit.importance import importances, saliencies
 from anyfit.importance.base import Importance, NetworkImportance
@@ -92,6 +92,7 @@ class Settings:
     num_report: int
     seed: int
     effort: Effort = Effort.NORMAL
+    search: str = EXACT
     device: str = "cpu"
     latency: str | None = None
     """Digest of the table that latencies are taken from."""
@@ -383,6 +384,7 @@ class Fit:
             texts,
             self.segments.calibration,
             self.effort,
+            self.settings.search,
             self.progress,
         )
         points, references = self.improved(finalists, finalists.points()), finalists.references

@@ -33,7 +33,8 @@ from anyfit.progress import Silent
 from anyfit.scores import sensitivities
 from anyfit.scores.table import Table
 from anyfit.searchers import correlation
-from anyfit.searchers.evolution import Fitness, Ranked, Settings, Stage, evolve
+from anyfit.searchers.base import Fitness, Ranked
+from anyfit.searchers.evolution import Settings, Stage, evolve
 from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Reference, kl
 

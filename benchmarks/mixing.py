@@ -16,9 +16,10 @@ from anyfit.core.config import Config
 from anyfit.core.effort import Effort
 from anyfit.core.space import Space
 from anyfit.family.store import Store, stored_matrices
-from anyfit.finalists import Finalists
+from anyfit.finalists import EXACT, Finalists
 from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Silent
+from anyfit.searchers.evolution import SEARCHER
 from anyfit.searchers.exact import Solver
 from anyfit.targets import targets
 from anyfit.tasks.language import Reference, kl
@@ -48,7 +49,8 @@ def configs(space: Space, finalists: Finalists, format_: str) -> Iterator[tuple[
     exact = Solver(space, finalists.table).solve(budget)
     yield EMBEDDING, exact
     # As in the product: the search split, which evolution hasn't seen, decides.
-    yield EVOLVED, min((exact, finalists._evolved(size)), key=lambda config: _searched(finalists, config))
+    (evolved,) = SEARCHER.search(finalists.subject, [budget])
+    yield EVOLVED, min((exact, evolved), key=lambda config: _searched(finalists, config))
 
 
 def _searched(finalists: Finalists, config: Config) -> float:
@@ -70,7 +72,7 @@ def section(subject: Subject) -> Section:
         network, references = fit.elastic_model(store), [Reference.of(fit.model, segment[None]) for segment in text.report]
         texts = {"search": text.search, "report": text.report}
         finalists = Finalists(
-            store, fit.score(store), fit.elastic(store), lambda: network, texts, text.calibration, settings.effort, Silent()
+            store, fit.score(store), fit.elastic(store), lambda: network, texts, text.calibration, settings.effort, EXACT, Silent()
         )
         refinery = fit._refinery(finalists.references["search"])
         for format_ in EVERYWHERE:

@@ -26,6 +26,7 @@ from anyfit.formats import formats
 from anyfit.progress import JsonLines, Plain, Silent, duration
 from anyfit.recipes import recipes
 from anyfit.recipes.base import Training
+from anyfit.searchers import searchers
 from anyfit.targets import targets
 from anyfit.tasks import harness
 from anyfit.testing.models import tiny_text
@@ -71,16 +72,22 @@ def test_module_runs_as_the_command() -> None:
 def test_listings_name_every_part() -> None:
     assert [row["name"] for row in document(run("targets", "--json"))] == list(targets)
     assert [row["name"] for row in document(run("recipes", "--json"))] == list(recipes)
+    assert [row["name"] for row in document(run("searchers", "--json"))] == list(searchers)
     listed = document(run("formats", "--json"))
     assert {row["name"] for row in listed} == set(formats)
     assert "llama.cpp" in next(row for row in listed if row["name"] == "Q4_K")["targets"]
-    for command in ("targets", "recipes", "formats"):
+    for command in ("targets", "recipes", "searchers", "formats"):
         assert run(command).exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("option", "name", "known"),
-    [("--formats", "Q4_K,Q9_X", "Q8_0"), ("--target", "lama.cpp", "llama.cpp"), ("--recipe", "gptx", "gptq")],
+    [
+        ("--formats", "Q4_K,Q9_X", "Q8_0"),
+        ("--target", "lama.cpp", "llama.cpp"),
+        ("--recipe", "gptx", "gptq"),
+        ("--search", "exat", "exact"),
+    ],
 )
 @pytest.mark.parametrize("command", ["plan", "fit"])
 def test_unknown_names_are_refused_with_those_that_are_known(command: str, option: str, name: str, known: str) -> None:

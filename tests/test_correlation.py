@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_evolution import middling, regular_problem
 
-from anyfit.core.config import Config
+from anyfit.core.budget import Budget
+from anyfit.core.config import WIDTH, Config
+from anyfit.core.errors import BudgetError
 from anyfit.progress import Silent
+from anyfit.searchers import evolution, searchers
+from anyfit.searchers.base import Fitness, Subject
 from anyfit.searchers.correlation import Settings, best, correlations, explore
 from anyfit.searchers.exact import solve
 
@@ -63,3 +69,35 @@ def test_a_budget_below_all_that_was_drawn_has_no_answer() -> None:
     space, table = regular_problem(6)
     found = explore(space, lambda config: table.predict(space, config), SETTINGS, Silent())
     assert best([one for one in found if one.config != space.smallest()], space, middling(space, 1e-6)) is None
+
+
+@pytest.mark.parametrize("name", searchers)
+def test_every_searcher_finds_a_config_within_each_budget_and_the_same_again(name: str) -> None:
+    space, table = regular_problem(7, 8)
+    measured, budgets = list[Config](), [middling(space, share) for share in (0.0, 0.3, 0.6)]
+
+    def fitness(num_segments: int) -> Fitness:
+        def lost(config: Config) -> float:
+            measured.extend([config] * num_segments)
+            return table.predict(space, config)
+
+        return lost
+
+    searcher, subject = searchers.get(name), Subject(space, table, fitness, Silent())
+    assert searcher.name == name and searcher.refuses(space) is None
+    found = searcher.search(subject, budgets)
+    assert all(budget.allows(space.costs(config)) for budget, config in zip(budgets, found, strict=True))
+    starts = len(budgets) * sum(stage[0] for stage in evolution.STAGES)
+    assert len(measured) <= searcher.num_segments(len(budgets)) + (starts if name == "evolution" else 0)
+    assert bool(measured) == (name != "exact")
+    assert searcher.search(subject, budgets) == found
+    losses = [table.predict(space, config) for config in found]
+    assert all(table.predict(space, solve(space, table, b)) <= loss for b, loss in zip(budgets, losses, strict=True))
+    with pytest.raises(BudgetError, match="can't be met"):
+        searcher.search(subject, [Budget((("bytes", 1.0),), "1 B")])
+
+
+def test_correlations_are_of_formats_alone() -> None:
+    space, _ = regular_problem(7, 8)
+    parts = replace(space, decisions=tuple(replace(d, axis=WIDTH) for d in space.decisions))
+    assert "parts are left out" in (searchers.get("correlation").refuses(parts) or "")

@@ -14,6 +14,7 @@ from anyfit import Family, finalists, pipeline
 from anyfit.core.effort import Effort
 from anyfit.core.errors import UserError
 from anyfit.progress import Silent
+from anyfit.searchers import evolution
 from anyfit.targets import targets
 from anyfit.testing.models import save_tiny
 from anyfit.tuning.refining import Refinery, windows
@@ -26,7 +27,7 @@ def fewer_measurements() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finalists, "NUM_FINALISTS", 4)
         patch.setattr(finalists, "NUM_REFINED", 2)
-        patch.setattr(finalists, "GENERATIONS", 2)
+        patch.setattr(evolution, "GENERATIONS", 2)
         patch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 4)
         yield
 
@@ -88,10 +89,10 @@ def test_a_run_killed_while_it_refines_goes_on(
     monkeypatch.setattr(Refinery, "refine", killing)
     with pytest.raises(KeyboardInterrupt):
         anyfit.fit(tiny, data=text, output=tmp_path / "killed", effort="high", **SMALL)
-    evolve = finalists.evolve
-    monkeypatch.setattr(finalists, "evolve", lambda *_, **__: pytest.fail("evolution is kept"))
+    reference = finalists.Finalists._reference
+    monkeypatch.setattr(finalists.Finalists, "_reference", lambda *_: pytest.fail("what evolution measured is kept"))
     again = anyfit.fit(tiny, data=text, output=tmp_path / "killed", effort="high", **SMALL)
-    monkeypatch.setattr(finalists, "evolve", evolve)
+    monkeypatch.setattr(finalists.Finalists, "_reference", reference)
     assert len(calls) == 3, "what was refined before isn't refined again"
     assert again.digest == families["high"].digest
     assert {path.name for path in again.path.iterdir()} == {path.name for path in families["high"].path.iterdir()}

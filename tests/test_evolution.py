@@ -16,7 +16,8 @@ from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.progress import Silent
 from anyfit.scores.table import Table
-from anyfit.searchers.evolution import Fitness, Ranked, Settings, Stage, evolve
+from anyfit.searchers.base import Fitness, Ranked
+from anyfit.searchers.evolution import Settings, Stage, evolve
 from anyfit.searchers.exact import solve
 from anyfit.searchers.mutation import Mutation
 

@@ -13,19 +13,23 @@ import torch
 from torch import Generator, Tensor, nn
 
 import anyfit
-from anyfit import finalists, pipeline, training
+from anyfit import estimates, finalists, pipeline, training
+from anyfit.api import prepare
 from anyfit.core.budget import Budget
 from anyfit.core.config import Config
+from anyfit.core.effort import Effort
 from anyfit.core.errors import ModelError, UserError
 from anyfit.core.space import Choice, Decision, Space
 from anyfit.core.units import Unit, Weight
 from anyfit.elastic.linear import ElasticLinear, ElasticNetwork, GridVariant, Variant
+from anyfit.finalists import measuring
 from anyfit.formats import formats
 from anyfit.formats.base import GridFormat, quantize
 from anyfit.progress import Silent
 from anyfit.recipes import llm_qfa, recipes
 from anyfit.recipes.base import Training, Tuning
 from anyfit.scores.table import Table
+from anyfit.searchers import correlation, evolution, searchers
 from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
@@ -511,3 +515,65 @@ def test_tuned_variants_are_what_is_exported_and_a_killed_run_continues(tmp_path
             with pytest.raises(KeyboardInterrupt):
                 anyfit.fit(tiny, output=tmp_path / "killed.family", recipe="pv-tuning", **asked)
     assert anyfit.fit(tiny, output=tmp_path / "killed.family", recipe="pv-tuning", **asked).digest == family.digest
+
+
+@pytest.fixture
+def trained_tiny(few_steps: None, tmp_path: Path) -> dict[str, Any]:
+    """What to fit, with a recipe that trains."""
+    notes = tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    asked: dict[str, Any] = {"data": notes, "target": "transformers", "formats": ("F16", *OFFSETS), "length": 32, "segments": 8}
+    return {"model": save_tiny(tmp_path / "tiny", "llama"), "recipe": "llm-qfa", **asked}
+
+
+@pytest.mark.parametrize("search", ["correlation", "evolution"])
+def test_what_a_searcher_proposes_of_a_trained_network_competes_and_a_killed_run_continues(
+    search: str, trained_tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correlation, "SETTINGS", correlation.Settings(first=12, then=6))
+    monkeypatch.setattr(evolution, "GENERATIONS", 2)
+    exact = anyfit.fit(output=tmp_path / "exact.family", **trained_tiny)
+    family = anyfit.fit(output=tmp_path / "whole.family", search=search, **trained_tiny)
+    assert family.manifest.provenance["search"] == search and exact.manifest.provenance["search"] == "exact"
+    ours, theirs = ({point.config: point for point in one.points} for one in (family, exact))
+    assert all(ours[config].search == point.search for config, point in theirs.items())
+    assert search == "evolution" or len(ours) > len(theirs)
+    for point in family.points:
+        best = family.select(f"{point.bytes_} B")
+        assert best.bytes_ <= point.bytes_ and (best.search is None or best.search.loss <= point.search.loss)
+    assert not (family.path / "searched").exists()
+
+    calls, reference = list[int](), finalists.Finalists._reference
+
+    def killing(self: finalists.Finalists, num_segments: int) -> Any:
+        calls.append(num_segments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return reference(self, num_segments)
+
+    monkeypatch.setattr(finalists.Finalists, "_reference", killing)
+    with pytest.raises(KeyboardInterrupt):
+        anyfit.fit(output=tmp_path / "killed.family", search=search, **trained_tiny)
+    with pytest.raises(UserError, match=r"search was .*"):
+        anyfit.fit(output=tmp_path / "killed.family", **trained_tiny)
+    assert anyfit.fit(output=tmp_path / "killed.family", search=search, **trained_tiny).digest == family.digest
+
+
+def test_a_searcher_that_is_not_known_or_cannot_search_is_refused_before_any_work(trained_tiny: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Unknown searcher 'random'.*Known: correlation, evolution, exact"):
+        anyfit.fit(output=tmp_path / "x.family", search="random", **trained_tiny)
+    asked = trained_tiny | {"recipe": "essential-sparsity", "formats": None}
+    with pytest.raises(UserError, match="correlation can't search what essential-sparsity decides about"):
+        anyfit.fit(output=tmp_path / "x.family", search="correlation", **asked)
+    assert not list(tmp_path.glob("x.family*"))
+
+
+def test_high_effort_and_searchers_that_measure_add_up_and_are_planned_for(trained_tiny: dict[str, Any]) -> None:
+    assert measuring("exact", Effort.NORMAL) == {} and measuring("correlation", Effort.LOW).keys() == {"correlation"}
+    assert measuring("exact", Effort.HIGH) == {"evolution": finalists.NUM_REFINED}
+    assert measuring("evolution", Effort.HIGH) == {"evolution": finalists.NUM_FINALISTS}
+    assert measuring("correlation", Effort.HIGH).keys() == {"evolution", "correlation"}
+    asked = trained_tiny | {"recipe": "gptq"}
+    exact, *others = (prepare(**asked, search=search) for search in searchers)
+    assert not estimates._takes_all(exact) and estimates._more_effort(exact, {}) == 0
+    assert all(estimates._takes_all(run) and estimates._more_effort(run, {}) > 0 for run in others)

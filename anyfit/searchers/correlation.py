@@ -17,12 +17,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from anyfit.core.budget import Budget
-from anyfit.core.config import Config
+from anyfit.core.config import FORMAT, Config
 from anyfit.core.space import Decision, Space
 from anyfit.core.tilted import Bits
 from anyfit.progress import Progress
-from anyfit.searchers.evolution import Fitness, Ranked
+from anyfit.searchers.base import Fitness, Ranked, Searcher, Subject
+from anyfit.searchers.exact import require
 
+NUM_SEGMENTS = 16
+"""Of text, that each config is measured on."""
 _DEGREE = 2
 """Of the polynomial in the mean bits that foretells the logarithm of the loss."""
 
@@ -99,3 +102,27 @@ def _drawn(decisions: Sequence[Decision], number: int, most_bits: float, rng: np
         stated = bits.at(bits.between(float(part), max(most_bits, bits.ends[0])))
         found.append(Config({d.key: d.choices[int(rng.choice(len(d.choices), p=stated[d.key]))].name for d in decisions}))
     return found
+
+
+SETTINGS = Settings()
+
+
+class Correlation(Searcher):
+    """One exploration for all budgets. Where all that was drawn is larger than a budget, the smallest config is left."""
+
+    name = "correlation"
+
+    def search(self, subject: Subject, budgets: Sequence[Budget]) -> list[Config]:
+        for budget in budgets:
+            require(subject.space, budget)
+        measured = explore(subject.space, subject.fitness(NUM_SEGMENTS), SETTINGS, subject.progress)
+        return [best(measured, subject.space, budget) or subject.space.smallest() for budget in budgets]
+
+    def refuses(self, space: Space) -> str | None:
+        return None if all(d.axis == FORMAT for d in space.decisions) else "it correlates bits, and parts are left out here"
+
+    def num_segments(self, num_budgets: int) -> int:
+        return NUM_SEGMENTS * (SETTINGS.first + SETTINGS.then)
+
+
+SEARCHER = Correlation()

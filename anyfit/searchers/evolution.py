@@ -8,7 +8,7 @@ it spends what a change leaves of the budget, as units differ in size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,11 +18,12 @@ from anyfit.core.config import Config
 from anyfit.core.space import Space
 from anyfit.progress import Progress
 from anyfit.scores.table import Table
+from anyfit.searchers.base import Fitness, Ranked, Searcher, Subject
+from anyfit.searchers.exact import Solver
 from anyfit.searchers.mutation import Mutation
 
-Fitness = Callable[[Config], float]
-"""What a config loses, measured: nats per token, the lower the better. The same each time it is asked."""
-
+STAGES, GENERATIONS = ((2, 8), (16, 2)), 5
+"""(segments, entrants) of each stage, from the exact optimum of a budget."""
 _DRAWS = 5
 """Mutations drawn for each one that is wanted, before a generation makes do with fewer new ones."""
 
@@ -42,14 +43,6 @@ class Settings:
     stages: tuple[Stage, ...]
     generations: int
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A config and its fitness in the last stage."""
-
-    config: Config
-    fitness: float
 
 
 def evolve(space: Space, table: Table, *, budget: Budget, start: Sequence[Config], settings: Settings, progress: Progress) -> list[Ranked]:
@@ -100,3 +93,24 @@ def _offspring(mutation: Mutation, parent: Config, sieve: _Sieve, wanted: int, r
         if drawn is not None and (config := mutation.config(drawn)) != parent and config not in sieve.known:
             found[config] = None
     return list(found)
+
+
+class Evolution(Searcher):
+    """Around the exact optimum of each budget."""
+
+    name = "evolution"
+
+    def search(self, subject: Subject, budgets: Sequence[Budget]) -> list[Config]:
+        solver, found = Solver(subject.space, subject.table), list[Config]()
+        settings = Settings(tuple(Stage(subject.fitness(num), entrants) for num, entrants in STAGES), GENERATIONS)
+        for budget in budgets:
+            start = [solver.solve(budget)]
+            ranked = evolve(subject.space, subject.table, budget=budget, start=start, settings=settings, progress=subject.progress)
+            found.append(ranked[0].config)
+        return found
+
+    def num_segments(self, num_budgets: int) -> int:
+        return num_budgets * GENERATIONS * sum(segments * entrants for segments, entrants in STAGES)
+
+
+SEARCHER = Evolution()

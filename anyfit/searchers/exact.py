@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +14,7 @@ from anyfit.core.config import Config
 from anyfit.core.errors import BudgetError
 from anyfit.core.space import Space
 from anyfit.scores.table import Table
+from anyfit.searchers.base import Searcher, Subject
 from anyfit.searchers.knapsack import GAP, Hull, optimum
 from anyfit.searchers.problem import Problem
 
@@ -111,3 +113,19 @@ def require(space: Space, budget: Budget) -> None:
     if WEIGHTS in space.others and WEIGHTS not in least:
         remedy = "Bound what masks change, as 'weights <= 50%': zeros take as many bytes as other numbers."
     raise BudgetError(f"The budget {budget.text!r} can't be met: the smallest possible is {possible}.", remedy=remedy)
+
+
+class Exact(Searcher):
+    """By the table alone."""
+
+    name = "exact"
+
+    def search(self, subject: Subject, budgets: Sequence[Budget]) -> list[Config]:
+        solver = Solver(subject.space, subject.table)
+        return [solver.solve(budget) for budget in budgets]
+
+    def num_segments(self, num_budgets: int) -> int:
+        return 0
+
+
+SEARCHER = Exact()

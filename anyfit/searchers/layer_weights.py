@@ -23,7 +23,7 @@ from anyfit.core.config import Config
 from anyfit.core.space import Space
 from anyfit.progress import Progress, Stage
 from anyfit.scores.table import Table
-from anyfit.searchers.evolution import Fitness, Ranked
+from anyfit.searchers.base import Fitness, Ranked
 from anyfit.searchers.exact import solve
 
 Weights = NDArray[np.float64]
