@@ -14,7 +14,7 @@ RECIPE = Recipe(
         "GPTQ makes all variants; then one run of training draws a format for every matrix at each step and trains what was drawn, and "
         "nothing else, so that low and high bits don't disturb each other. The drawn mean goes from the most bits to the least and back, "
         "mostly along the configs that are expected to lose least, as the search will take them. Codes never change: adapters that see one "
-        "number a group merge into stored offsets; formats without a trainable offset get trained scales, additive codebooks other entries, "
+        "number a group merge into stored offsets; formats without a trainable offset get trained scales, codebooks other entries, "
         "too. Choose it where there is text like that of the task, and time. Differs from the paper in the loss, which is the divergence "
         "from the original's predictions (the paper's is --towards task), in decisions for each matrix, not each block, in draws, which "
         "follow what configs are expected to lose and of which a quarter are the smallest config, and in the search, which is exact: "
