@@ -220,7 +220,7 @@ class Merged:
 
 def _beyond(variant: Variant) -> torch.Tensor:
     """Which zero points, as they were trained, no integer's range has, (outputs, groups) bool."""
-    assert variant.adapter is not None
+    assert isinstance(variant, GridVariant) and variant.adapter is not None
     zero = (variant.offset - variant.adapter.sums) / variant.scale
     return (variant.scale != 0) & ((zero < 0) | (zero > len(variant.levels) - 1))
 
