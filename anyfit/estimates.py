@@ -190,8 +190,16 @@ def _in_memory(run: Fit) -> int:
         inside = sum(blocks.values())
         training = 5 * (model - inside) + 3 * max(blocks.values()) + variants + (5 * inside + variants) // run.group.size
     # Recovery holds what is trained, its gradients, two averages of them, and what they are added up in.
-    recovery = 5 * model if run.settings.recover else 0
+    recovery = 5 * model + _compared(run) if run.settings.recover else 0
     return max(model + max(writing, searching, refining, recovery), training)
+
+
+def _compared(run: Fit) -> int:
+    """Bytes of what recovery compares of each micro-batch: the original's states and what differs from them, and its predictions."""
+    assert run.recipe.recovery is not None
+    config, blocks = run.checkpoint.config, run.architecture.num_blocks(run.checkpoint.skeleton())
+    tokens = run.recipe.recovery.settings.micro_batch * min(WINDOW, run.settings.length)
+    return 4 * tokens * (2 * (blocks + 1) * config.hidden_size + interface_of(config).width(config))
 
 
 def _variants(run: Fit, decision: Decision) -> int:

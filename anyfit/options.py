@@ -24,7 +24,8 @@ TargetName = Annotated[str, typer.Option("--target", help="The runtime to write 
 Formats = Annotated[list[str] | None, typer.Option("--formats", "--format", help="Formats to offer, `Q4_K,Q6_K`. Default: the target's.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="The method: see `anyfit recipes`.")]
 _BOUND = (
-    "An upper bound: 1.5GB, '3.2 bits', 50%; with measured latencies 20ms (a token, where decoding was measured) or 2x. May be repeated"
+    "An upper bound: 1.5GB, '3.2 bits', 50%; of what is pruned 'macs <= 60%', and with measured latencies 20ms (a token, where decoding "
+    "was measured) or 2x; of what is masked 'weights <= 60%'. Or the name of one of a family's members, Q4_K. May be repeated"
 )
 Budgets = Annotated[list[str], typer.Option("--budget", help=f"{_BOUND}; all hold.")]
 MaybeBudgets = Annotated[list[str] | None, typer.Option("--budget", help=f"{_BOUND}.")]
@@ -58,7 +59,9 @@ Patience = Annotated[
 EffortName = Annotated[
     Effort,
     typer.Option(
-        "--effort", help="low: quick formats. normal: also the best small ones. high: also refines the smallest sizes; up to 3x low's time."
+        "--effort",
+        help="low: quick formats. normal: also the best small ones. high: also lets evolution look around the smallest sizes and refines "
+        "them (what is pruned or masked: evolution alone); up to 3x low's time.",
     ),
 ]
 SearcherName = Annotated[

@@ -37,8 +37,6 @@ from anyfit.trainers.sampling import Draws
 from anyfit.tuning.refining import windows
 
 BUDGETS = ("1.5x", "2x")
-STATES = 1.0
-"""Share of the distance of tokens' states where it is trained for."""
 SEARCHED = ("1.5x", "2x")
 EVALUATIONS = (9, 50)
 NUM_FITNESS = 8
@@ -57,21 +55,21 @@ class Subject:
         self.text = self.family.text()
         self.reference = Reference.of(self.original, self.text["report"])
 
-    def trained(self, budget: str, steps: int, states: float) -> Quality:
-        """What a budget chooses, cut and trained."""
+    def trained(self, budget: str, steps: int, **changes: float) -> Quality:
+        """What a budget chooses, cut and trained as the recipe does, but for `changes` of that."""
         point = self.family.select(budget)
         model = self.family.extract(point.config)
-        how = self.how(steps, states)
+        how = self.how(steps, **changes)
         with tempfile.TemporaryDirectory() as folder:
             Recovery(self.original, self.text["calibration"], how, how.settings, to_stderr()).run(
                 model, point.config, point.bits, store=Store(Path(folder)), checkpoint="checkpoint.safetensors"
             )
         return measure(model, self.reference)
 
-    def how(self, steps: int, states: float) -> RecoveryRecipe:
+    def how(self, steps: int, **changes: float) -> RecoveryRecipe:
         found = recipes.get("ziplm").recovery
         assert found is not None
-        return replace(found, settings=replace(found.settings, num_steps=steps), states=states)
+        return replace(found, settings=replace(found.settings, num_steps=steps), **changes)
 
     def of(self, budget: str) -> Quality:
         return measure(self.family.extract(budget), self.reference)
@@ -86,11 +84,11 @@ def recovery(family: Family, latency: Path, steps: int) -> Section:
     for budget in BUDGETS:
         before, sofar = subject.of(budget), steps * (BUDGETS.index(budget) + 1)
         found = {
-            "logits": subject.trained(budget, steps, 0.0),
-            "logits and states": subject.trained(budget, steps, STATES),
+            "logits": subject.trained(budget, steps, states=0.0),
+            "logits and states": subject.trained(budget, steps),
         }
         if sofar > steps:
-            found["one step"] = subject.trained(budget, sofar, how.states)
+            found["one step"] = subject.trained(budget, sofar)
         point = stepped.select(budget)
         gradual = measure(stepped.extract(point.config), subject.reference)
         rows.append(_row(budget, "one shot", 0, before, None))
@@ -105,8 +103,9 @@ def recovery(family: Family, latency: Path, steps: int) -> Section:
         f"The embedded default, perplexity {original.perplexity:.2f}; within the predicted latency of onnxruntime, batch 1, "
         f"128 tokens, one thread. {how.settings.batch_size} windows of {windows(subject.text['calibration']).shape[1]} tokens a step, of "
         f"{subject.text['calibration'].numel()} tokens; Adam at {how.settings.rate:g}. Gradually: by way of {', '.join(BUDGETS)}, {steps} "
-        "steps each, which makes all of these sizes, the first as without states; in one step: that size alone, in as many steps as all of "
-        "them. A row of training holds where it is closer to the original than what wasn't trained, the gradual one where it is no further "
+        "steps each, which makes all of these sizes, the first as with states; in one step: that size alone, in as many steps as all of "
+        "them; both with states, as the recipe has it. "
+        "A row of training holds where it is closer to the original than what wasn't trained, the gradual one where it is no further "
         "than the one step. One network for all sizes: structures in the order in which they go, so that each size is the beginning of the "
         "larger ones, all of them in the same matrices; each step trains the best config for a latency that is drawn."
     )
@@ -118,7 +117,7 @@ def _stepped(subject: Subject, steps: int) -> Family:
     output = subject.latency.parent / "stepped.family"
     wishes = {"target": "onnxruntime", "recipe": "ziplm", "latency": subject.latency, "progress": to_stderr()}
     run = prepare(recover=BUDGETS, **wishes)
-    run.recipe = replace(run.recipe, recovery=subject.how(steps, 0.0))
+    run.recipe = replace(run.recipe, recovery=subject.how(steps))
     run.run(output, restart=True, force=True)
     return Family.open(output)
 
@@ -167,7 +166,7 @@ class Frontier(Draws):
 
 def _shared(subject: Subject, steps: int) -> Callable[[str], Quality]:
     """Sizes that share their matrices, trained in as many steps in all; the quality at a budget."""
-    family, settings = subject.family, subject.how(steps, 0.0).settings
+    family, settings = subject.family, subject.how(steps).settings
     model = family.extract(family.space.largest())
     objective = Divergence(model, Reference.of(subject.original, windows(subject.text["calibration"])))
     network = Prefixes(model, objective, family._structures, family._store.order)

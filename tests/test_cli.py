@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from anyfit import api, cli, evaluation, finalists
+from anyfit.core.budget import Budget
 from anyfit.core.errors import DataError, UserError
 from anyfit.family import Family
 from anyfit.formats import formats
@@ -61,6 +62,17 @@ def test_help_and_listings_start_without_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert all(name in result.stdout for name in targets)
+
+
+@pytest.mark.parametrize("command", ["plan", "show", "export", "extract", "refine", "evaluate"])
+def test_help_names_every_kind_of_budget(command: str) -> None:
+    said = " ".join(CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "1000"}).stdout.split())
+    original = {"bytes": 1e9, "ms": 10.0, "macs": 1e6, "weights": 1e6}
+    costs = set()
+    for text in ("1.5GB", "3.2 bits", "50%", "macs <= 60%", "weights <= 60%", "20ms", "2x"):
+        assert text in said, text
+        costs |= dict(Budget.parse(text, original=original).limits).keys()
+    assert costs == {"bits", *original} and "members" in said
 
 
 def test_module_runs_as_the_command() -> None:

@@ -123,6 +123,40 @@ def test_gains_where_scores_do_not_add_up() -> None:
     assert found[0].fitness < 0.99 * fitness(start)
 
 
+def formats_that_are_slow() -> tuple[Space, Table]:
+    """Two units, whole in float32, whole in integers that take longer, or half in float32: that has more bytes than the integers and is
+    further from the original, but is the only one that saves time."""
+    figures = {"whole": (100, 10.0, 0.0), "integers": (25, 12.0, 5.0), "half": (50, 5.0, 8.0)}
+    choices = tuple(Choice(name, bytes_, bytes_, {"ms": ms}) for name, (bytes_, ms, _) in figures.items())
+    units = [Unit(name, (Weight(f"{name}.weight", (1, 25), "q", None),)) for name in ("first", "second")]
+    scores = {name: score for name, (_, _, score) in figures.items()}
+    space = Space(tuple(Decision(unit, choices) for unit in units), 0, 0, 50, {"ms": 0.0})
+    return space, Table({"first": 1.0, "second": 0.9}, {unit.name: scores for unit in units})
+
+
+def test_what_is_large_but_fast_is_tried_where_time_is_limited() -> None:
+    space, table = formats_that_are_slow()
+    budget, wanted = Budget((("ms", 15.0),), "15 ms"), ["half", "whole"]
+    start = solve(space, table, budget)
+    assert list(start.values()) == ["whole", "half"]
+    found = run(space, table, budget, start, Stage(lambda config: float(list(config.values()) != wanted), 4))
+    assert list(found[0].config.values()) == wanted
+
+
+def test_ladders_leave_out_what_nothing_speaks_for() -> None:
+    """Integers are of use where bytes are limited, and halves where time is."""
+    space, table = formats_that_are_slow()
+    for limits, known in (
+        ({"ms": 30.0}, {"half", "whole"}),
+        ({"bytes": 300.0}, {"integers", "whole"}),
+        ({"bytes": 300.0, "ms": 30.0}, {"half", "integers", "whole"}),
+    ):
+        mutation = Mutation(space, table, Budget(tuple(limits.items()), ""), [space.largest()])
+        rungs = [np.full(2, rung) for rung in range(len(known))]
+        assert {name for some in rungs for name in mutation.config(some).values()} == known
+        assert [mutation.config(some)["first", "format"] for some in rungs][-1] == "whole"
+
+
 def test_no_stage_measures_a_config_twice() -> None:
     space, table = random_problem(4)
     budget = middling(space)

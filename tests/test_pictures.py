@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from anyfit.family import Family
 from anyfit.importance.trajectory import trajectories
 from anyfit.interface import PICTURES
 from anyfit.progress import Silent
+from anyfit.recipes import recipes
 from anyfit.structure.cutting import sizes
 from anyfit.structure.levels import kept_of
 from anyfit.tasks import classes
 from anyfit.testing.models import save_tiny, tiny_model
+from anyfit.trainers import loop
 
 ASKED = {"recipe": "ziplm", "segments": 12, "effort": "low"}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -127,6 +130,23 @@ def test_structures_that_later_blocks_miss_least_are_left_out(model: Path, photo
         whole, cut = (network.get_submodule(f"vit.layers.{index}.mlp.fc2").weight for network in (original, network))
         best = scores.channels.argsort(descending=True)[: own.channels].sort().values
         assert torch.equal(cut, whole[:, best])
+
+
+def test_a_pruned_network_of_pictures_is_trained_from_its_states(
+    model: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, settings = recipes.get("ziplm"), loop.Settings(num_steps=40, batch_size=4, rate=3e-3)
+    assert recipe.recovery is not None
+    monkeypatch.setitem(recipe.__dict__, "recovery", replace(recipe.recovery, settings=settings))
+    wishes = {**ASKED, "effort": "normal", "data": photographs, "target": "transformers", "recover": ["macs <= 40%"]}
+    family = anyfit.fit(model, output=tmp_path / "tiny.family", **wishes)
+    point = next(point for point in family.points if point.refined)
+    assert point.search is not None and point.unrefined is not None and point.search.loss < point.unrefined
+    text = family.text()["search"]
+    reference = classes.TASK.reference(AutoModelForImageClassification.from_pretrained(model).eval(), text)
+    assert reference.measured(family.extract("macs <= 40%")).loss == pytest.approx(point.search.loss, rel=1e-4)
+    made = family.export("macs <= 40%", tmp_path / "small")
+    assert made.point.config == point.config and all(check.passed for check in made.checks), made.checks
 
 
 def test_what_a_fit_would_take(model: Path, photographs: Path) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import anyfit
-from anyfit import structuring
+from anyfit import finalists, structuring
 from anyfit.api import prepare
 from anyfit.architectures import architecture_of
-from anyfit.core.budget import BYTES, LATENCY, MACS
+from anyfit.core.budget import BYTES, LATENCY, MACS, Budget
 from anyfit.core.config import HEADS, WIDTH, Config, format_of
 from anyfit.core.errors import BudgetError, ModelError, RuntimeMissingError, UserError
+from anyfit.core.space import Space
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting
 from anyfit.costs.probes import shape_of
 from anyfit.elastic.extracted import InMemory
@@ -27,6 +28,8 @@ from anyfit.family import Family
 from anyfit.family.store import Store
 from anyfit.quantizers.base import Encoded
 from anyfit.report import summary
+from anyfit.scores.table import Table
+from anyfit.searchers.evolution import Ranked, evolve
 from anyfit.structure.cutting import cut, sizes
 from anyfit.structure.levels import kept_of, widths
 from anyfit.structure.space import kept_of_blocks
@@ -205,6 +208,30 @@ def test_budgets_in_milliseconds(model: Path, fast: Family) -> None:
     assert frontier == sorted(frontier)
     with pytest.raises(BudgetError, match=r"smallest possible is 1\.000 ms"):
         family.select("0.9ms")
+
+
+def test_evolution_keeps_to_milliseconds(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At high effort, where integers take longer than float32, so that only sizes save time."""
+    device, dense = _device_of("onnxruntime"), made_table(model)
+    modules = dense.modules | {(kind, size, "int4_sym"): 1.2 * ms for (kind, size, _), ms in dense.modules.items()}
+    whole = dense.whole | {"int4_sym": 1.2 * dense.whole["F32"]}
+    made_table(model, target="onnxruntime", device=device, modules=modules, whole=whole).write(tmp_path / "latency.json")
+    runs = []
+
+    def watched(space: Space, table: Table, *, budget: Budget, **given: object) -> list[Ranked]:
+        ranked = evolve(space, table, budget=budget, **given)  # type: ignore[arg-type]
+        runs.append((budget, ranked))
+        return ranked
+
+    monkeypatch.setattr(finalists, "evolve", watched)
+    wishes = {"target": "onnxruntime", "formats": ("F32", "int4_sym"), "latency": tmp_path / "latency.json", "effort": "high"}
+    family = fitted(model, text, tmp_path / "evolved.family", **wishes)
+    assert len(runs) == finalists.NUM_REFINED
+    for budget, ranked in runs:
+        assert dict(budget.limits).keys() == {LATENCY} and all(budget.allows(family.space.costs(one.config)) for one in ranked)
+        assert family.point(ranked[0].config).search is not None, "the best is a finalist"
+    assert any(len(ranked) > 1 for _, ranked in runs)
+    assert not any(point.refined for point in family.points)
 
 
 @pytest.mark.parametrize("budget", ["2ms", "2x", "70%"])

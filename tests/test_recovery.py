@@ -27,6 +27,7 @@ from anyfit.family.store import refined_file
 from anyfit.interface import PADDING
 from anyfit.progress import Silent
 from anyfit.recipes import recipes
+from anyfit.recovery import Recovery
 from anyfit.refinement import refine
 from anyfit.structure.cutting import Kept, cut, sizes, whole_again
 from anyfit.structure.levels import kept_of
@@ -99,6 +100,19 @@ def test_both_losses_are_added_up() -> None:
     with torch.no_grad():
         alone = [float(part.loss(part.outputs(batch), batch)) for part in parts]
         assert float(both.loss(both.outputs(batch), batch)) == pytest.approx(alone[0] + 0.3 * alone[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in recipes if recipes.get(name).recovery])
+def test_language_models_learn_from_predictions_and_states(name: str) -> None:
+    how, original, model = recipes.get(name).recovery, tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    assert how is not None and how.states > 0
+    objective = Recovery(original, tokens(4, model), how, how.settings, Silent())._objective(model)
+    batch = MicroBatch(0, torch.tensor([0, 3]))
+    with torch.no_grad():
+        outputs = objective.outputs(batch)
+        predictions = Divergence(model, Reference.of(original, tokens(4, model))).loss(outputs, batch)
+        states = TokenDistance(model, original, tokens(4, model)).loss(outputs, batch)
+        assert float(objective.loss(outputs, batch)) == pytest.approx(float(predictions + how.states * states), rel=1e-5)
 
 
 @torch.no_grad()

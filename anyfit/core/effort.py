@@ -11,7 +11,8 @@ class Effort(StrEnum):
     """Three words and no more knobs: each does all that the one before does.
 
     Low: the target's quick formats, chosen exactly by the additive scores. Normal: also its slow formats, which are the
-    best of their sizes. High: also evolution around the smallest finalists, which are then refined.
+    best of their sizes. High: also evolution around the smallest finalists, which are then refined, unless they are
+    pruned or masked.
     """
 
     LOW = "low"

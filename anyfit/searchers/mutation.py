@@ -19,17 +19,19 @@ MOST_CHANGED = 3
 class Mutation:
     """Draws mutations of configs of one space within one budget.
 
-    Every unit has a *ladder*: its choices by size, without those to which the table prefers a smaller one, but with
-    those of `known`. A config is a rung per unit, (units,). A mutation moves k units a rung up or down, where
-    k = min(U{1..3}, U{1..3}), lowers others until the budget holds, and spends what is left by the table. All units
-    are drawn alike, as in EvoPress: leaning on the table there brought nothing beyond what spending by it brings.
+    Every unit has a *ladder*: its choices, the worst by the table first, without those to which another is preferable in
+    score and in every cost that the budget limits, but with those of `known`. Under one limit sizes rise with it; under
+    several, what is better may be larger in one and smaller in another, and what fits may be further off than a rung. A
+    config is a rung per unit, (units,). A mutation moves k units a rung up or down, where k = min(U{1..3}, U{1..3}),
+    lowers others until the budget holds, and spends what is left by the table. All units are drawn alike, as in EvoPress:
+    leaning on the table there brought nothing beyond what spending by it brings.
     """
 
     def __init__(self, space: Space, table: Table, budget: Budget, known: Sequence[Config]) -> None:
         self._problem = Problem.of(space, table)
         sizes, self._left = self._problem.limits(budget)
         chosen = np.stack([self._problem.chosen(config) for config in known])
-        ladders = [_ladder(self._problem, unit, chosen[:, unit]) for unit in range(len(space.decisions))]
+        ladders = [_ladder(self._problem, sizes, unit, chosen[:, unit]) for unit in range(len(space.decisions))]
         self._tops = np.array([len(ladder) - 1 for ladder in ladders])
         self._choice = np.array([ladder + ladder[-1:] * (self._tops.max() + 1 - len(ladder)) for ladder in ladders])
         self._sizes = sizes[:, self._choice]
@@ -67,12 +69,14 @@ class Mutation:
         return True
 
     def _spend(self, rungs: np.ndarray, free: np.ndarray) -> None:
-        """Raise what buys most by the table, as long as something fits; moved units stay."""
+        """Raise what buys most by the table for its share of the limit that it takes most of, as long as something fits; moved units
+        stay."""
         while len(units := np.flatnonzero(free & (rungs < self._tops) & self._affordable(rungs))):
             now, then = rungs[units], rungs[units] + 1
             gain = self._scores[units, now] - self._scores[units, then]
-            size = self._sizes[0, units, then] - self._sizes[0, units, now]
-            rungs[units[(gain / np.maximum(size, 1)).argmax()]] += 1
+            more = np.maximum(self._sizes[:, units, then] - self._sizes[:, units, now], 1)
+            share = (more / np.maximum(self._left, 1)[:, None]).max(0)
+            rungs[units[(gain / share).argmax()]] += 1
 
     def _affordable(self, rungs: np.ndarray) -> np.ndarray:
         """Of each unit, whether its next rung fits, (units,)."""
@@ -85,12 +89,12 @@ class Mutation:
         return bool((self._sizes[:, self._each, rungs].sum(1) <= self._left).all())
 
 
-def _ladder(problem: Problem, unit: int, known: np.ndarray) -> list[int]:
+def _ladder(problem: Problem, sizes: np.ndarray, unit: int, known: np.ndarray) -> list[int]:
+    """Of one unit; `sizes` (limits, choices)."""
     choices = np.flatnonzero(problem.unit == unit)
-    ladder: list[int] = []
-    best = np.inf
-    for choice in choices[np.lexsort((problem.score[choices], problem.bytes_[choices]))].tolist():
-        if problem.score[choice] < best or choice in known:
-            ladder.append(choice)
-        best = min(best, problem.score[choice])
-    return ladder
+    choices = choices[np.lexsort((*-sizes[::-1, choices], -problem.score[choices]))]
+    costs = np.concatenate([problem.score[None, choices], sizes[:, choices]])
+    no_worse = (costs[:, :, None] <= costs[:, None]).all(0)
+    # Of those that are alike in everything the first one stays.
+    dominated = no_worse & (~no_worse.T | np.tri(len(choices), k=-1, dtype=bool).T)
+    return choices[~dominated.any(0) | np.isin(choices, known)].tolist()
