@@ -34,12 +34,12 @@ from anyfit.progress import Progress
 from anyfit.recipes import base as recipes
 from anyfit.scores.table import Table
 from anyfit.tasks.language import Reference, kl
+from anyfit.trainers import pv
 from anyfit.trainers.bit_switching import BitSwitching
 from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.loop import Settings, Trainable, train
 from anyfit.trainers.losses import Objective
 from anyfit.trainers.sampling import Sampler
-from anyfit.tuning import pv
 from anyfit.tuning.coded import Stored, repacked, taken
 from anyfit.tuning.refining import windows
 
@@ -234,10 +234,21 @@ class Tuning(Changes):
             return
         own = {unit: entries[name] for unit, entries in self._choices.items() if name in entries}
         matrices = {entry.weight.name: entry.matrix(self.original) for entry in own.values()}
-        tuned = pv.tune(self._network, matrices, self._text, self._held_out, settings=self.settings, progress=self.progress)
+        checkpoint = f"{FOLDER}/{name} checkpoint.safetensors"
+        tuned = pv.tune(
+            self._network,
+            matrices,
+            self._text,
+            self._held_out,
+            settings=self.settings,
+            progress=self.progress,
+            checkpoint=self.store.tensors(checkpoint) if (self.store.folder / checkpoint).exists() else {},
+            keep=lambda state: self.store.write_tensors(checkpoint, state),
+        )
         data = {unit: tuned.coded[entry.weight.name].data for unit, entry in own.items()}
         self.store.write_tensors(f"{FOLDER}/{name}.safetensors", data)
         write_json(self._file(name, "json"), asdict(Gain(tuned.before, tuned.after)))
+        (self.store.folder / checkpoint).unlink(missing_ok=True)
 
     def _found(self) -> dict[str, Gain]:
         found = {name: read_json(self._file(name, "json")) for name in self.formats}

@@ -15,7 +15,7 @@ from anyfit.family.store import Store, stored_matrices
 from anyfit.pipeline import Fit
 from anyfit.progress import Progress
 from anyfit.tasks.language import Reference, measure
-from anyfit.tuning import pv
+from anyfit.trainers import pv
 from anyfit.tuning.coded import Stored
 from anyfit.tuning.refining import windows
 
@@ -39,7 +39,7 @@ SUBJECTS = (
     Subject("Codes of two bits", "llama.cpp", "IQ2_XXS", "Q8_0", 0.03, "GPTQ"),
     Subject("Codes and codebooks of two bits", "transformers", "aqlm_1x8g4", "BF16", 0.03, "AQLM"),
 )
-SETTINGS = pv.Settings(num_steps=150, batch_size=4, half_rate=5e-3)
+SETTINGS = pv.Settings(num_steps=150, batch_size=4, rate=5e-3)
 SHARES = (0.01, SETTINGS.share, 1.0)
 SEEDS = (0, 1, 2)
 """Of the order of the text, the same for all shares; the smallest share is tuned in the first alone."""
@@ -60,7 +60,7 @@ def section(subject: Subject, run: Fit, store: Store, progress: Progress) -> Sec
         began = time.process_time()
         now = entries
         if settings is not None:
-            coded = pv.tune(run.model, matrices, text, held_out, settings=settings, progress=progress).coded
+            coded = pv.tune(run.checkpoint.load(), matrices, text, held_out, settings=settings, progress=progress).coded
             now = {name: Stored(e.weight, e.format_, coded[name].data, e.order) for name, e in entries.items()}
         seconds, network = time.process_time() - began, _network(run, now)
         quality = measure(network, report)

@@ -37,10 +37,9 @@ from anyfit.targets.transformers import TARGET
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.testing.targets import CHECKS, Trial
-from anyfit.trainers import loop
-from anyfit.tuning import pv
-from anyfit.tuning.coded import Matrix, Stored, Summed
-from anyfit.tuning.descent import Tuned
+from anyfit.trainers import loop, pv
+from anyfit.tuning import moving
+from anyfit.tuning.coded import Matrix, Stored, Summed, Tuned
 from anyfit.tuning.refining import Refinery
 
 SMALL = {
@@ -354,11 +353,12 @@ def test_refining_solves_codebooks_again_for_what_arrives() -> None:
     assert torch.equal(stored.get_parameter(name), format_.decode(data))
 
 
-FEW = pv.Settings(num_steps=12, code_rate=0.1, half_rate=1e-2)
+FEW = pv.Settings(num_steps=12, code_rate=0.1, rate=1e-2)
 
 
 @pytest.mark.parametrize("name", ["aqlm_1x8g4", "aqlm_2x8g8"])
-def test_pv_tuning_moves_codes_codebooks_and_scales(name: str) -> None:
+def test_pv_tuning_moves_codes_codebooks_and_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SECONDS", -1.0)
     model = tiny_model("llama", **SMALL, vocab_size=256).requires_grad_(False)
     tokens = torch.randint(256, (16, 24), generator=torch.Generator().manual_seed(1))
     text, given = [Reference.of(model, tokens)] * 2, {}
@@ -367,7 +367,8 @@ def test_pv_tuning_moves_codes_codebooks_and_scales(name: str) -> None:
             values = model.get_parameter(weight.name).float().flip(0)
             coded = Summed(additive(name), additive(name).read(aqlm.encode(additive(name), values, torch.eye(weight.shape[1]))))
             given[weight.name] = Matrix(coded, values, torch.arange(len(values)).flip(0))
-    found = pv.tune(model, given, *text, settings=FEW, progress=Silent())
+    kept = list[dict[str, Tensor]]()
+    found = pv.tune(model, given, *text, settings=FEW, progress=Silent(), keep=kept.append)
     without_codes = pv.tune(model, given, *text, settings=replace(FEW, share=1e-9), progress=Silent())
     assert found.after < without_codes.after < 0.9 * found.before
     for key, entry in found.coded.items():
@@ -375,21 +376,22 @@ def test_pv_tuning_moves_codes_codebooks_and_scales(name: str) -> None:
         before, after = given[key].coded.parts, additive(name).read(entry.data)
         assert torch.equal(additive(name).decode(entry.data), entry.parts.values), "what is tuned is what is stored"
         assert all(not torch.equal(getattr(before, part), getattr(after, part)) for part in ("codes", "codebooks", "scales"))
-    again = pv.tune(model, given, *text, settings=FEW, progress=Silent())
-    assert all(torch.equal(entry.data, again.coded[key].data) for key, entry in found.coded.items())
+    for checkpoint in ({}, kept[4]):
+        again = pv.tune(model, given, *text, settings=FEW, progress=Silent(), checkpoint=checkpoint)
+        assert all(torch.equal(entry.data, again.coded[key].data) for key, entry in found.coded.items())
 
 
 def test_gradients_of_codebooks_and_scales_are_those_of_the_values() -> None:
     parts = any_parts(additive("aqlm_2x8g8"), 6, 32)
     matrix = Matrix(Summed(additive("aqlm_2x8g8"), parts), torch.zeros(6, 32))
-    subject = pv.SummedSubject("m", matrix, FEW)
+    subject = moving.SummedSubject(matrix, FEW.share)
     gradient = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     books = subject.codebooks.clone().requires_grad_()
     entries = torch.stack([books[book][parts.codes[..., book].long()] for book in range(2)]).sum(0)
     ((entries.flatten(1) * parts.scales.float().unsqueeze(1)) * gradient).sum().backward()
     assert books.grad is not None
     seen: dict[str, Tensor] = {}
-    subject._adam_step = lambda name, value, by, rate: seen.update({name: by})  # type: ignore[method-assign]
-    subject._move_rest(gradient, 1.0)
+    subject._adam_step = lambda name, by, rate, step: seen.update({name: by})  # type: ignore[method-assign]
+    subject._move_rest(gradient, 1.0, 1)
     assert torch.allclose(seen["codebooks"], books.grad, atol=1e-5)
     assert torch.allclose(seen["scales"], (gradient * subject.values()).sum(1), atol=1e-5)

@@ -50,19 +50,17 @@ from anyfit.elastic.linear import ElasticNetwork
 from anyfit.recipes import recipes
 from anyfit.trainers import loop
 from anyfit.trainers.losses import Divergence
-from anyfit.tuning import pv
 loop.EVERY = 1
-folder, work, held, outputs, tune, make = Path(sys.argv[3]), [], [], Divergence.outputs, pv.tune, ElasticNetwork.__init__
+folder, work, held, outputs, make = Path(sys.argv[3]), [], [], Divergence.outputs, ElasticNetwork.__init__
 def made(network, *rest):
     make(network, *rest)
     held.extend(len(variant.codes.to_local() if network.sharded else variant.codes) for variant in network.variants().values())
 ElasticNetwork.__init__ = made
 Divergence.outputs = lambda self, batch: (work.extend(batch.samples), outputs(self, batch))[1]
-pv.tune = lambda *rest, **more: (work.append(0), tune(*rest, **more))[1]
 for name, formats in {"llm-qfa": "int4_offset", "double-rounding": "int4_sym", "pv-tuning": "int3_asym"}.items():
     work.clear()
     how = recipes.get(name).training
-    settings = replace(how.settings, num_steps=3, batch_size=5, **({} if name == "pv-tuning" else {"patience": 9}))
+    settings = replace(how.settings, num_steps=3, batch_size=5, patience=9)
     recipes.get(name).__dict__["training"] = replace(how, settings=settings)
     formats = ("int8_sym", formats, formats.replace("4", "2").replace("3", "2"))
     anyfit.fit(sys.argv[1], data=sys.argv[2], output=folder / f"{name}.family", target="transformers", formats=formats, recipe=name,
@@ -119,7 +117,7 @@ def test_what_trains_is_shared_and_comes_to_the_same(folder: Path) -> None:
         (folder / name).mkdir()
         made = run(folder, name, processes, program="training.py")
         assert made.returncode == 0, made.stderr
-    for recipe, whole, shares in (("llm-qfa", 15, (9, 9)), ("double-rounding", 45, (27, 18)), ("pv-tuning", 2, (1, 1))):
+    for recipe, whole, shares in (("llm-qfa", 15, (9, 9)), ("double-rounding", 45, (27, 18)), ("pv-tuning", 30, (15, 15))):
         assert digest(folder / "both" / f"{recipe}.family") == digest(folder / "alone" / f"{recipe}.family"), recipe
         assert int((folder / "alone" / f"{recipe}.0").read_text()) == whole
         assert tuple(int((folder / "both" / f"{recipe}.{rank}").read_text()) for rank in (0, 1)) == shares, recipe

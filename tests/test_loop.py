@@ -87,7 +87,7 @@ def gradients(monkeypatch: pytest.MonkeyPatch, subject: Matrices, settings: loop
     def update(*_: Any) -> None:
         found.update({name: None if value.grad is None else value.grad.clone() for name, value in subject.values.items()})
 
-    monkeypatch.setattr(loop, "_update", update)
+    monkeypatch.setattr(loop.Adam, "step", update)
     run(subject, replace(settings, num_steps=1), *names)
     return found
 

@@ -209,7 +209,7 @@ def test_budgets_between_take_the_best_that_fits(family: Family) -> None:
 def test_killed_and_continued(model: Path, text: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the second network is trained, and while the third is pruned."""
     monkeypatch.setattr(loop, "SECONDS", -1.0)
-    update, prune, steps, pruned = loop._update, structuring._Pruner._prune, list[str](), list[str]()
+    update, prune, steps, pruned = loop.Adam.step, structuring._Pruner._prune, list[str](), list[str]()
     dies_after = {"steps": 24 + 10, "pruned": 1000}
 
     def counted(*given: object) -> None:
@@ -224,7 +224,7 @@ def test_killed_and_continued(model: Path, text: Path, family: Family, tmp_path:
         pruned.append(weight.name)
         prune(self, weight, statistics)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "_update", counted)
+    monkeypatch.setattr(loop.Adam, "step", counted)
     monkeypatch.setattr(structuring._Pruner, "_prune", counts)
     for limits in ({"steps": 24 + 10}, {"steps": 1000, "pruned": 2 * 4 + 1}):
         dies_after |= limits

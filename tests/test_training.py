@@ -33,13 +33,11 @@ from anyfit.searchers import correlation, evolution, searchers
 from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
-from anyfit.trainers import loop, samplers
+from anyfit.trainers import loop, pv, samplers
 from anyfit.trainers.decoupled import Decoupled
-from anyfit.trainers.losses import Divergence, MicroBatch, NextTokens
+from anyfit.trainers.losses import Divergence, MicroBatch, NextTokens, Outputs
 from anyfit.trainers.sampling import Frontier, Sampler, Shifted
-from anyfit.tuning import pv
-from anyfit.tuning.coded import Coded, Stored, repacked
-from anyfit.tuning.descent import Tuned
+from anyfit.tuning.coded import Coded, Stored, Tuned, repacked
 
 V = TypeVar("V", bound=Variant)
 PERIOD = 200
@@ -509,11 +507,31 @@ def test_tuned_variants_are_what_is_exported_and_a_killed_run_continues(tmp_path
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for place in (training.Tuning, pipeline.Store):
+    monkeypatch.setattr(loop, "SECONDS", -1.0)
+    read, write, steps = Divergence.outputs, training.Store.write_tensors, list[str]()
+
+    def counted(objective: Divergence, batch: MicroBatch) -> Outputs:
+        steps.append("micro-batch")
+        return read(objective, batch)
+
+    def stopping(store: Any, name: str, tensors: Any) -> None:
+        write(store, name, tensors)
+        if len(steps) == 2 * (settings.num_steps + 2):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Divergence, "outputs", counted)
+    for place, name, stop in (
+        (training.Store, "write_tensors", stopping),
+        (training.Tuning, "_bytes", stopped),
+        (pipeline.Store, "rewrite", stopped),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(place, "_bytes" if place is training.Tuning else "rewrite", stopped)
+            patch.setattr(place, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 anyfit.fit(tiny, output=tmp_path / "killed.family", recipe="pv-tuning", **asked)
+        kept = {path.name for path in (tmp_path / "killed.family.partial" / training.FOLDER).glob("* checkpoint.*")}
+        assert kept == ({"Q2_K checkpoint.safetensors"} if stop is stopping else set()), "in the second format"
+    assert len(steps) == 2 * 2 * settings.num_steps, "no step twice"
     assert anyfit.fit(tiny, output=tmp_path / "killed.family", recipe="pv-tuning", **asked).digest == family.digest
 
 

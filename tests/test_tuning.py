@@ -16,9 +16,9 @@ from anyfit.formats.base import GridFormat, join
 from anyfit.progress import Silent
 from anyfit.tasks.language import Reference, kl
 from anyfit.testing.models import tiny_model
-from anyfit.tuning import pv
-from anyfit.tuning.coded import Coded, Matrix
-from anyfit.tuning.descent import Tuned
+from anyfit.trainers import loop, pv
+from anyfit.tuning import moving
+from anyfit.tuning.coded import Coded, Matrix, Tuned
 from anyfit.tuning.signround import Settings, tune
 
 SHORT = Settings(num_segments=16, batch_size=2, rate=0.1, half_rate=0.02)
@@ -185,12 +185,47 @@ def test_pv_tuning_changes_codes_and_scales_to_what_can_be_stored(name: str, sha
     assert all(torch.equal(entry.data, again.coded[key].data) for key, entry in found.coded.items())
 
 
+@pytest.mark.parametrize("patience", [None, 1])
+@pytest.mark.parametrize("name", ["IQ2_XXS", "Q2_K", "MXFP4"])
+def test_pv_tuning_goes_on_from_any_checkpoint_to_the_same_bytes(name: str, patience: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it ends as it is or as it was when held-out text, which isn't that of the training here, was predicted best."""
+    monkeypatch.setattr(loop, "SECONDS", -1.0)
+    monkeypatch.setattr(loop, "EVERY", 2)
+    given = matrices(network(), {"embedding": "Q8_0"}, everywhere=name, order=True)
+    text, settings = [Reference.of(network(), tokens(16, seed)) for seed in (1, 2)], replace(FEW, num_steps=8, patience=patience)
+    kept = list[dict[str, Tensor]]()
+    found = pv.tune(network(), given, *text, settings=settings, progress=Silent(), keep=kept.append)
+    assert len(kept) == 8 or (patience and kept)
+    for checkpoint in (kept[0], kept[len(kept) // 2], kept[-1]):
+        again = pv.tune(network(), given, *text, settings=settings, progress=Silent(), checkpoint=checkpoint)
+        assert (again.before, again.after) == (found.before, found.after)
+        assert all(torch.equal(entry.data, again.coded[key].data) for key, entry in found.coded.items())
+
+
+def test_pv_tuning_ends_as_it_was_when_held_out_text_was_predicted_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "EVERY", 1)
+    given = matrices(network(), {}, everywhere="int2_asym")
+    losses, states = iter((3.0, 2.0, 1.0, 2.0, 3.0, 4.0, 5.0)), list[Tensor]()
+
+    def measured(model: PreTrainedModel, _: Reference) -> float:
+        states.append(torch.cat([model.get_parameter(name).detach().flatten() for name in given]))
+        return next(losses)
+
+    monkeypatch.setattr(pv, "kl", measured)
+    text = [Reference.of(network(), tokens(16, 1))] * 2
+    found = pv.tune(network(), given, *text, settings=replace(FEW, num_steps=6, code_rate=0.3, patience=2), progress=Silent())
+    before, *watched, after = states
+    assert (found.before, found.after) == (3.0, 5.0) and len(watched) == 5
+    assert torch.equal(before, watched[0]) and not torch.equal(watched[1], watched[3])
+    assert (after - watched[1]).norm() < 0.1 * (after - watched[3]).norm(), "all but the rounding of halves"
+
+
 def test_only_a_share_of_the_vectors_moves_in_a_step() -> None:
     (matrix,) = (entry for name, entry in matrices(network(), {"embedding": "Q8_0"}, everywhere="IQ2_XXS").items() if "up_proj" in name)
-    subject = pv.GridSubject("m", matrix, replace(FEW, share=0.1, code_rate=1.0))
+    subject = moving.GridSubject(matrix, 0.1)
     gradient = torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0))
     kept, given = subject.codes.clone(), subject.values()
-    subject.move({"m": gradient}, 1.0)
+    subject.move(gradient, {"continuous": FEW.rate, "codes": 1.0}, 1)
     other = (subject.codes != kept).unflatten(1, (-1, 8)).any(-1)
     assert 0 < subject.changed == int(other.sum()) <= round(0.1 * subject.num_vectors)
     away = (subject.buffer - given).square().unflatten(1, (-1, 8)).sum(-1)
@@ -199,7 +234,8 @@ def test_only_a_share_of_the_vectors_moves_in_a_step() -> None:
 
 def test_all_codes_at_once_are_those_nearest_to_the_buffer() -> None:
     (matrix,) = (entry for name, entry in matrices(network(), {}, everywhere="int3_sym").items() if "up_proj" in name)
-    subject = pv.GridSubject("m", matrix, replace(FEW, share=1.0))
-    subject.move({"m": torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0))}, 1.0)
+    subject = moving.GridSubject(matrix, 1.0)
+    gradient = torch.randn(subject.codes.shape, generator=torch.Generator().manual_seed(0))
+    subject.move(gradient, {"continuous": FEW.rate, "codes": FEW.code_rate}, 1)
     scale = subject._grid()[0].repeat_interleave(32, 1)
     assert torch.equal(subject.codes.float() - 4, (subject.buffer / scale).round().clamp(-4, 3))

@@ -12,7 +12,7 @@ Differences from the paper, and why:
 * The first codebooks are those of residual k-means, as in the paper, weighted by the squares of the scales and by H's diagonal.
 * H is damped a little, so that directions which the text didn't show don't run away.
 * The last codes and scales are chosen for codebooks as they are stored, in halves. So what is optimised is what the file holds.
-* Blocks aren't tuned afterwards: `tuning.pv` does that to the network as a whole.
+* Blocks aren't tuned afterwards: `trainers.pv` does that to the network as a whole.
 """
 
 from __future__ import annotations

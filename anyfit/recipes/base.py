@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from anyfit.core.effort import Effort
 
 if TYPE_CHECKING:
+    from anyfit.trainers import pv
     from anyfit.trainers.loop import Settings
-    from anyfit.tuning import pv
 
 _STEPS = {Effort.LOW: 1 / 3, Effort.NORMAL: 1.0, Effort.HIGH: 3.0}
 """Times the usual number of training steps."""

@@ -1,7 +1,7 @@
 """PV-Tuning: codes and scales, tuned by turns."""
 
 from anyfit.recipes.base import Recipe, Tuning
-from anyfit.tuning.pv import Settings
+from anyfit.trainers.pv import Settings
 
 RECIPE = Recipe(
     name="pv-tuning",
@@ -12,7 +12,7 @@ RECIPE = Recipe(
         "towards the original's predictions: scales and codebooks follow their gradients, and the codes whose weights want to move "
         "furthest are chosen anew. Choose it for the formats of two bits, where codes matter most, and where there are minutes for each "
         "format. Differs from the paper in the representation, which is the runtime's own format, whose codebooks move where they are the "
-        "matrix's, and in how many codes may change in a step, a tenth, not a hundredth: see anyfit/tuning/pv.py."
+        "matrix's, and in how many codes may change in a step, a tenth, not a hundredth: see anyfit/trainers/pv.py."
     ),
     quantizer="gptq",
     score="kl",

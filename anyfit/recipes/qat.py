@@ -1,7 +1,7 @@
 """Training through the rounding: the baseline."""
 
 from anyfit.recipes.base import Recipe, Tuning
-from anyfit.tuning.pv import Settings
+from anyfit.trainers.pv import Settings
 
 RECIPE = Recipe(
     name="qat",

@@ -31,7 +31,7 @@ SMOOTHED = 0.9
 """Of a size's loss as it is shown, what stays at each step."""
 EVERY = 100
 """Steps between two measurements of the loss on held-out text."""
-_SAMPLER, _BEST = "sampler ", "best "
+_VALUE, _BUFFER, _AVERAGE, _SAMPLER, _BEST = "value ", "buffer ", "average ", "sampler ", "best "
 """What names of their states in a checkpoint begin with."""
 _LOSSES = "losses"
 
@@ -60,10 +60,52 @@ class Settings:
 Tensors = Mapping[str, Tensor]
 
 
+class Optimizer(ABC):
+    """Makes the steps. `moved`: what they change and what the result is made of, by name, the very tensors."""
+
+    moved: Tensors
+
+    @abstractmethod
+    def step(self, rates: Mapping[str, float]) -> None:
+        """Against the gradients that are with the parameters, at the `rates` of the trainable."""
+
+    @abstractmethod
+    def averages(self) -> Tensors:
+        """What else the next step depends on, by name."""
+
+    @abstractmethod
+    def restore(self, moved: Tensors, averages: Tensors) -> None:
+        """Go back to what there was; without `averages` no step follows."""
+
+
+class Adam(Optimizer):
+    """Of every parameter by itself, without decay."""
+
+    def __init__(self, groups: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+        self.moved = {name: value for part in groups.values() for name, value in part.items()}
+        named = [{"params": list(part.values()), "name": name} for name, part in groups.items()]
+        self._adam = torch.optim.AdamW(named, betas=BETAS, weight_decay=0.0)
+
+    def step(self, rates: Mapping[str, float]) -> None:
+        for group in self._adam.param_groups:
+            group["lr"] = rates[group["name"]]
+        self._adam.step()
+
+    def averages(self) -> Tensors:
+        return {f"{key} {name}": entry for name, value in self.moved.items() for key, entry in self._adam.state.get(value, {}).items()}
+
+    def restore(self, moved: Tensors, averages: Tensors) -> None:
+        filled(self.moved, moved)
+        for name, value in self.moved.items():
+            if f"step {name}" in averages:
+                means = {key: averages[f"{key} {name}"].to(value.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
+                self._adam.state[value] = {"step": averages[f"step {name}"].clone(), **means}
+
+
 class Trainable(ABC):
-    """What is trained, and what for. `groups`: parameters by name, by the name of their group. `buffers`: what else a step changes, by
-    name; where there are any, all processes do all of the work. `sharded`: whether processes can run the network only together, as each
-    holds a part of it."""
+    """What is trained, and what for. `groups`: parameters by name, by the name of their group. `buffers`: what a step changes besides what
+    its optimiser moves, by name; where there are any, all processes do all of the work. `sharded`: whether processes can run the network
+    only together, as each holds a part of it."""
 
     objective: Objective
     groups: Mapping[str, Mapping[str, nn.Parameter]]
@@ -86,6 +128,14 @@ class Trainable(ABC):
         """Of each group, once the gradients of `config`, or of all up to this one, are there."""
         return dict.fromkeys(self.groups, rate)
 
+    def optimizer(self) -> Optimizer:
+        """What makes its steps."""
+        return Adam(self.groups)
+
+    def told(self) -> str:
+        """More about the last step, for whoever watches."""
+        return ""
+
 
 def train(
     trainable: Trainable,
@@ -105,11 +155,12 @@ def train(
     arguments; `keep` is called in the first.
     """
     trained = {name: value for part in trainable.groups.values() for name, value in part.items()}
-    groups = [{"params": list(part.values()), "name": name} for name, part in trainable.groups.items()]
-    optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=BETAS, weight_decay=0.0)
-    first = _restore(trained, trainable.buffers, optimizer, checkpoint)
+    optimizer = trainable.optimizer()
+    if checkpoint:
+        _restore(optimizer, trainable.buffers, checkpoint)
+    first = int(checkpoint["step"]) if checkpoint else 0
     sampler.restore(_named(_SAMPLER, checkpoint))
-    best = _Best({**trained, **trainable.buffers}, _named(_BEST, checkpoint))
+    best = _Best(optimizer, trainable.buffers, _named(_BEST, checkpoint))
     sharing = ALONE if trainable.buffers else group
     patience, watched = (0, None) if settings.patience is None else (settings.patience, held_out)
     kept, shown = time.monotonic(), _Losses()
@@ -127,24 +178,25 @@ def train(
             step = _Step(trainable, trained, settings, number, sharing)
             for configs in [drawn] if settings.together else [[config] for config in drawn]:
                 shown.add(configs, step.gradients(configs), trainable, number)
-                _update(optimizer, trainable.rates(configs[-1], rate))
-            stage.advance(detail=str(shown))
+                optimizer.step(trainable.rates(configs[-1], rate))
+            stage.advance(detail=f"{shown}{trainable.told()}")
             if group.first and time.monotonic() - kept > SECONDS:
+                state = _copied(optimizer.moved, trainable.buffers) | _prefixed(_AVERAGE, _on_cpu(optimizer.averages()))
                 others = _prefixed(_SAMPLER, sampler.state()) | _prefixed(_BEST, best.state())
-                keep(_state(trained, trainable.buffers, optimizer, number + 1) | others)
+                keep(state | others | {"step": torch.tensor(number + 1)})
                 kept = time.monotonic()
     if watched and best.waited(watched()):
         best.restore()
     for value in trained.values():
-        value.requires_grad_(False)
+        value.requires_grad_(False).grad = None
 
 
 class _Best:
-    """How `parameters` were when held-out text was predicted best."""
+    """What steps had changed when held-out text was predicted best."""
 
-    def __init__(self, parameters: Tensors, state: Tensors) -> None:
-        self._parameters, self._loss, self._waited = parameters, math.inf, 0
-        self._kept = {name: state[f"value {name}"] for name in parameters if state}
+    def __init__(self, optimizer: Optimizer, buffers: Tensors, state: Tensors) -> None:
+        self._optimizer, self._buffers, self._loss, self._waited = optimizer, buffers, math.inf, 0
+        self._kept = {name: value for name, value in state.items() if name.startswith((_VALUE, _BUFFER))}
         if state:
             self._loss, self._waited = float(state["loss"]), int(state["waited"])
 
@@ -153,20 +205,18 @@ class _Best:
         self._waited += 1
         if loss < self._loss:
             self._loss, self._waited = loss, 0
-            self._kept = {name: value.detach().to("cpu", copy=True) for name, value in self._parameters.items()}
+            self._kept = _copied(self._optimizer.moved, self._buffers)
         return self._waited
 
-    @torch.no_grad()
     def restore(self) -> None:
-        for name, value in self._kept.items():
-            self._parameters[name].copy_(value)
+        _restore(self._optimizer, self._buffers, self._kept)
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint; nothing before the first measurement."""
         if not self._kept:
             return {}
         figures = {"loss": torch.tensor(self._loss, dtype=torch.float64), "waited": torch.tensor(self._waited)}
-        return {f"value {name}": value for name, value in self._kept.items()} | figures
+        return self._kept | figures
 
 
 class _Step:
@@ -246,12 +296,6 @@ class _Losses:
         return "loss " + ", ".join(f"{mean:.3g} at {bits} bits" for bits, mean in sorted(self._means.items()))
 
 
-def _update(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
-    optimizer.step()
-
-
 def chosen(number: int, settings: Settings, step: int) -> Tensor:
     """Which of so many windows or pictures a step reads: all come once before any comes again."""
     each = min(settings.batch_size, number)
@@ -270,25 +314,24 @@ def _named(prefix: str, checkpoint: Tensors) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in checkpoint.items() if name.startswith(prefix)}
 
 
-def _state(trained: Tensors, buffers: Tensors, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
-    """Everything that the next step depends on."""
-    found = {"step": torch.tensor(step)} | {f"buffer {name}": value.to("cpu", copy=True) for name, value in buffers.items()}
-    for name, value in trained.items():
-        state = {"value": value.detach(), **optimizer.state.get(value, {})}
-        found |= {f"{key} {name}": entry.to("cpu", copy=True) for key, entry in state.items()}
-    return found
+def _on_cpu(tensors: Tensors) -> dict[str, Tensor]:
+    """Copies."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
-def _restore(trained: Tensors, buffers: Tensors, optimizer: torch.optim.Optimizer, checkpoint: Tensors) -> int:
-    """The step to go on with."""
-    if not checkpoint:
-        return 0
-    with torch.no_grad():
-        for name, value in buffers.items():
-            value.copy_(checkpoint[f"buffer {name}"])
-        for name, value in trained.items():
-            value.copy_(checkpoint[f"value {name}"])
-            if f"step {name}" in checkpoint:
-                averages = {key: checkpoint[f"{key} {name}"].to(value.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[value] = {"step": checkpoint[f"step {name}"].clone(), **averages}
-    return int(checkpoint["step"])
+def _copied(moved: Tensors, buffers: Tensors) -> dict[str, Tensor]:
+    """All that steps change, as it is now."""
+    return _prefixed(_VALUE, _on_cpu(moved)) | _prefixed(_BUFFER, _on_cpu(buffers))
+
+
+def _restore(optimizer: Optimizer, buffers: Tensors, state: Tensors) -> None:
+    """What was copied, and averages where there are some."""
+    filled(buffers, _named(_BUFFER, state))
+    optimizer.restore(_named(_VALUE, state), _named(_AVERAGE, state))
+
+
+@torch.no_grad()
+def filled(tensors: Tensors, values: Tensors) -> None:
+    """Put `values` into the `tensors` of the same names."""
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])

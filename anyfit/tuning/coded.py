@@ -79,6 +79,15 @@ class Matrix(Generic[Kept]):
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """The tuned matrices by name, and mean KL to the original per held-out token in nats, as given and as tuned."""
+
+    coded: Mapping[str, Coded | Summed]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Stored:
     """A matrix of a configuration: `data` uint8 (data_rows, row_bytes), rows in the target's `order` (outputs,), None where equal."""
 

@@ -24,8 +24,7 @@ from anyfit.quantizers.base import Quantizer
 from anyfit.quantizers.worker import one_thread
 from anyfit.tasks.language import Reference, kl
 from anyfit.tuning import signround
-from anyfit.tuning.coded import Stored
-from anyfit.tuning.descent import Tuned
+from anyfit.tuning.coded import Stored, Tuned
 from anyfit.tuning.sequential import resolve
 
 WINDOW = 256

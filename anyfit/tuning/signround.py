@@ -19,19 +19,20 @@ Differences from the paper, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from anyfit.devices import repeatable
 from anyfit.formats.base import GridFormat, Scales, nearest
 from anyfit.formats.fitting import HALF_MAX
 from anyfit.progress import Progress
-from anyfit.tasks.language import Reference, kl
-from anyfit.tuning.coded import Coded, Matrix
-from anyfit.tuning.descent import Tuned, descend, running
+from anyfit.tasks.language import Logits, Reference, kl
+from anyfit.tuning.coded import Coded, Matrix, Tuned
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,41 @@ def tune(
     `before`. Deterministic for a number of threads.
     """
     sheets = _sheets(matrices, settings)
-    before = kl(running(network, sheets), held_out)
-    descend(network, sheets, reference, settings, progress)
+    before = kl(_logits(network, _values(sheets)), held_out)
+    _descend(network, sheets, reference, settings, progress)
     tuned = {name: coded for sheet in sheets for name, coded in sheet.coded().items()}
     stored = _sheets({name: replace(matrix, coded=tuned[name]) for name, matrix in matrices.items()}, settings)
-    after = kl(running(network, stored), held_out)
+    after = kl(_logits(network, _values(stored)), held_out)
     if after >= before:
         return Tuned({name: matrix.coded for name, matrix in matrices.items()}, before, before)
     return Tuned({name: tuned[name] for name in matrices}, before, after)
+
+
+def _descend(network: PreTrainedModel, sheets: Sequence[_Sheet], reference: Reference, settings: Settings, progress: Progress) -> None:
+    batches = _batches(len(reference.tokens), settings.batch_size, Generator().manual_seed(settings.seed))
+    with repeatable(network.device), progress.stage("tune", settings.num_steps) as stage:
+        for step, batch in zip(range(settings.num_steps), batches, strict=False):
+            values = {name: value.requires_grad_() for name, value in _values(sheets).items()}
+            loss = reference.divergence(_logits(network, values)(reference.tokens[batch]), batch)
+            gradients = dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
+            for sheet in sheets:
+                sheet.move(gradients, 1 - step / settings.num_steps)
+            stage.advance(detail=f"KL {float(loss.detach()):.4f}")
+
+
+def _logits(network: PreTrainedModel, values: Mapping[str, Tensor]) -> Logits:
+    """The network with these values of its parameters."""
+    return lambda tokens: functional_call(network, dict(values), kwargs={"input_ids": tokens.to(network.device), "use_cache": False}).logits
+
+
+def _values(sheets: Iterable[_Sheet]) -> dict[str, Tensor]:
+    return {name: value for sheet in sheets for name, value in sheet.parameters().items()}
+
+
+def _batches(num_segments: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
+    """Indices of segments, for ever: each once before any comes again."""
+    while True:
+        yield from torch.randperm(num_segments, generator=generator).split(batch_size)
 
 
 class _Sheet:
@@ -104,11 +132,13 @@ class _Sheet:
         self.factors = {half: torch.zeros(sum(c.scales.stored[half].numel() for c in coded), 1, device=where) for half in halves}
 
     def parameters(self) -> dict[str, Tensor]:
+        """The values as they are now, as the network's parameters."""
         scale, offset = self._grid()
         values = (self.levels * scale).sub_(offset)
         return {name: matrix.placed(part) for (name, matrix), part in zip(self.matrices.items(), self._parts(values), strict=True)}
 
     def move(self, gradients: Mapping[str, Tensor], remaining: float) -> None:
+        """One step against the gradients of the network's parameters; `remaining` of the way is ahead, from 1 to 0."""
         slower = remaining * 4 / len(self.format_.levels)
         gradient = torch.cat([m.taken(gradients[name]).reshape(-1, self.format_.group) for name, m in self.matrices.items()])
         scale, offset = self._grid()

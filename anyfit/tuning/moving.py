@@ -1,42 +1,18 @@
-"""PV-Tuning: codes and scales of a whole network, tuned by turns, a small part of the codes at a time.
-
-Paper: "PV-Tuning: Beyond Straight-Through Estimation for Extreme LLM Compression", arXiv 2405.14852. A step of gradient moves
-what is continuous (P). For the codes (V) the loss is linear near where it is, so the best codes are those nearest to the weights
-as a step of gradient would have them. A step over all codes must be so short that none changes; one over those few whose weights
-want to move furthest may be long. Those are found in a buffer of weights that the gradients move as if there were no codes, as in
-the authors' code, where this is the default. With all codes in every step it is straight-through estimation, and the buffer what
-quantisation-aware training trains.
-
-Differences from the paper, and why:
-
-* The representation is the format's. Of a grid format, what the paper calls a group is what one entry of the codebook stands for, a
-  vector of columns, or a single column of a scalar format; codebooks are the format's own and stay; the continuous parameters are the
-  halves that scales and offsets are proportional to. Of additive codebooks, as in the paper, they are scales and codebooks. So what is
-  tuned is what a runtime's file holds.
-* The loss is the divergence of the network's predictions from the original's.
-* Of the vectors that want to move furthest, those move that come nearest to where they want to: many that are far have no nearer code.
-* A tenth of the vectors may change in a step, not a hundredth, which was behind (docs/benchmarks/train-once.md).
-* Learning rates fall linearly to zero, and are lower for finer grids, which start nearer to the optimum.
-"""
+"""How one stored matrix moves against the gradients of its values: its codes, and what is continuous. What of it when: `trainers.pv`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from anyfit.formats.aqlm import Additive, summed
 from anyfit.formats.fitting import HALF_MAX
-from anyfit.progress import Progress
 from anyfit.quantizers.aqlm import WIDTH, gathered, nearest
-from anyfit.tasks.language import Reference, kl
 from anyfit.tuning.coded import Coded, Matrix, Summed
-from anyfit.tuning.descent import Tuned, descend, logits, running
 
 BETA = 0.95
 """Of the mean square of gradients that steps of the buffer are divided by; gradients themselves aren't averaged."""
@@ -45,50 +21,6 @@ BETAS = (0.9, 0.95)
 TINY = 1e-12
 LOOKED_AT = 4
 """Times as many vectors as may get other codes have their nearest ones looked for: the furthest from the buffer often keep theirs."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """`share` of the vectors of each matrix that may get other codes in a step: 1.0 is straight-through estimation, 0.01 the paper's.
-
-    `code_rate`: a step of the buffer as a share of its norm, `half_rate`: of Adam, for the logarithms of the halves and for entries of
-    codebooks, as a share of their root mean square; both at two bits a weight, and half as much with each bit more.
-    """
-
-    num_steps: int = 150
-    batch_size: int = 4
-    share: float = 0.1
-    code_rate: float = 0.03
-    half_rate: float = 5e-3
-    seed: int = 0
-
-
-def tune(
-    network: PreTrainedModel,
-    matrices: Mapping[str, Matrix[Coded | Summed]],
-    reference: Reference,
-    held_out: Reference,
-    *,
-    settings: Settings,
-    progress: Progress,
-) -> Tuned:
-    """As `signround.tune`, which see; but whether the result is better is left to whoever asks."""
-    subjects = [_subject(name, matrix, settings) for name, matrix in matrices.items()]
-    before = kl(running(network, subjects), held_out)
-    num_vectors = sum(subject.num_vectors for subject in subjects)
-    descend(
-        network,
-        subjects,
-        reference,
-        settings,
-        progress,
-        told=lambda: f", {sum(subject.changed for subject in subjects) / num_vectors:.2%} of codes changed",
-    )
-    tuned = {subject.name: subject.coded() for subject in subjects}
-    subjects.clear()  # before the stored values are there beside them
-    stored = {name: m.placed(tuned[name].format_.decode(tuned[name].data).to(m.weight.device)) for name, m in matrices.items()}
-    return Tuned(tuned, before, kl(logits(network, stored), held_out))
-
 
 C = TypeVar("C", bound=Coded | Summed)
 
@@ -101,20 +33,23 @@ class Subject(ABC, Generic[C]):
     vector: int
     """Columns that are coded together."""
 
-    def __init__(self, name: str, matrix: Matrix[C], settings: Settings) -> None:
-        self.name, self.matrix, self.settings = name, matrix, settings
+    def __init__(self, matrix: Matrix[C], share: float) -> None:
+        self.matrix, self.share = matrix, share
         self.bits = matrix.coded.format_.bits
         self.device = matrix.weight.device
         self.changed = 0
-        self._step = 0
-        self._adam: dict[str, tuple[Tensor, Tensor]] = {}
         self._begin(matrix.coded)
+        self._adam = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in self.continuous().items()}
         self.buffer = self.values()
         self._squares = torch.zeros_like(self.buffer)
 
     @abstractmethod
     def _begin(self, coded: C) -> None:
         """Take over what is stored."""
+
+    @abstractmethod
+    def continuous(self) -> dict[str, Tensor]:
+        """What moves besides the codes, by name, the very tensors."""
 
     @abstractmethod
     def values(self) -> Tensor:
@@ -134,26 +69,39 @@ class Subject(ABC, Generic[C]):
         """Give these vectors these codes."""
 
     @abstractmethod
-    def _move_rest(self, gradient: Tensor, rate: float) -> None:
-        """A step of Adam of what is continuous."""
+    def _move_rest(self, gradient: Tensor, rate: float, step: int) -> None:
+        """A step of Adam, the first being 1, of what is continuous."""
 
     @property
     def num_vectors(self) -> int:
         return self.buffer.numel() // self.vector
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {self.name: self.matrix.placed(self.values())}
+    def parameter(self) -> Tensor:
+        """The values as the network has them."""
+        return self.matrix.placed(self.values())
 
-    def move(self, gradients: Mapping[str, Tensor], remaining: float) -> None:
-        """One step of both kinds."""
-        gradient, settings = self.matrix.taken(gradients[self.name]), self.settings
-        self._step += 1
-        remaining *= 2 ** min(0.0, 2 - self.bits)
-        self._move_rest(gradient, remaining * settings.half_rate)
+    def moved(self) -> dict[str, Tensor]:
+        """All that is stored and moves, the very tensors."""
+        return {"codes": self.codes, **self.continuous()}
+
+    def averages(self) -> dict[str, Tensor]:
+        """What else a step changes, the very tensors."""
+        found = {"buffer": self.buffer, "squares": self._squares}
+        for name, (mean, square) in self._adam.items():
+            found |= {f"mean of {name}": mean, f"square of {name}": square}
+        return found
+
+    def follow(self) -> None:
+        """What is stored has been replaced."""
+
+    def move(self, gradient: Tensor, rates: Mapping[str, float], step: int) -> None:
+        """One step of both kinds, the first being 1, against the gradient of the network's parameter."""
+        gradient, slower = self.matrix.taken(gradient), 2 ** min(0.0, 2 - self.bits)
+        self._move_rest(gradient, slower * rates["continuous"], step)
         self._squares.mul_(BETA).addcmul_(gradient, gradient, value=1 - BETA)
-        step = gradient / (self._squares / (1 - BETA**self._step)).sqrt_().add_(TINY)
-        self.buffer.sub_(step, alpha=remaining * settings.code_rate * float(self.buffer.norm() / step.norm().clamp_min(TINY)))
-        self.changed = self._choose(settings.share)
+        towards = gradient / (self._squares / (1 - BETA**step)).sqrt_().add_(TINY)
+        self.buffer.sub_(towards, alpha=slower * rates["codes"] * float(self.buffer.norm() / towards.norm().clamp_min(TINY)))
+        self.changed = self._choose(self.share)
 
     def _choose(self, share: float) -> int:
         """New codes for the vectors that come nearest to the buffer by them, of those that are furthest from it. How many changed."""
@@ -170,13 +118,12 @@ class Subject(ABC, Generic[C]):
         self._put(chosen, codes[best])
         return changed
 
-    def _adam_step(self, name: str, value: Tensor, gradient: Tensor, rate: float) -> None:
-        """In place."""
-        mean, square = self._adam.setdefault(name, (torch.zeros_like(value), torch.zeros_like(value)))
+    def _adam_step(self, name: str, gradient: Tensor, rate: float, step: int) -> None:
+        mean, square = self._adam[name]
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
-        corrected = (square / (1 - BETAS[1] ** self._step)).sqrt_().add_(TINY)
-        value.sub_(mean / corrected, alpha=rate / (1 - BETAS[0] ** self._step))
+        corrected = (square / (1 - BETAS[1] ** step)).sqrt_().add_(TINY)
+        self.continuous()[name].sub_(mean / corrected, alpha=rate / (1 - BETAS[0] ** step))
 
 
 class GridSubject(Subject[Coded]):
@@ -189,11 +136,17 @@ class GridSubject(Subject[Coded]):
         self.scale, self.offset = coded.scales.scale.to(self.device), coded.scales.offset.to(self.device)
         self.levels = self.by_code[self.codes.int()]
         names = dict.fromkeys(half for half in (self.format_.scale_half, self.format_.offset_half) if half)
-        self.halves = {name: torch.zeros(coded.scales.stored[name].shape, device=self.device) for name in names}
+        self.halves = {name: torch.zeros(coded.scales.stored[name].shape, device=self.device) for name in names}  # logarithms of factors
+
+    def continuous(self) -> dict[str, Tensor]:
+        return self.halves
 
     def values(self) -> Tensor:
         scale, offset = self._grid()
         return (self.levels.unflatten(1, (-1, self.format_.group)) * scale.unsqueeze(-1) - offset.unsqueeze(-1)).flatten(1)
+
+    def follow(self) -> None:
+        self.levels = self.by_code[self.codes.int()]
 
     def coded(self) -> Coded:
         stored = dict(self.matrix.coded.scales.stored)
@@ -213,15 +166,14 @@ class GridSubject(Subject[Coded]):
         self.codes.view(-1, self.vector)[which] = codes
         self.levels.view(-1, self.vector)[which] = self.by_code[codes.int()]
 
-    def _move_rest(self, gradient: Tensor, rate: float) -> None:
-        """Of the logarithms of the halves."""
+    def _move_rest(self, gradient: Tensor, rate: float, step: int) -> None:
         scale, offset = self._grid()
         grouped = gradient.unflatten(1, (-1, self.format_.group))
         sums = {self.format_.scale_half: (grouped * self.levels.unflatten(1, (-1, self.format_.group))).sum(-1) * scale}
         by_offset = -grouped.sum(-1) * offset
         sums[self.format_.offset_half] = sums.get(self.format_.offset_half, 0) + by_offset
         for name, half in self.halves.items():
-            self._adam_step(name, half, sums[name].unflatten(1, (half.shape[1], -1)).sum(-1), rate)
+            self._adam_step(name, sums[name].unflatten(1, (half.shape[1], -1)).sum(-1), rate, step)
 
     def _grid(self) -> tuple[Tensor, Tensor]:
         """Scales and offsets as they are now, (outputs, groups)."""
@@ -244,6 +196,9 @@ class SummedSubject(Subject[Summed]):
         self.by = torch.zeros_like(self.scales)  # logarithms of what the scales are multiplied by
         self._unit = float(self.codebooks.square().mean().sqrt())
 
+    def continuous(self) -> dict[str, Tensor]:
+        return {"codebooks": self.codebooks, "scales": self.by}
+
     def values(self) -> Tensor:
         return summed(self.codebooks, self.codes).mul_(self._scales().unsqueeze(1))
 
@@ -263,13 +218,18 @@ class SummedSubject(Subject[Summed]):
     def _put(self, which: Tensor, codes: Tensor) -> None:
         self.codes.view(self.num_vectors, -1)[which] = codes
 
-    def _move_rest(self, gradient: Tensor, rate: float) -> None:
+    def _move_rest(self, gradient: Tensor, rate: float, step: int) -> None:
         by_scale = (gradient * self.values()).sum(1)
-        self._adam_step("codebooks", self.codebooks, gathered(gradient * self._scales().unsqueeze(1), self.codes), rate * self._unit)
-        self._adam_step("scales", self.by, by_scale, rate)
+        by_entry = gathered(gradient * self._scales().unsqueeze(1), self.codes)
+        self._adam_step("codebooks", by_entry, rate * self._unit, step)
+        self._adam_step("scales", by_scale, rate, step)
 
 
-def _subject(name: str, matrix: Matrix[Coded | Summed], settings: Settings) -> Subject[Coded] | Subject[Summed]:
+AnySubject = GridSubject | SummedSubject
+
+
+def subject(matrix: Matrix[Coded | Summed], share: float) -> AnySubject:
+    """`share` of its vectors that may get other codes in a step."""
     if isinstance(matrix.coded, Summed):
-        return SummedSubject(name, cast(Matrix[Summed], matrix), settings)
-    return GridSubject(name, cast(Matrix[Coded], matrix), settings)
+        return SummedSubject(cast(Matrix[Summed], matrix), share)
+    return GridSubject(cast(Matrix[Coded], matrix), share)
