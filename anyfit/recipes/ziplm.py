@@ -21,5 +21,5 @@ RECIPE = Recipe(
     pruning="obs",
     # MiniLM with half of its channels: cosine 0.928, after 40 steps at the language models' rate 0.858, after 100 at a tenth of it 0.932.
     recovery=Recovery(Settings(rate=1e-3), encoders=0.1),
-    formats={"transformers": (), "onnxruntime": ()},
+    formats={"transformers": ((),), "onnxruntime": ((),)},
 )
