@@ -223,6 +223,8 @@ def _usual(method: Recipe, runtime: Target, effort: Effort, checkpoint: Checkpoi
     if method.masks:
         return (_own_format(runtime, checkpoint),)
     menus = method.formats.get(runtime.name, (runtime.menu(effort),))
+    if len(menus) == 1:
+        return menus[0]
     model = checkpoint.skeleton()
     shapes = {weight.shape for weight in architecture_of(model).weights(model) if weight.block is not None}
     possible = (menu for menu in menus if not any(all_formats.get(name).refuses(shape) for name in menu for shape in shapes))
