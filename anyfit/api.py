@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from anyfit import devices, estimates
+from anyfit.architectures import architecture_of
 from anyfit.calibration import generated, pictures
 from anyfit.calibration.data import PURPOSES, Segments, is_named, load
 from anyfit.calibration.defaults import LONGEST_SEGMENT, NUM_REPORT, Data, segment_length, usual
@@ -219,8 +220,7 @@ def _require_possible(run: Fit) -> None:
 
 def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The formats to choose from, as named or as the recipe and the target have them. Raises `UserError` for what isn't loaded."""
-    usual = (_own_format(runtime, checkpoint),) if method.masks else method.formats.get(runtime.name, runtime.menu(effort))
-    found = usual if formats is None else tuple(dict.fromkeys(formats))
+    found = _usual(method, runtime, effort, checkpoint) if formats is None else tuple(dict.fromkeys(formats))
     loaded = f"It loads: {', '.join(runtime.formats)}."
     if not found and method.pruning is None:
         raise UserError(f"No format was named for {runtime.name}.", remedy=loaded)
@@ -234,6 +234,19 @@ def _wanted(method: Recipe, runtime: Target, effort: Effort, formats: Iterable[s
             remedy=f"Leave out --formats, or say --formats {_own_format(runtime, checkpoint)}.",
         )
     return found
+
+
+def _usual(method: Recipe, runtime: Target, effort: Effort, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The formats to choose from where none were named."""
+    if method.masks:
+        return (_own_format(runtime, checkpoint),)
+    menus = method.formats.get(runtime.name, (runtime.menu(effort),))
+    if len(menus) == 1:
+        return menus[0]
+    model = checkpoint.skeleton()
+    shapes = {weight.shape for weight in architecture_of(model).weights(model) if weight.block is not None}
+    possible = (menu for menu in menus if not any(all_formats.get(name).refuses(shape) for name in menu for shape in shapes))
+    return next(possible, menus[-1])
 
 
 def _own_format(runtime: Target, checkpoint: Checkpoint) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +33,7 @@ from anyfit.distributed import Group
 from anyfit.family.store import Store, Writing
 from anyfit.formats import formats
 from anyfit.formats.nested import held, lowered
+from anyfit.formats.table import TableFormat
 from anyfit.progress import Progress, Stage
 from anyfit.quantizers.base import Encoded, Quantizer
 from anyfit.quantizers.inputs import with_inputs
@@ -45,6 +46,9 @@ FOLDER = "calibration"
 NUMBERS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 23}
 """Of a matrix, encoded together: whole rows. Fixed, so that results don't depend on the memory at hand. A graphics processor takes about
 the same time for fewer."""
+
+COMPARED = 128
+"""Of so many rows of a matrix, one is also encoded in tables that aren't nested in others."""
 
 Matrices = list[Weight]
 ByFormat = dict[str, Encoded]
@@ -215,11 +219,13 @@ class CalibrationPass(ABC):
 
 @dataclass(frozen=True)
 class Encoding(CalibrationPass):
-    """One run's encoding: every matrix in every format that is a choice for it."""
+    """One run's encoding: every matrix in every format that is a choice for it. `nested`: matrices of whose integers the finest are stored
+    alone."""
 
     target: Target
     source: Source
     quantizer: Quantizer
+    nested: frozenset[str]
 
     name = "calibrate and encode"
 
@@ -234,6 +240,9 @@ class Encoding(CalibrationPass):
         stored = stored.T if weight.transposed else stored
         order = self._orders.get(weight.name)
         return (stored[which] if order is None else stored[order[which]]).float().contiguous()
+
+    def works(self, weight: Weight) -> list[Work]:
+        return works(self.choices[weight.name], weight.name in self.nested)
 
     @cached_property
     def _orders(self) -> dict[str, Tensor]:
@@ -285,7 +294,7 @@ class _Worker:
 
     def _of_group(self, group: Matrices, prepared: Any, spread: Spread | None) -> Iterator[_Task]:
         of_rows, of_matrices = list[Work](), list[Work]()
-        for work in works(self.encoding.choices[group[0].name]):
+        for work in self.encoding.works(group[0]):
             (of_matrices if formats.get(work[0]).whole else of_rows).append(work)
         yield from self._pieces(group, of_rows, prepared, spread)
         for weight in group:
@@ -318,7 +327,7 @@ class _Worker:
             self.stage.advance(detail=name)
 
     def _writing(self, weight: Weight) -> AbstractContextManager[Writing]:
-        stored = {name: formats.get(name) for name, _ in works(self.encoding.choices[weight.name])}
+        stored = {name: formats.get(name) for name, _ in self.encoding.works(weight)}
         shapes = {name: (format_.data_rows(weight.shape), format_.row_bytes(weight.shape[1])) for name, format_ in stored.items()}
         return self.encoding.store.writing(weight.name, shapes)
 
@@ -334,10 +343,11 @@ class _Worker:
             ) from error
 
 
-def works(names: Iterable[str]) -> list[Work]:
-    """What is to be encoded and stored, so that a matrix is there in all these formats. Names of other choices stand for themselves."""
+def works(names: Iterable[str], integers: bool = False) -> list[Work]:
+    """What is to be encoded and stored, so that a matrix is there in all these formats. Names of other choices stand for themselves.
+    `integers`: see `held`."""
     names = list(names)
-    within = held(names)
+    within = held(names, integers)
     return [(name, tuple(low for low in names if within.get(low) == name)) for name in names if name not in within]
 
 
@@ -348,7 +358,17 @@ def variants(quantizer: Quantizer, matrix: Tensor, prepared: Any, name: str, wit
     for low in within:
         data = lowered(formats.get(name), formats.get(low), high.data)
         found[low] = Encoded(data, quantizer.errors(matrix.cpu() - formats.get(low).decode(data), prepared), high.notes)
+    if isinstance(formats.get(name), TableFormat) and within:
+        found = {own: replace(made, alone=made.errors * _part(quantizer, matrix, prepared, own, made)) for own, made in found.items()}
     return found
+
+
+def _part(quantizer: Quantizer, matrix: Tensor, prepared: Any, name: str, nested: Encoded) -> float:
+    """What tables of one size alone lose, as a part of what the nested ones do: of some rows, as the finest take twenty times as long."""
+    format_, some = formats.get(name), slice(None, None, COMPARED)
+    assert isinstance(format_, TableFormat)
+    alone, errors = quantizer.encode(matrix[some], prepared, format_.alone).error, float(nested.errors[some].sum())
+    return alone / errors if errors else 1.0
 
 
 def _pieces(group: Matrices, numbers: int) -> Iterator[_Pieces]:

@@ -208,7 +208,8 @@ def _variants(run: Fit, decision: Decision) -> int:
     if decision.axis == SPARSITY:
         return decision.choices[0].stored_bytes + (len(decision.choices) - 1) * -(-decision.unit.num_weights // 8)
     if structure is None:
-        return sum(decision.choice(name).stored_bytes for name, _ in works(choice.name for choice in decision.choices))
+        nested = decision.unit.weights[0].name in run.nested
+        return sum(decision.choice(name).stored_bytes for name, _ in works((choice.name for choice in decision.choices), nested))
     formats = {name: all_formats.get(name) for name in map(format_of, (choice.name for choice in decision.choices))}
     sizes = [(formats[format_of(choice.name)], kept_of(choice.name) or 0) for choice in decision.choices]
     levels = sum(structure.reader.shape[0] * format_.row_bytes(kept * structure.size) for format_, kept in sizes if kept)
@@ -307,7 +308,7 @@ class _Rehearsal:
             wanted = [all_formats.get(name) for name in encoding.choices[weight.name]]
             prepared, spent = _timed(lambda: quantizer.prepare(statistics, wanted))
             rows = encoding.rows(weight, slice(min(weight.shape[0], max(1, NUMBERS_AT_ONCE[run.device.type] // columns))))
-            for name, within in works(encoding.choices[weight.name]):
+            for name, within in encoding.works(weight):
                 encode = partial(variants, quantizer, prepared=prepared, name=name, within=within)
                 encode(rows[:1])  # what is compiled, or read from disk, is so only once
                 pieces = [rows] * workers.number
@@ -333,7 +334,7 @@ class _Rehearsal:
                 columns = min((c for c, t, _ in costs if t == table), key=lambda c: abs(c - weight.shape[1]))
                 known = {name: cost for (width, t, name), cost in costs.items() if (width, t) == (columns, table)}
                 rest = max(known.values(), default=0.0)
-                total += sum(known.get(name, rest) for name, _ in works(encoding.choices[weight.name])) * weight.num_weights
+                total += sum(known.get(name, rest) for name, _ in encoding.works(weight)) * weight.num_weights
         return total
 
     def _distinct_inputs(self) -> list[Weight]:

@@ -33,8 +33,8 @@ from anyfit.distributed import ALONE, Group
 from anyfit.elastic.loaded import loaded
 from anyfit.elastic.model import ElasticModel
 from anyfit.elastic.stream import ElasticStream
+from anyfit.encoding import COMPARED, CalibrationPass, Encoding
 from anyfit.encoding import FOLDER as CALIBRATION
-from anyfit.encoding import CalibrationPass, Encoding
 from anyfit.family.journal import Journal
 from anyfit.family.manifest import NAME, TIMED_ON, Manifest, Original, Point
 from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
@@ -256,10 +256,17 @@ class Fit:
 
     def calibration_pass(self, store: Store, stream: Stream, tokens: Tensor) -> CalibrationPass:
         """What makes the variants of this run's space with these tokens, (segments, length)."""
-        shared = (stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer)
+        shared = (stream, self.space, store, tokens, self.progress, self.group, self.target, self.source, self.quantizer, self.nested)
         if self.recipe.pruning is not None:
             return Structuring(*shared, self.structures, lambda name: self._importance(store, name))
         return Masking(*shared, self.kept_weights) if self.recipe.masks else Encoding(*shared)
+
+    @cached_property
+    def nested(self) -> frozenset[str]:
+        """Matrices of whose integers the finest are stored alone as soon as they are encoded: those outside the blocks, where a recipe
+        trains the others to be nested."""
+        nests = isinstance(self.recipe.training, NestingRecipe)
+        return frozenset(weight.name for weight in self.weights if nests and weight.block is None)
 
     def _importance(self, store: Store, matrix: str) -> Importance:
         """Of the structures that a matrix reads."""
@@ -439,7 +446,9 @@ class Fit:
         notes = [*self.notes(), *(f"{name}: {gain}" for name, gain in gained.items())]
         if gained and (rest := [name for name in self.space.formats() if name not in gained]):
             notes.append(f"{', '.join(rest)}: not trained: too fine to gain anything, or of another kind")
-        notes += nesting(self.space.formats())
+        if any(held([choice.name for choice in d.choices], True) for d in self.space.decisions if d.unit.weights[0].name in self.nested):
+            notes.append("Outside the blocks the finest integers alone are stored, too, and the others made of them untrained.")
+        notes += nesting(self.space, store, table, points)
         for decision in self.space.decisions:
             notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
         timed_on = {} if self.latency is None else {TIMED_ON: asdict(self.latency.device)}
@@ -481,16 +490,25 @@ def num_probed(config: PretrainedConfig) -> int:
     return NUM_PROBE_SEGMENTS * interface_of(config).segments
 
 
-def nesting(names: list[str]) -> list[str]:
-    """What is to be known of formats that others hold."""
-    within: dict[str, list[str]] = {}
-    for low, high in held(names).items():
-        within.setdefault(high, [high]).append(low)
-    return [
-        f"{', '.join(sorted(own))}: nested, of each matrix the finest is stored alone, whose upper bits are the others. Finer tables are "
-        "made by splitting coarser ones, in a family or not; codebooks of one size alone would be closer, see docs/benchmarks.md"
-        for own in within.values()
-    ]
+def nesting(space: Space, store: Store, table: Table, points: Iterable[Point]) -> list[str]:
+    """What is to be known of tables that hold others: what each size loses, and what it would by itself."""
+    within = held(space.formats())
+    names = sorted({*within, *within.values()})
+    if not names:
+        return []
+    errors = {d.unit.name: [store.errors(weight.name) | store.alone(weight.name) for weight in d.unit.weights] for d in space.decisions}
+    own = {d.unit.name: {c.name: sum(row[c.name] for row in errors[d.unit.name]) for c in d.choices} for d in space.decisions}
+    found = [f"{', '.join(names)}: nested, of each matrix the finest is stored alone, whose upper bits are the others"]
+    for name in names:
+        config = space.uniform(name)
+        nested, alone = (entry.predict(space, config) for entry in (table, replace(table, errors=own)))
+        point, part = next(point for point in points if point.config == config), alone / nested if nested else 1.0
+        assert point.search is not None
+        found.append(
+            f"{name}: nested, {point.search.distance} {point.plain_loss:.4g} on held-out text; tables of this size alone would have about "
+            f"{part * point.plain_loss:.4g}, as their outputs' errors are {part:.2f} of these (one row in {COMPARED})"
+        )
+    return found
 
 
 def versions() -> dict[str, str]:

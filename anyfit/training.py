@@ -29,7 +29,7 @@ from anyfit.family.store import Store
 from anyfit.formats import formats
 from anyfit.formats.aqlm import AdditiveFormat
 from anyfit.formats.base import Format, GridFormat
-from anyfit.formats.nested import nested_bits, packed
+from anyfit.formats.nested import integer_sizes, packed
 from anyfit.progress import Progress
 from anyfit.recipes import base as recipes
 from anyfit.scores.table import Table
@@ -68,7 +68,7 @@ class Gain:
 
     def __str__(self) -> str:
         if self.nested:
-            return f"nested, KL {self.before:.4g} by itself and {self.after:.4g} nested on held-out text"
+            return f"nested, KL {self.after:.4g} on held-out text, trained; stored by itself, by GPTQ and untrained, {self.before:.4g}"
         outcome = f"trained, KL {self.before:.4g} before and {self.after:.4g} after on held-out text"
         return outcome if self.kept else f"{outcome}; left as it was"
 
@@ -351,9 +351,7 @@ def nested_sizes(decisions: Iterable[Decision]) -> dict[str, int]:
     """{format: bits} of the choices that can be made of the finest of them, which is the first. Raises `UserError` where they are fewer
     than two."""
     names = list(dict.fromkeys(choice.name for decision in decisions for choice in decision.choices))
-    bits = {name: nested_bits(formats.get(name)) for name in names}
-    found = dict(sorted(((name, b) for name, b in bits.items() if b), key=lambda entry: -entry[1]))
-    found = {name: b for name, b in found.items() if _grid(name).group == _grid(next(iter(found))).group}
+    found = integer_sizes(names)
     if len(found) < 2:
         raise UserError(
             f"No two of the formats that the blocks can have are nested in each other: {', '.join(names)}.",

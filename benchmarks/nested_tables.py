@@ -42,10 +42,7 @@ class Alone(RoundToNearest):
     """The best codebook of one size, found together."""
 
     def encode(self, weight: Tensor, prepared: InputStatistics, format_: Format) -> Encoded:
-        if not isinstance(format_, TableFormat):
-            return super().encode(weight, prepared, format_)
-        data = format_.pack(*fit_tables(weight, prepared.diagonal, format_.num_bits, seed=format_.num_bits))
-        return Encoded(data, self.errors(weight - format_.decode(data), prepared))
+        return super().encode(weight, prepared, format_.alone if isinstance(format_, TableFormat) else format_)
 
 
 @dataclass(frozen=True)

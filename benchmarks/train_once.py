@@ -3,8 +3,8 @@
 All start from the same GPTQ variants in 2, 3 and 4 bits with trainable offsets, on the embedded default. A run for one size
 trains that size alone; between sizes, separate runs are stitched: each matrix from the run of its bits.
 
-Besides: one stored tensor of integers a layer, run at several sizes (Double Rounding), codes of two bits, tuned (PV-Tuning), and
-nested codebooks, which need no training (Any-Precision LLM).
+Besides: one stored tensor of integers a layer, run at several sizes, and one store of them for a language model (Double Rounding), codes
+of two bits, tuned (PV-Tuning), and nested codebooks, which need no training (Any-Precision LLM).
 
     python benchmarks/train_once.py [--assets FOLDER] [--only SECTION]
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import nested_integers
 import nested_tables
 import sharded
 import subspace
@@ -323,7 +324,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
     parser.add_argument("--assets", type=Path, default=None, help="a folder with cifar10 and cifar10-resnet, for Double Rounding")
-    parser.add_argument("--only", default=None, help="one of sizes, merging, processes, switching, codes, any-precision")
+    parser.add_argument("--only", default=None, help="one of sizes, merging, processes, switching, nested, codes, any-precision")
     args = parser.parse_args()
     settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps, rate=RATES[0]), to_stderr()
     sections = list[Section]()
@@ -335,6 +336,8 @@ def main() -> int:
         sections.append(sharded.section())
     if args.only in (None, "switching") and args.assets:
         sections.append(switching.section(args.assets, progress))
+    if args.only in (None, "nested"):
+        sections.append(nested_integers.section(progress))
     if args.only in (None, "codes"):
         sections += [codes_section(subject, progress) for subject in subspace.SUBJECTS]
     if args.only in (None, "any-precision"):

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import anyfit
 import anyfit.transformers_plugin
 from anyfit import encoding, finalists, pipeline
+from anyfit.api import prepare
+from anyfit.calibration.statistics import InputStatistics
 from anyfit.core.errors import UserError
 from anyfit.family.family import Family
 from anyfit.family.store import Store
@@ -27,6 +29,7 @@ from anyfit.formats.fitting_tables import SEED, entries, fit_tables
 from anyfit.formats.nested import held
 from anyfit.formats.table import TableFormat, looked_up
 from anyfit.network import quiet
+from anyfit.quantizers.rtn import RoundToNearest
 from anyfit.testing.models import save_tiny, tiny_text
 
 
@@ -162,7 +165,7 @@ def test_which_formats_are_held_by_others() -> None:
     assert encoding.works(["table2", "F16", "table4"]) == [("F16", ()), ("table4", ("table2",))]
 
 
-NAMES = ("F16", "table4", "table3", "table2")
+NAMES = ("table4", "table3", "table2")
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finalists, "NUM_FINALISTS", 3)
         patch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 2)
+        patch.setattr(encoding, "COMPARED", 1)
         yield Made(tiny, anyfit.fit(tiny, output=folder / "whole.family", **asked), asked)
 
 
@@ -191,15 +195,15 @@ def test_one_stored_matrix_holds_every_size(made: Made, tmp_path: Path, monkeypa
     store = Store(family.path)
     for weight in (w for d in family.space.decisions for w in d.unit.weights):
         file = family.path / "variants" / f"{weight.name}.safetensors"
-        most = sum(formats.get(name).bytes_(weight.shape) for name in ("F16", "table4"))
         header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-        assert file.stat().st_size == most + header, "the floating-point choice, and four bits"
+        assert file.stat().st_size == formats.get("table4").bytes_(weight.shape) + header, "four bits alone"
+        assert header < 2**15
         assert list(store.errors(weight.name)) == sorted(NAMES)
         assert store.errors(weight.name)["table2"] > store.errors(weight.name)["table3"] > store.errors(weight.name)["table4"] > 0
         some = torch.tensor([5, 1])
         assert torch.equal(store.variant(weight.name, "table2", some), store.variant(weight.name, "table2")[some])
     assert any(note.startswith("table2, table3, table4: nested, of each matrix the finest") for note in family.notes)
-    alone = anyfit.fit(made.tiny, output=tmp_path / "alone.family", **made.asked | {"formats": ("F16", "table3")})
+    alone = anyfit.fit(made.tiny, output=tmp_path / "alone.family", **made.asked | {"formats": ("BF16", "table3")})
     assert torch.equal(Store(alone.path).variant(weight.name, "table3"), store.variant(weight.name, "table3"))
     assert Store(alone.path).errors(weight.name)["table3"] == store.errors(weight.name)["table3"]
 
@@ -211,6 +215,40 @@ def test_one_stored_matrix_holds_every_size(made: Made, tmp_path: Path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             anyfit.fit(made.tiny, output=tmp_path / "killed.family", **made.asked)
     assert anyfit.fit(made.tiny, output=tmp_path / "killed.family", **made.asked).digest == family.digest
+
+
+def test_the_family_says_what_nesting_costs_at_each_size(made: Made) -> None:
+    family, store = made.family, Store(made.family.path)
+    for name in NAMES:
+        point = next(point for point in family.points if point.uniform == name)
+        told = next(note for note in family.notes if note.startswith(f"{name}: nested, KL "))
+        assert point.search is not None and f"{point.search.kl_mean:.4g} on held-out text; tables of this size alone " in told  # type: ignore[attr-defined]
+    names = [weight.name for decision in family.space.decisions for weight in decision.unit.weights]
+    errors, alone = ({name: sum(of(weight)[name] for weight in names) for name in NAMES} for of in (store.errors, store.alone))
+    assert alone["table3"] == pytest.approx(errors["table3"]), "the seed, from which the others are made"
+    assert alone["table2"] < errors["table2"] and alone["table4"] < errors["table4"]
+
+
+def test_tables_alone_are_compared_on_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are about what all rows come to."""
+    monkeypatch.setattr(encoding, "COMPARED", 4)
+    weight, importance = sample(256, 264)
+    statistics = InputStatistics(importance.diag(), 1)
+    made = encoding.variants(RoundToNearest(), weight, statistics, "table5", ["table4", "table3", "table2"])
+    for name, nested in made.items():
+        best = RoundToNearest().encode(weight, statistics, formats.get(name).alone)  # type: ignore[attr-defined]
+        assert nested.alone is not None and float(nested.alone.sum()) == pytest.approx(best.error, rel=0.1), name
+        assert best.error <= nested.error * (1 + 1e-6)
+    assert encoding.variants(RoundToNearest(), weight, statistics, "table3", [])["table3"].alone is None
+
+
+def test_formats_of_which_rows_are_too_short_leave_their_place_to_fewer_bits(made: Made) -> None:
+    """Not to 16 bits, which would be stored besides."""
+    run = prepare(made.tiny, **made.asked | {"formats": None})
+    assert run.settings.formats == tuple(f"table{bits}" for bits in reversed(TABLE_BITS))
+    assert set(run.space.formats()) < set(run.settings.formats)
+    decision = next(d for d in run.space.decisions if d.unit.weights[0].block is not None)
+    assert decision.refused["table8"].endswith(f"{decision.choices[0].name} takes its place")
 
 
 def test_an_exported_folder_is_read_at_any_smaller_size(made: Made, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
 import anyfit
+import anyfit.api
 from anyfit import finalists, pipeline, training
 from anyfit.core.config import Config
 from anyfit.core.errors import UserError
@@ -222,7 +224,7 @@ def test_bytes_of_a_coarser_format_stand_for_the_switched_integers(high: str, lo
     assert lowered(grid(high), grid(low), data).shape == (6, grid(low).row_bytes(64))
 
 
-NAMES = ("F16", "int8_sym", "int4_sym", "int2_sym")
+NAMES = ("int8_sym", "int4_sym", "int2_sym")
 
 
 @pytest.fixture
@@ -239,13 +241,55 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     return {"data": notes, "target": "transformers", "formats": NAMES, "length": 32, "segments": 8, "recipe": "double-rounding"}
 
 
+def tensors_of(file: Path) -> tuple[dict[str, int], int]:
+    """Bytes of each tensor of a file of variants, and those that aren't of tensors; by the file's size on disk."""
+    data = file.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    about = json.loads(data[8:header])
+    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in about.items() if name != "__metadata__"}
+    assert file.stat().st_size == header + sum(sizes.values())
+    return sizes, header
+
+
+def test_the_recipes_store_eight_bits_for_all_sizes(asked: dict[str, object], tmp_path: Path) -> None:
+    """With their own formats: no 16 bits, and a scale for as many columns as rows allow; outside the blocks, too."""
+    for target, high, low, names in (
+        ("transformers", "int8_sym_g64", "int4_sym_g64", {f"int{bits}_sym_g64" for bits in (8, 6, 4, 3, 2)}),
+        ("llama.cpp", "Q8_0", "Q4_0", {"Q8_0", "Q5_0", "Q4_0"}),
+    ):
+        tiny = save_tiny(tmp_path / target, "llama", num_hidden_layers=1, intermediate_size=192)
+        family = anyfit.fit(tiny, output=tmp_path / f"{target}.family", **{**asked, "formats": None, "target": target})  # type: ignore[arg-type]
+        assert set(family.space.formats()) == names
+        weights = [w for d in family.space.decisions for w in d.unit.weights]
+        files = {w.name: tensors_of(family.path / "variants" / f"{w.name}.safetensors")[0] for w in weights}
+        assert files == {w.name: {high: formats.get(high).bytes_(w.shape)} for w in weights}
+        assert sum(sum(own.values()) for own in files.values()) * 8 / sum(w.num_weights for w in weights) == formats.get(high).bits
+        if target == "llama.cpp":
+            table, store = weights[0], Store(family.path)
+            assert table.block is None and any(note.startswith("Outside the blocks the finest integers") for note in family.notes)
+            assert torch.equal(store.variant(table.name, low), lowered(grid(high), grid(low), store.variant(table.name, high)))
+            errors = store.errors(table.name)
+            assert errors["Q4_0"] > errors["Q5_0"] > errors["Q8_0"] > 0
+
+
+@pytest.mark.parametrize(("hidden", "inner", "group"), [(128, 256, "_g128"), (128, 192, "_g64"), (96, 128, "")])
+def test_scales_are_as_few_as_rows_allow(hidden: int, inner: int, group: str, text: Path, tmp_path: Path) -> None:
+    tiny = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1, hidden_size=hidden, intermediate_size=inner)
+    run = anyfit.api.prepare(tiny, recipe="matquant", target="transformers", data=text, length=32, segments=8)
+    assert run.settings.formats == tuple(f"int{bits}_sym{group}" for bits in (8, 6, 4, 3, 2))
+
+
 def test_one_stored_matrix_holds_every_size(asked: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = save_tiny(tmp_path / "tiny", "llama", num_hidden_layers=1)
     family = anyfit.fit(tiny, output=tmp_path / "whole.family", **asked)  # type: ignore[arg-type]
-    weight = next(w for d in family.space.decisions for w in d.unit.weights if w.block is not None)
-    stored = (family.path / "variants" / f"{weight.name}.safetensors").stat().st_size
-    assert stored < weight.num_weights * (16 + 8.5) / 8 + 2**15, "the floating-point choice, and eight bits"
+    weights = [w for d in family.space.decisions for w in d.unit.weights]
+    for weight in weights:
+        stored, about = tensors_of(family.path / "variants" / f"{weight.name}.safetensors")
+        assert stored == {"int8_sym": formats.get("int8_sym").bytes_(weight.shape)}, "eight bits, and the scales"
+        assert about < (2**11 if weight.block is not None else 2**15)
+    weight = next(weight for weight in weights if weight.block is not None)
     told = [note for note in family.manifest.notes if "nested, KL" in note]
+    assert all("trained; stored by itself, by GPTQ and untrained, " in note for note in told)
     assert [note.partition(":")[0] for note in told] == ["int2_sym", "int4_sym", "int8_sym"]
     variant = family.variants(family.space.smallest())
     assert torch.equal(variant(weight.name, "int4_sym"), lowered(grid("int8_sym"), grid("int4_sym"), variant(weight.name, "int8_sym")))

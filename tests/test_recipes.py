@@ -9,9 +9,11 @@ import pytest
 
 import anyfit
 from anyfit import finalists, pipeline
+from anyfit.formats import formats as formats_
 from anyfit.importance import importances, saliencies
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
+from anyfit.recipes.base import Nesting
 from anyfit.report import summary
 from anyfit.scores import sensitivities
 from anyfit.targets import targets
@@ -25,6 +27,7 @@ def test_a_recipe_is_made_of_known_parts_and_says_what_it_is(name: str) -> None:
     assert recipe.quantizer in quantizers and recipe.score in sensitivities
     assert recipe.pruning is None or recipe.pruning in importances
     assert all(name in saliencies for name in recipe.masks)
+    assert all(menus and all(format_ in formats_ for menu in menus for format_ in menu) for menus in recipe.formats.values())
 
 
 @pytest.mark.parametrize("name", recipes)
@@ -39,10 +42,11 @@ def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
     target: str = "llama.cpp"
     formats: tuple[str, ...] | None = ("Q8_0", "Q4_0", "Q2_K")
-    if recipe.masks:
+    nested = isinstance(recipe.training, Nesting) or bool(recipe.needs)
+    if recipe.masks or nested:
         formats = None
-    elif recipe.pruning or recipe.needs:
-        target, formats = "transformers", None if recipe.pruning else ("F16", *recipe.needs)
+    if recipe.pruning or recipe.needs:
+        target, formats = "transformers", None
     family = anyfit.fit(
         model,
         data=tmp_path / "notes.txt",
@@ -54,6 +58,10 @@ def test_a_family_comes_out(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         segments=8,
     )
     assert family.manifest.recipe == name and len(family.frontier) >= 2
+    for decision in family.space.decisions if nested else ():
+        (weight,), finest = decision.unit.weights, max(decision.choices, key=lambda choice: choice.stored_bytes)
+        size = (family.path / "variants" / f"{weight.name}.safetensors").stat().st_size
+        assert 0 < size - formats_.get(finest.name).bytes_(weight.shape) < 2**15, "the finest alone, and what the file says of it"
     middle = family.frontier[len(family.frontier) // 2]
     export = family.export(summary.budget_of(family, middle).strip("'"), tmp_path / f"x{targets.get(target).suffix}")
     assert all(check.passed for check in export.checks)

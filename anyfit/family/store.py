@@ -73,13 +73,13 @@ class Store:
         self._replace(weight, {high: data}, derived | dict.fromkeys(lows, high))
 
     def _replace(self, weight: str, changed: Mapping[str, Tensor], derived: Mapping[str, str]) -> None:
-        about = self._metadata(weight)
+        about = {name: {key: value for key, value in row.items() if key != "of"} for name, row in self._metadata(weight).items()}
         stored = {name: changed[name] if name in changed else self.variant(weight, name) for name in about if name not in derived}
-        with self.writing(weight, {name: (part.shape[0], part.shape[1]) for name, part in stored.items()}) as writing:
-            for name, part in stored.items():
-                writing.put(name, 0, _encoded(part, about[name]))
-            for name, high in derived.items():
-                writing.derive(name, high, _encoded(stored[high][:0], about[name]))
+        for name, high in derived.items():
+            about[name]["of"] = high
+        with written_aside(self._variants(weight)) as aside:
+            whole = {name: part.contiguous() for name, part in stored.items()}
+            save_file(whole, aside, {"variants": json.dumps(about, sort_keys=True)})
 
     def order(self, weight: str) -> Tensor:
         """Of the structures that a matrix reads, those that are kept longest first, (structures,) int64."""
@@ -88,6 +88,10 @@ class Store:
     def errors(self, weight: str) -> dict[str, float]:
         """{format: expected squared output error} of one matrix."""
         return {name: float(row["error"]) for name, row in self._metadata(weight).items()}
+
+    def alone(self, weight: str) -> dict[str, float]:
+        """{format: about what its error would be} of one matrix, had those formats not been nested in each other."""
+        return {name: float(row["alone"]) for name, row in self._metadata(weight).items() if "alone" in row}
 
     def notes(self, weight: str) -> list[str]:
         """What was out of the ordinary when this matrix was encoded, each remark once."""
@@ -170,6 +174,7 @@ class Writing:
         self._places = {name: (end - size, end) for name, end, size in zip(shapes, ends, sizes, strict=True)}
         self._header_bytes = _NOTES_BYTES + _VARIANT_BYTES * len(shapes)
         self._errors = dict.fromkeys(shapes, 0.0)
+        self._alone: dict[str, float] = {}
         self._notes: dict[str, dict[str, None]] = {name: {} for name in shapes}
         self._derived: dict[str, str] = {}
 
@@ -178,19 +183,25 @@ class Writing:
         assert encoded.data.shape[1] == self._shapes[name][1], (name, encoded.data.shape)
         self._file.seek(self._header_bytes + self._places[name][0] + first * encoded.data.shape[1])
         self._file.write(encoded.data.contiguous().numpy().data)
-        self._errors[name] += encoded.error
-        self._notes[name] |= dict.fromkeys(encoded.notes)
+        self._tell(name, encoded)
 
     def derive(self, name: str, high: str, encoded: Encoded) -> None:
         """Some rows of a variant that isn't written, as it is made of another: their error and notes."""
         self._derived[name] = high
+        self._tell(name, encoded)
+
+    def _tell(self, name: str, encoded: Encoded) -> None:
         self._errors[name] = self._errors.get(name, 0.0) + encoded.error
         self._notes.setdefault(name, {}).update(dict.fromkeys(encoded.notes))
+        if encoded.alone is not None:
+            self._alone[name] = self._alone.get(name, 0.0) + float(encoded.alone.sum())
 
     def close(self) -> None:
         about: dict[str, Any] = {name: {"error": self._errors[name], "notes": list(self._notes[name])} for name in self._errors}
         for name, high in self._derived.items():
             about[name]["of"] = high
+        for name, error in self._alone.items():
+            about[name]["alone"] = error
         header: dict[str, Any] = {"__metadata__": {"variants": json.dumps(about, sort_keys=True)}}
         for name, shape in self._shapes.items():
             header[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": list(self._places[name])}
@@ -211,11 +222,6 @@ def _masked(dense: str, data: Tensor, mask: Tensor) -> Tensor:
     assert isinstance(format_, CastFormat), dense
     values = format_.decode(data)
     return format_.encode(values.masked_fill_(~unpack(mask, values.shape[1]), 0))
-
-
-def _encoded(data: Tensor, about: Mapping[str, Any]) -> Encoded:
-    """A variant with the error and the notes that it had."""
-    return Encoded(data, torch.tensor([about["error"]], dtype=torch.float64), tuple(about["notes"]))
 
 
 def refined_file(config: Config) -> str:

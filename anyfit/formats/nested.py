@@ -54,12 +54,23 @@ def integers_of(format_: GridFormat, data: Tensor) -> tuple[Tensor, Tensor]:
     return (codes.short() + int(format_.levels[0])).to(torch.int8), _halves(format_, scales)
 
 
-def held(names: Iterable[str]) -> dict[str, str]:
-    """{format: the finest of `names`}, of those whose very bytes that one holds: they need not be made or stored besides. Names of other
-    choices than formats are passed over."""
+def integer_sizes(names: Iterable[str]) -> dict[str, int]:
+    """{format: bits} of the integers among `names` that can be made of the finest of them, which is the first. Names of other choices than
+    formats are passed over."""
+    grids = [format_ for name in names if name in formats and isinstance(format_ := formats.get(name), GridFormat)]
+    bits = {format_: found for format_ in grids if (found := nested_bits(format_))}
+    order = sorted(bits, key=lambda format_: -bits[format_])
+    return {format_.name: bits[format_] for format_ in order if format_.group == order[0].group}
+
+
+def held(names: Iterable[str], integers: bool = False) -> dict[str, str]:
+    """{format: the finest of its kind in `names`}, of those that are made of that one: they need not be encoded or stored besides.
+    Codebooks, whose very bytes the finest holds; with `integers` also those, which are others than they would be by themselves."""
+    names = list(names)
     tables = [format_ for name in names if name in formats and isinstance(format_ := formats.get(name), TableFormat)]
-    finest = max(tables, key=lambda format_: format_.num_bits, default=None)
-    return {format_.name: finest.name for format_ in tables if finest and format_ is not finest}
+    finest_first = [format_.name for format_ in sorted(tables, key=lambda format_: -format_.num_bits)]
+    kinds = [finest_first, list(integer_sizes(names)) if integers else []]
+    return {name: own[0] for own in kinds for name in own[1:]}
 
 
 def lowered(high: Format, low: Format, data: Tensor) -> Tensor:

@@ -15,19 +15,19 @@ from anyfit.formats import TABLE_BITS
 from anyfit.formats.base import Format
 from anyfit.formats.fields import half_bytes, pack_dense, read_halves, unpack_dense
 from anyfit.formats.fitting import HALF_MAX, refuse_beyond
-from anyfit.formats.fitting_tables import entries, fit_tables
+from anyfit.formats.fitting_tables import SEED, entries, fit_tables
 
 _NUMBERS_AT_ONCE = 1 << 20
 """Looked up together: places take eight bytes each."""
 
 
 class TableFormat(Format):
-    """Codes of `num_bits`, see above. `bits` counts these alone, the tables are `overhead`."""
+    """Codes of `num_bits`, see above. `bits` counts these alone, the tables are `overhead`. `seed`: see `fit_tables`."""
 
     block = 8
 
-    def __init__(self, num_bits: int) -> None:
-        self.name, self.num_bits = f"table{num_bits}", num_bits
+    def __init__(self, num_bits: int, seed: int = SEED) -> None:
+        self.name, self.num_bits, self._seed = f"table{num_bits}", num_bits, seed
         self.entries = entries(num_bits)
         self.overhead = 2 * self.entries
 
@@ -38,7 +38,12 @@ class TableFormat(Format):
     def encode(self, weight: Tensor, importance: Tensor) -> Tensor:
         """(rows, columns) to uint8 (rows, row_bytes). `importance` (columns,): what each column's squared error counts."""
         refuse_beyond(self.name, HALF_MAX, weight)
-        return self.pack(*fit_tables(weight, importance, self.num_bits))
+        return self.pack(*fit_tables(weight, importance, self.num_bits, self._seed))
+
+    @property
+    def alone(self) -> TableFormat:
+        """The same with the best codebook that there is for its own size, whatever is nested in it."""
+        return TableFormat(self.num_bits, self.num_bits)
 
     def pack(self, codes: Tensor, tables: Tensor) -> Tensor:
         """uint8 (rows, columns) and float16 (rows, entries) to the file's bytes, uint8 (rows, row_bytes)."""

@@ -19,12 +19,14 @@ class Encoded:
     """One variant: the file's bytes, uint8 (data_rows, row_bytes), and what they cost.
 
     `errors` (rows,): the expected squared error of each output, the diagonal of D H Dᵀ with D the weights' error and H the
-    mean of x xᵀ over the calibration inputs. `notes` says aloud what was out of the ordinary.
+    mean of x xᵀ over the calibration inputs. `notes` says aloud what was out of the ordinary. `alone` (rows,): about what the errors would
+    be, had the variant not been made so that finer or coarser ones are nested in each other; None where it wasn't.
     """
 
     data: Tensor
     errors: Tensor
     notes: tuple[str, ...] = ()
+    alone: Tensor | None = None
 
     @property
     def error(self) -> float:
@@ -33,7 +35,7 @@ class Encoded:
 
     def rows(self, which: slice) -> Encoded:
         """The variant of these rows alone; not of a format that stores a matrix as a whole."""
-        return Encoded(self.data[which], self.errors[which], self.notes)
+        return Encoded(self.data[which], self.errors[which], self.notes, None if self.alone is None else self.alone[which])
 
 
 class Quantizer(ABC):

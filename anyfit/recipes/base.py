@@ -78,7 +78,8 @@ class Recipe:
     training: Training | Tuning | Nesting | None = None
     recovery: Recovery | None = None
     """How what was pruned is trained, where a person asks for that."""
-    formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By target, what it is meant for: offered unless others are named."""
+    formats: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """By target, what it is meant for, offered unless others are named: the first menu of which no matrix in the blocks refuses a format,
+    or the last."""
     needs: tuple[str, ...] = ()
     """Formats, without any of which it has nothing to do."""

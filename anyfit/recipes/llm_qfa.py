@@ -3,7 +3,7 @@
 from anyfit.recipes.base import Recipe, Training
 from anyfit.trainers.loop import Settings
 
-FORMATS = {"transformers": ("F16", "BF16", "int8_asym", "int6_asym", "int4_offset", "int3_offset", "int2_offset")}
+FORMATS = {"transformers": (("F16", "BF16", "int8_asym", "int6_asym", "int4_offset", "int3_offset", "int2_offset"),)}
 """With offsets that can be trained, below six bits."""
 
 RECIPE = Recipe(

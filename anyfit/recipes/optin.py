@@ -17,5 +17,5 @@ RECIPE = Recipe(
     score="kl",
     quantizer="gptq",
     pruning="trajectory",
-    formats={"transformers": (), "onnxruntime": ()},
+    formats={"transformers": ((),), "onnxruntime": ((),)},
 )

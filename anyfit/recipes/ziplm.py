@@ -23,5 +23,5 @@ RECIPE = Recipe(
     # The embedded default at 2x, 200 steps: KL 0.674 from predictions alone, 0.657 from states as well, which takes half as long again.
     # MiniLM with half of its channels: cosine 0.928, after 40 steps at the language models' rate 0.858, after 100 at a tenth of it 0.932.
     recovery=Recovery(Settings(rate=1e-3), states=1.0, encoders=0.1),
-    formats={"transformers": (), "onnxruntime": ()},
+    formats={"transformers": ((),), "onnxruntime": ((),)},
 )

@@ -45,6 +45,11 @@ class TablePlace(Place):
     def _refuses(self, name: str) -> str | None:
         return _table(name).refuses(self.weight.shape)
 
+    def substitute(self, name: str) -> str | None:
+        """The finest of fewer bits that isn't refused: a row's tables may be longer than its codes."""
+        fewer = (f"table{bits}" for bits in range(_table(name).num_bits - 1, TABLE_BITS[0] - 1, -1))
+        return next((other for other in fewer if self.refuses(other) is None), None)
+
     def _slots(self, name: str) -> tuple[Slot, ...]:
         format_, (rows, columns) = _table(name), self.weight.shape
         codes = Slot(CODES, torch.uint8, (rows, columns * format_.num_bits // 8))
