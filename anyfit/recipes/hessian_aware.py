@@ -11,7 +11,7 @@ RECIPE = Recipe(
     about=(
         "As double-rounding, but between the largest and the smallest size each matrix may run at a size of its own, drawn anew at each "
         "step, with more bits where it is sensitive. Choose it where budgets lie between the sizes: of the embedded default after 100 "
-        "steps, a scale for 32 columns, with every other matrix called sensitive, random mixes lose 0.31 nats instead of 0.36, 2 and 3 bits "
+        "steps, a scale for 32 columns, every other matrix called sensitive, random mixes lose 0.31 nats instead of 0.36, 2 and 3 bits "
         "everywhere as much as by double-rounding, 4 and 8 bits 11 and 20 % more; with sensitivities as a fit has them it wasn't measured. "
         "Differs from the paper in sensitivities, which are the Fisher information of a matrix, not its Hessian's trace, and as "
         "double-rounding does."
