@@ -23,6 +23,7 @@ from statistics import mean
 from typing import Any
 
 import nested_tables
+import searched
 import sharded
 import subspace
 import switching
@@ -51,7 +52,7 @@ from anyfit.training import stored_choices, trained, uniform
 from anyfit.tuning.coded import taken
 from anyfit.tuning.refining import windows
 
-FORMATS = ("int2_offset", "int3_offset", "int4_offset")
+FORMATS, REST = ("int2_offset", "int3_offset", "int4_offset"), "int8_asym"
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 """Of the integers; their scales and offsets take one more."""
 SEGMENTS, STEPS = 1024, 400
@@ -230,7 +231,7 @@ def cost_section(bench: Bench) -> Section:
 def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
     """One run, and what it takes the place of."""
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(target="transformers", formats=("int8_asym", *FORMATS), segments=SEGMENTS, device="cpu")
+        run = prepare(target="transformers", formats=(REST, *FORMATS), segments=SEGMENTS, device="cpu")
         store = Store(Path(folder))
         run.encode(store)
         table = run.score(store)
@@ -281,12 +282,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
     parser.add_argument("--assets", type=Path, default=None, help="a folder with cifar10 and cifar10-resnet, for Double Rounding")
-    parser.add_argument("--only", default=None, help="one of sizes, processes, switching, codes, any-precision")
+    parser.add_argument("--only", default=None, help="one of sizes, search, processes, switching, codes, any-precision")
     args = parser.parse_args()
     settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps, rate=RATES[0]), to_stderr()
     sections = list[Section]()
     if args.only in (None, "sizes"):
         sections += sizes_sections(settings, progress)
+    if args.only in (None, "search"):
+        sections.append(searched.section(FORMATS, REST, SEGMENTS, args.steps, progress))
     if args.only in (None, "processes"):
         sections.append(sharded.section())
     if args.only in (None, "switching") and args.assets:
