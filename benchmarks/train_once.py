@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,9 @@ from typing import Any
 
 import nested_integers
 import nested_tables
+import searched
 import sharded
+import storages
 import subspace
 import switching
 import torch
@@ -53,7 +55,7 @@ from anyfit.training import stored_choices, trained, uniform
 from anyfit.tuning.coded import taken
 from anyfit.tuning.refining import windows
 
-FORMATS = ("int2_offset", "int3_offset", "int4_offset")
+FORMATS, REST = ("int2_offset", "int3_offset", "int4_offset"), "int8_asym"
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 """Of the integers; their scales and offsets take one more."""
 SEGMENTS, STEPS = 1024, 400
@@ -261,7 +263,7 @@ def cost_section(bench: Bench) -> Section:
 @contextmanager
 def opened() -> Iterator[Bench]:
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(target="transformers", formats=("int8_asym", *FORMATS), segments=SEGMENTS, device="cpu")
+        run = prepare(target="transformers", formats=(REST, *FORMATS), segments=SEGMENTS, device="cpu")
         store = Store(Path(folder))
         run.encode(store)
         table = run.score(store)
@@ -284,7 +286,7 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
         settle(networks[UNIFORM])
         third = replace(settings, num_steps=settings.num_steps // 3)
         networks[THIRD], rates = bench.separate(THIRD, third, RATES, progress)
-        networks[ALL], _ = bench.separate(ALL, settings, [settings.rate], progress)
+        networks[ALL], longer = bench.separate(ALL, settings, RATES, progress)
         networks[NONE] = bench.network(settings)
         rows = []
         for bits, config in sorted(bench.configs().items()):
@@ -303,13 +305,18 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
         f"The one run takes {settings.num_steps} steps of {settings.batch_size} windows; three runs have a third of them each, or all of "
         f"them each. A row holds where the one run is at or below the first, within {WITHIN:.0%} of the second, and at the ends better "
         "than with configs drawn uniformly. What could be chosen was chosen on the search split: for the one run, "
-        f"{chosen} of {', '.join(candidates)} (sampler and rate); for each of the three runs with a third, the better rate of "
-        f"{RATES[0]:g} and {RATES[1]:g}: {', '.join(f'{rate:g}' for rate in rates)} at 2, 3 and 4 bits. The others have {settings.rate:g}."
+        f"{chosen} of {', '.join(candidates)} (sampler and rate); for each of the others' three runs, the better rate of {RATES[0]:g} and "
+        f"{RATES[1]:g}: at 2, 3 and 4 bits {_listed(rates)} with a third each, {_listed(longer)} with all of it each. Configs drawn "
+        f"uniformly have {settings.rate:g}."
     )
     yield Section("Sizes", ("bits", NONE, THIRD, ALL, UNIFORM, ONCE), rows, (remark,))
     yield samplers_section(bench, networks[UNIFORM], candidates[named(*BALANCED)])
     yield merging
     yield cost_section(bench)
+
+
+def _listed(rates: Iterable[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def codes_section(subject: subspace.Subject, progress: Progress) -> Section:
@@ -320,30 +327,35 @@ def codes_section(subject: subspace.Subject, progress: Progress) -> Section:
         return subspace.section(subject, run, store, progress)
 
 
+PARTS = ("sizes", "search", "storages", "processes", "switching", "nested", "codes", "any-precision")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the one run (default {STEPS})")
     parser.add_argument("--assets", type=Path, default=None, help="a folder with cifar10 and cifar10-resnet, for Double Rounding")
-    parser.add_argument("--only", default=None, help="one of sizes, merging, processes, switching, nested, codes, any-precision")
-    args = parser.parse_args()
-    settings, progress = replace(llm_qfa.RECIPE.training.settings, num_steps=args.steps, rate=RATES[0]), to_stderr()
-    sections = list[Section]()
-    if args.only in (None, "sizes"):
-        sections += sizes_sections(settings, progress)
-    if args.only == "merging":
-        sections.append(merging_section(settings, progress))
-    if args.only in (None, "processes"):
-        sections.append(sharded.section())
-    if args.only in (None, "switching") and args.assets:
-        sections.append(switching.section(args.assets, progress))
-    if args.only in (None, "nested"):
-        sections.append(nested_integers.section(progress))
-    if args.only in (None, "codes"):
-        sections += [codes_section(subject, progress) for subject in subspace.SUBJECTS]
-    if args.only in (None, "any-precision"):
-        sections.append(nested_tables.section(progress))
-    remarks = () if args.assets or args.only else ("Without ASSETS=FOLDER: Double Rounding on ResNet-20 is left out.",)
-    return finish_page("train-once", "One run for all sizes", "make bench-train-once", sections, remarks)
+    parser.add_argument("--only", choices=[*PARTS, "merging"], nargs="+", default=None, help="merging is of the one run otherwise")
+    given, progress = parser.parse_args(), to_stderr()
+    settings = replace(llm_qfa.RECIPE.training.settings, num_steps=given.steps, rate=RATES[0])
+    works: dict[str, Callable[[], Iterable[Section]]] = {
+        "merging": lambda: [merging_section(settings, progress)],
+        "sizes": lambda: sizes_sections(settings, progress),
+        "search": lambda: [searched.section(FORMATS, REST, SEGMENTS, given.steps, progress)],
+        "storages": lambda: [storages.section()],
+        "processes": lambda: [sharded.section()],
+        "switching": lambda: [switching.section(given.assets, progress)],
+        "nested": lambda: [nested_integers.section(progress)],
+        "codes": lambda: (codes_section(subject, progress) for subject in subspace.SUBJECTS),
+        "any-precision": lambda: [nested_tables.section(progress)],
+    }
+    wanted = given.only or [name for name in PARTS if given.assets or name != "switching"]
+    remarks = () if given.assets or given.only else ("Without ASSETS=FOLDER: Double Rounding on ResNet-20 is left out.",)
+    sections, status, command = list[Section](), 1, "make bench-train-once"
+    for name in wanted:
+        for section in works[name]():
+            sections.append(section)  # the page is there as far as it goes
+            status = finish_page("train-once", "One run for all sizes", command, sections, remarks, partly=bool(given.only))
+    return status
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ config's mean. The paper doesn't say how configs are drawn: here with mean bits 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,9 +54,7 @@ def explore(space: Space, fitness: Fitness, settings: Settings, progress: Progre
                 stage.advance(detail=f"{found[config]:.5f}")
 
         measure(space.decisions, settings.first)
-        sensitive = _sensitive(space, found, settings.share)
-        shrunk = [_upper(decision) if decision.unit.name in sensitive else decision for decision in space.decisions]
-        measure(shrunk, settings.then)
+        measure(shrunk(space, found, settings.share), settings.then)
     return [Ranked(config, found[config]) for config in sorted(found, key=found.__getitem__)]
 
 
@@ -65,7 +63,7 @@ def best(measured: Sequence[Ranked], space: Space, budget: Budget) -> Config | N
     return next((one.config for one in measured if budget.allows(space.costs(one.config))), None)
 
 
-def correlations(space: Space, measured: dict[Config, float]) -> dict[str, float]:
+def correlations(space: Space, measured: Mapping[Config, float]) -> dict[str, float]:
     """By unit: how its bits go with the loss, sizes being equal; negative where more bits lower it."""
     known = Bits.of(space.decisions)
     places = [
@@ -83,7 +81,13 @@ def correlations(space: Space, measured: dict[Config, float]) -> dict[str, float
     return {d.unit.name: float(value) for d, value in zip(space.decisions, found, strict=True)}
 
 
-def _sensitive(space: Space, measured: dict[Config, float], share: float) -> set[str]:
+def shrunk(space: Space, measured: Mapping[Config, float], share: float) -> list[Decision]:
+    """The decisions, of which a `share` at most, those whose bits go most with a low loss, keep their upper choices."""
+    sensitive = _sensitive(space, measured, share)
+    return [_upper(decision) if decision.unit.name in sensitive else decision for decision in space.decisions]
+
+
+def _sensitive(space: Space, measured: Mapping[Config, float], share: float) -> set[str]:
     found = correlations(space, measured)
     ordered = sorted(found, key=found.__getitem__)
     return {name for name in ordered[: round(share * len(ordered))] if found[name] < 0}
