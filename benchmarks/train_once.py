@@ -321,7 +321,7 @@ def _listed(rates: Iterable[float]) -> str:
 
 def codes_section(subject: subspace.Subject, progress: Progress) -> Section:
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(target=subject.target, formats=(subject.rest, subject.format_), device="cpu")
+        run = prepare(target=subject.target, formats=(subject.rest, subject.format_), segments=subspace.SEGMENTS, device="cpu")
         store = Store(Path(folder))
         run.encode(store)
         return subspace.section(subject, run, store, progress)
