@@ -62,6 +62,7 @@ class Wishes(TypedDict, total=False):
     target: str
     formats: Iterable[str] | None
     recipe: str
+    importance: str | None
     latency: str | Path | None
     recover: Iterable[str] | None
     towards: str
@@ -136,6 +137,7 @@ def prepare(
     target: str = "llama.cpp",
     formats: Iterable[str] | None = None,
     recipe: str = "gptq",
+    importance: str | None = None,
     latency: str | Path | None = None,
     recover: Iterable[str] | None = None,
     towards: str = ORIGINAL,
@@ -155,6 +157,7 @@ def prepare(
     parquet, folders of them, data sets of the hub as "hf:NAME[:CONFIG][@SPLIT]", in any mix; it is divided into text
     to calibrate with, to search with and to report on. "self", the default for other models than the embedded one, is
     text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
+    `importance`: by what a recipe that prunes does so, instead of its own.
     `latency`: a table that `anyfit.measuring.measure` made on this device, of all formats to choose from, for a recipe that prunes.
     `recover`: falling budgets such as ("1.25x", "1.5x", "2x"): for each the network is cut, trained towards the original, and then pruned
     on for the next.
@@ -192,6 +195,7 @@ def prepare(
         None if table is None else table.digest,
         _recovered(method, recover),
         *_trained(method, towards, patience),
+        importance=_important(method, importance),
     )
     progress = progress or Silent()
     # The model that writes text is the run's own, so that it is loaded once, and only when it is needed.
@@ -266,6 +270,13 @@ def _recovered(method: Recipe, budgets: Iterable[str] | None) -> tuple[str, ...]
         known = ", ".join(name for name in recipes if recipes.get(name).recovery)
         raise UserError(f"{method.name} leaves nothing out that training could make good for.", remedy=f"Take --recipe {known}.")
     return found
+
+
+def _important(method: Recipe, name: str | None) -> str | None:
+    """As it was given. Raises `UserError` for a recipe that takes no heads or channels out, and for an importance that isn't known."""
+    if name is not None and method.pruning is None:
+        raise UserError(f"{method.name} takes no heads and channels out, so that none matter more.", remedy="Take --recipe ziplm.")
+    return name if name is None else importances.get(name).name
 
 
 def _trained(method: Recipe, towards: str, patience: int | None) -> tuple[str, int | None]:

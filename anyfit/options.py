@@ -35,6 +35,13 @@ Latency = Annotated[
     Path | None,
     typer.Option(help="A table of `anyfit measure`, made on this device with the same --formats: a recipe that prunes then fits to ms."),
 ]
+Importance = Annotated[
+    str | None,
+    typer.Option(
+        help="By what a recipe that prunes says which heads and channels matter, instead of its own: obs, trajectory, magnitude, wanda, "
+        "taylor; the last three also as `magnitude_repaired`, with what is kept repaired by least squares."
+    ),
+]
 Recover = Annotated[
     list[str] | None,
     typer.Option(
@@ -68,8 +75,8 @@ SearcherName = Annotated[
     str,
     typer.Option(
         "--search",
-        help="Who proposes mixes: `exact`, by the measured scores alone; `evolution` or `correlation` also run mixes of all sizes, which "
-        "then compete: see `anyfit searchers`.",
+        help="Who proposes mixes: `exact`, by the measured scores alone; `evolution`, `correlation` or `layer-weights` also run mixes of "
+        "all sizes, which then compete: see `anyfit searchers`.",
     ),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: a graphics processor where there is one.")]

@@ -102,6 +102,8 @@ class Settings:
     """What a recipe that trains does so towards, see `trainers.losses.TOWARDS`."""
     patience: int | None = None
     """Of its training, see `trainers.loop.Settings`."""
+    importance: str | None = None
+    """By what a recipe that prunes does so, instead of its own."""
 
 
 class Fit:
@@ -123,7 +125,8 @@ class Fit:
         self.progress = progress
         self.group = group
         self.target = targets.get(settings.target)
-        self.recipe = recipes.get(settings.recipe)
+        recipe = recipes.get(settings.recipe)
+        self.recipe = recipe if settings.importance is None else replace(recipe, pruning=settings.importance)
         self.effort = settings.effort
         self.device = device(settings.device)
         self._stream: Stream | None = None

@@ -29,6 +29,7 @@ from anyfit.family.store import Store
 from anyfit.quantizers.base import Encoded
 from anyfit.report import summary
 from anyfit.scores.table import Table
+from anyfit.searchers import layer_weights
 from anyfit.searchers.evolution import Ranked, evolve
 from anyfit.structure.cutting import cut, sizes
 from anyfit.structure.levels import kept_of, widths
@@ -70,6 +71,35 @@ def test_every_attention_and_feed_forward_is_decided(family: Family) -> None:
     assert axes == [HEADS, WIDTH] * 2
     names = [[choice.name for choice in decision.choices] for decision in family.space.decisions[:2]]
     assert names == [["heads2 F32", "heads1 F32", "heads0 F32"], [f"width{kept} F32" for kept in (*widths(512), 0)]]
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda_repaired", "taylor"])
+def test_another_importance_takes_out_others(name: str, family: Family, model: Path, text: Path, tmp_path: Path) -> None:
+    other = fitted(model, text, tmp_path / "other.family", importance=name)
+    assert other.manifest.provenance["importance"] == name and family.manifest.provenance["importance"] is None
+    config = family.space.uniform(f"width{widths(512)[1]} F32")
+    ours, theirs = (one.extract(config) for one in (family, other))
+    assert not torch.equal(logits(ours, family), logits(theirs, family))
+    assert all(check.passed for check in other.export("60%", tmp_path / "folder").checks)
+
+
+def test_an_importance_is_looked_at_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gptq takes no heads and channels out"):
+        fitted(model, text, tmp_path / "x.family", recipe="gptq", importance="obs")
+    with pytest.raises(UserError, match=r"importance 'best'"):
+        fitted(model, text, tmp_path / "x.family", importance="best")
+    assert not list(tmp_path.iterdir())
+
+
+def test_searched_layer_weights_compete(family: Family, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_weights, "SETTINGS", layer_weights.Settings(drawn=4, most=6))
+    searched = fitted(model, text, tmp_path / "searched.family", search="layer-weights")
+    ours, theirs = ({point.config: point for point in one.points} for one in (searched, family))
+    assert theirs.keys() < ours.keys()
+    for config, point in theirs.items():
+        best = searched.select(f"{point.bytes_} B")
+        assert ours[config].search == point.search and best.search is not None and point.search is not None
+        assert best.search.loss <= point.search.loss
 
 
 @pytest.mark.parametrize("budget", ["95%", "60%", "macs <= 50%", "30%"])

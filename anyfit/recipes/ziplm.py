@@ -13,9 +13,9 @@ RECIPE = Recipe(
         "partial solutions at once) for any budget of bytes, multiply-adds, or milliseconds as they were measured (anyfit measure, "
         "--latency). Choose it where the network must be faster: fewer bits alone are faster on few runtimes. With --recover the network "
         "is trained at one budget after another and pruned on from there, which takes minutes and more, and keeps far more where much is "
-        "taken out. Differs from the paper in the weights of the layers' errors, which are measured and not searched, in the solver, "
-        "which needs no buckets of time, in removing whole groups of heads where they share keys and values, and in training on no "
-        "labels."
+        "taken out. Differs from the paper in the weights of the layers' errors, which are measured (searched ones compete with --search "
+        "layer-weights), in the solver, which needs no buckets of time, in removing whole groups of heads where they share keys and "
+        "values, and in training on no labels."
     ),
     score="kl",
     quantizer="gptq",

@@ -15,5 +15,6 @@ searchers: Registry[Searcher] = Registry(
         "exact": "anyfit.searchers.exact:SEARCHER",
         "evolution": "anyfit.searchers.evolution:SEARCHER",
         "correlation": "anyfit.searchers.correlation:SEARCHER",
+        "layer-weights": "anyfit.searchers.layer_weights:SEARCHER",
     },
 )

@@ -13,6 +13,7 @@ Differences from the papers, and why:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,12 @@ from anyfit.core.config import Config
 from anyfit.core.space import Space
 from anyfit.progress import Progress, Stage
 from anyfit.scores.table import Table
-from anyfit.searchers.base import Fitness, Ranked
+from anyfit.searchers.base import Fitness, Ranked, Searcher, Subject
 from anyfit.searchers.exact import solve
 
 Weights = NDArray[np.float64]
+NUM_SEGMENTS = 4
+"""Of text, that each config is measured on."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,22 @@ class _Seeker:
             return False
         self.best, self._least = weights, self.known[config]
         return True
+
+
+SETTINGS = Settings(drawn=40, most=60)
+
+
+class LayerWeights(Searcher):
+    """A search of its own for each budget."""
+
+    name = "layer-weights"
+
+    def search(self, subject: Subject, budgets: Sequence[Budget]) -> list[Config]:
+        given = {"fitness": subject.fitness(NUM_SEGMENTS), "settings": SETTINGS, "progress": subject.progress}
+        return [search(subject.space, subject.table, budget=budget, **given)[0].config for budget in budgets]
+
+    def num_segments(self, num_budgets: int) -> int:
+        return num_budgets * NUM_SEGMENTS * SETTINGS.most
+
+
+SEARCHER = LayerWeights()
