@@ -100,8 +100,11 @@ class LayerWeights(Searcher):
     name = "layer-weights"
 
     def search(self, subject: Subject, budgets: Sequence[Budget]) -> list[Config]:
-        given = {"fitness": subject.fitness(NUM_SEGMENTS), "settings": SETTINGS, "progress": subject.progress}
-        return [search(subject.space, subject.table, budget=budget, **given)[0].config for budget in budgets]
+        fitness, found = subject.fitness(NUM_SEGMENTS), list[Config]()
+        for budget in budgets:
+            ranked = search(subject.space, subject.table, budget=budget, fitness=fitness, settings=SETTINGS, progress=subject.progress)
+            found.append(ranked[0].config)
+        return found
 
     def num_segments(self, num_budgets: int) -> int:
         return num_budgets * NUM_SEGMENTS * SETTINGS.most
