@@ -40,7 +40,7 @@ from anyfit.pipeline import Fit, Settings
 from anyfit.progress import Progress, Silent
 from anyfit.quantizers import quantizers
 from anyfit.recipes import recipes
-from anyfit.recipes.base import Nesting, Recipe, Training
+from anyfit.recipes.base import Nesting, Recipe, Training, Tuning
 from anyfit.searchers import searchers
 from anyfit.searchers.exact import require
 from anyfit.streaming import num_batches
@@ -285,10 +285,18 @@ def _trained(method: Recipe, towards: str, patience: int | None) -> tuple[str, i
         raise UserError(f"Nothing is trained towards {towards!r}.", remedy=f"Known: {', '.join(TOWARDS)}.")
     if patience is not None and patience < 1:
         raise UserError(f"A patience of {patience} would stop before anything was trained.", remedy="Give a number from 1 on.")
-    if (towards, patience) != (ORIGINAL, None) and not isinstance(method.training, Training | Nesting):
-        known = ", ".join(name for name in recipes if isinstance(recipes.get(name).training, Training | Nesting))
-        raise UserError(f"{method.name} trains nothing towards a loss, so it has no --towards and no --patience.", remedy=f"Take {known}.")
+    if patience is not None and method.training is None:
+        raise UserError(
+            f"{method.name} trains nothing that could end early.", remedy=f"Take {_those_that_train(Training, Nesting, Tuning)}."
+        )
+    if towards != ORIGINAL and not isinstance(method.training, Training | Nesting):
+        remedy = f"Take {_those_that_train(Training, Nesting)}."
+        raise UserError(f"{method.name} trains nothing towards {towards!r}.", remedy=remedy)
     return towards, patience
+
+
+def _those_that_train(*kinds: type) -> str:
+    return ", ".join(name for name in recipes if isinstance(recipes.get(name).training, kinds))
 
 
 def _require_subject(method: Recipe, run: Fit) -> None:

@@ -48,7 +48,7 @@ NUMBERS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 23}
 the same time for fewer."""
 
 COMPARED = 128
-"""Of so many rows of a matrix, one is also encoded in tables that aren't nested in others."""
+"""Of so many rows of a matrix, one is also encoded in tables that aren't nested in others: the finest take twenty times as long."""
 
 Matrices = list[Weight]
 ByFormat = dict[str, Encoded]
@@ -359,16 +359,20 @@ def variants(quantizer: Quantizer, matrix: Tensor, prepared: Any, name: str, wit
         data = lowered(formats.get(name), formats.get(low), high.data)
         found[low] = Encoded(data, quantizer.errors(matrix.cpu() - formats.get(low).decode(data), prepared), high.notes)
     if isinstance(formats.get(name), TableFormat) and within:
-        found = {own: replace(made, alone=made.errors * _part(quantizer, matrix, prepared, own, made)) for own, made in found.items()}
+        some, importance = matrix[::COMPARED].cpu(), quantizer.statistics(prepared).diagonal.cpu()
+        parts = {own: _part(some, importance, own, made.data[::COMPARED]) for own, made in found.items()}
+        found = {own: replace(made, alone=made.errors * parts[own]) for own, made in found.items()}
     return found
 
 
-def _part(quantizer: Quantizer, matrix: Tensor, prepared: Any, name: str, nested: Encoded) -> float:
-    """What tables of one size alone lose, as a part of what the nested ones do: of some rows, as the finest take twenty times as long."""
-    format_, some = formats.get(name), slice(None, None, COMPARED)
+def _part(rows: Tensor, importance: Tensor, name: str, nested: Tensor) -> float:
+    """What tables of one size alone lose of some rows, as a part of what the `nested` ones do. Column by column, as both are chosen: what
+    columns lose together differs so much from row to row that some rows wouldn't stand for all."""
+    format_ = formats.get(name)
     assert isinstance(format_, TableFormat)
-    alone, errors = quantizer.encode(matrix[some], prepared, format_.alone).error, float(nested.errors[some].sum())
-    return alone / errors if errors else 1.0
+    both = [format_.alone.encode(rows, importance), nested]
+    alone, own = (float((importance * (rows - format_.decode(data)).square()).sum()) for data in both)
+    return alone / own if own else 1.0
 
 
 def _pieces(group: Matrices, numbers: int) -> Iterator[_Pieces]:

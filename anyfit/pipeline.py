@@ -319,11 +319,11 @@ class Fit:
             "held_out": self.segments.search,
             "progress": self.progress,
             "group": self.group,
+            "settings": replace(how.settings_for(self.effort), patience=self.settings.patience),
         }
         if isinstance(how, TuningRecipe):
-            return Tuning(**shared, settings=how.settings_for(self.effort))
+            return Tuning(**shared)
         shared |= {
-            "settings": replace(how.settings_for(self.effort), patience=self.settings.patience),
             "towards": TOWARDS[self.settings.towards],
             "sampler": samplers.get(how.sampler),
             "expected": lambda: self.expected(store, decisions),

@@ -23,6 +23,7 @@ from anyfit.core.errors import DataError, ModelError, UserError
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, Device, LatencyTable, Setting
 from anyfit.costs.probes import shape_of
 from anyfit.family import Family
+from anyfit.importance.trajectory import trajectories
 from anyfit.interface import PADDING, TEXTS
 from anyfit.progress import Silent
 from anyfit.recipes import recipes
@@ -227,13 +228,29 @@ def test_drawn_gradients_have_the_curvature_of_the_loss() -> None:
         assert float(embedding.distances(moved, before)) == pytest.approx(expected, rel=0.2)
 
 
+def test_structures_of_an_encoder_that_later_blocks_miss_least_are_left_out(model: Path, sentences: Path, tmp_path: Path) -> None:
+    wishes = {"data": sentences, "target": "transformers", "recipe": "optin", "length": LENGTH, "segments": 16}
+    family = anyfit.fit(model, output=tmp_path / "small.family", **wishes)  # type: ignore[arg-type]
+    original, network = family.extract(family.space.largest()), family.extract("macs <= 60%")
+    architecture, whole = architecture_of(original), sizes(original, architecture_of(original))
+    found = trajectories(original, architecture, family.text()["calibration"], channels_together=1, progress=Silent())
+    kept = sizes(network, architecture)
+    assert kept != whole
+    for index, (scores, own) in enumerate(zip(found, kept, strict=True)):
+        path = f"{architecture.block.format(i=index)}.{next(g['down'] for _, g in architecture.groups(index) if 'down' in g)}"
+        best = scores.channels.argsort(descending=True)[: own.channels].sort().values
+        assert torch.equal(network.get_submodule(path).weight, original.get_submodule(path).weight[:, best])
+    assert all(check.passed for check in family.export("macs <= 60%", tmp_path / "folder").checks)
+
+
 def test_what_an_encoder_cannot_do_is_refused(model: Path, sentences: Path, family: Family, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="writes nothing"):
         anyfit.fit(model, output=tmp_path / "x.family", target="transformers", **ASKED)
     with pytest.raises(UserError, match="no language model"):
         anyfit.fit(model, output=tmp_path / "x.family", data=sentences, target="transformers", recipe="llm-qfa", length=LENGTH)
-    with pytest.raises(UserError, match="knows of language, classes"):
-        anyfit.fit(model, output=tmp_path / "x.family", data=sentences, target="transformers", recipe="optin", length=LENGTH)
+    with pytest.raises(UserError, match="taylor knows of language; "):
+        wishes = {"data": sentences, "target": "transformers", "recipe": "ziplm", "importance": "taylor", "length": LENGTH}
+        anyfit.fit(model, output=tmp_path / "x.family", **wishes)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="says nothing by itself"):
         anyfit.evaluate(model, data=sentences, length=LENGTH)
     found = anyfit.evaluate(family.path, budget="70%", data=sentences, against=model, length=LENGTH)

@@ -453,8 +453,9 @@ def test_a_family_is_trained_towards_its_text_for_as_long_as_that_helps(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"recipe": "gptq", "towards": "task"}, "trains nothing towards a loss.*llm-qfa"),
-        ({"recipe": "gptq", "patience": 3}, "trains nothing towards a loss"),
+        ({"recipe": "gptq", "towards": "task"}, "trains nothing towards 'task'.*llm-qfa"),
+        ({"recipe": "pv-tuning", "towards": "task"}, "trains nothing towards 'task'"),
+        ({"recipe": "gptq", "patience": 3}, "nothing that could end early.*pv-tuning"),
         ({"recipe": "llm-qfa", "towards": "labels"}, "towards 'labels'.*original, task"),
         ({"recipe": "llm-qfa", "patience": 0}, "patience of 0"),
     ],

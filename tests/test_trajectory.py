@@ -12,17 +12,18 @@ from transformers import PreTrainedModel
 
 from anyfit.architectures import architecture_of
 from anyfit.importance.trajectory import LAST_BLOCK, MANIFOLD_SHARE, TEMPERATURE, Trajectory, _Network, trajectories
-from anyfit.interface import PICTURES, interface_of
+from anyfit.interface import PADDING, PICTURES, TEXTS, interface_of, present
 from anyfit.progress import Silent
 from anyfit.structure.cutting import Kept, cut, sizes
 from anyfit.testing.models import tiny_model
 
 TOKENS = torch.randint(512, (2, 20), generator=torch.Generator().manual_seed(0))
+SENTENCES = torch.where(torch.arange(20) < torch.tensor([[20], [7]]), TOKENS, PADDING)
 PHOTOGRAPHS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def read_by(model: PreTrainedModel) -> Tensor:
-    return PHOTOGRAPHS if interface_of(model.config) is PICTURES else TOKENS
+    return {PICTURES: PHOTOGRAPHS, TEXTS: SENTENCES}.get(interface_of(model.config), TOKENS)
 
 
 def scored(model: PreTrainedModel, together: int = 128) -> list[Trajectory]:
@@ -31,15 +32,19 @@ def scored(model: PreTrainedModel, together: int = 128) -> list[Trajectory]:
 
 def seen(model: PreTrainedModel) -> tuple[list[Tensor], Tensor]:
     """Relations of the blocks' outputs, and predictions, by the network's own means."""
+    interface, read = interface_of(model.config), read_by(model)
     with torch.no_grad():
-        output = model(read_by(model), output_hidden_states=True)
+        output = model(**interface.tensors(read), output_hidden_states=True)
         states: list[Tensor] = []
         path = architecture_of(model).block.removesuffix(".{i}")
         hook = model.get_submodule(path)[-1].register_forward_hook(lambda module, args, result: states.append(result))
-        model(read_by(model))
+        model(**interface.tensors(read))
         hook.remove()
-    related = between_pictures if interface_of(model.config) is PICTURES else between_tokens
-    return [related(state) for state in [*output.hidden_states[1:-1], *states]], (output.logits / TEMPERATURE).log_softmax(-1)
+    found = [*output.hidden_states[1:-1], *states]
+    if interface is TEXTS:
+        return [between_tokens(state[present(read)][None]) for state in found], torch.zeros(1, 1)
+    related = between_pictures if interface is PICTURES else between_tokens
+    return [related(state) for state in found], (output.logits / TEMPERATURE).log_softmax(-1)
 
 
 def between_tokens(states: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ def between_pictures(states: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox", "phi3", "gemma2", "vit"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox", "phi3", "gemma2", "vit", "bert"])
 def test_scores_are_those_of_the_networks_that_were_really_cut(kind: str, same_random_state: None) -> None:
     model = tiny_model(kind, num_hidden_layers=3)
     architecture = architecture_of(model)
@@ -78,7 +83,7 @@ def test_scores_are_those_of_the_networks_that_were_really_cut(kind: str, same_r
                 manifold.append(sum(float((a - b).square().sum()) for a, b in zip(grams[first:], other_grams[first:], strict=True)))
                 divergence.append(TEMPERATURE**2 * float((predictions.exp() * (predictions - others)).sum(-1).mean()))
                 scores.append(float(getattr(found[block], what)[index]) * (2 if block == 2 else 1))
-    factor = sum(manifold) / (MANIFOLD_SHARE * sum(divergence))
+    factor = sum(manifold) / (MANIFOLD_SHARE * sum(divergence)) if any(divergence) else 0.0
     expected = torch.tensor(manifold) + factor * torch.tensor(divergence)
     assert torch.allclose(torch.tensor(scores), expected, rtol=2e-2, atol=1e-4 * float(expected.max()))
 

@@ -17,6 +17,7 @@ Differences from the paper, and why:
 * A structure is a whole KV group, or some channels that lie side by side, and several are run as one batch.
 * Their factor of one half for all heads is left out: heads and channels are ordered separately.
 * The paper also removes tokens of pictures. Not here: all positions stay in every block.
+* An encoder of texts predicts nothing: its manifold losses alone count, of tokens that aren't padding.
 * 32 pictures are read, where the settings that were released, for text, read 128 samples: each structure takes a run with them.
 """
 
@@ -35,7 +36,7 @@ from transformers import PreTrainedModel
 from anyfit.architectures.base import Architecture
 from anyfit.core.config import HEADS, WIDTH
 from anyfit.importance.base import NetworkImportance
-from anyfit.interface import LANGUAGE, PICTURES, Interface, interface_of
+from anyfit.interface import LANGUAGE, PICTURES, TEXTS, Interface, interface_of, present
 from anyfit.progress import Progress
 from anyfit.structure.cutting import sizes
 from anyfit.structure.levels import STEP, Structure
@@ -93,7 +94,7 @@ class Trajectories(NetworkImportance):
     share their score."""
 
     name, repairs = "trajectory", False
-    reads = (LANGUAGE, PICTURES)
+    reads = (LANGUAGE, TEXTS, PICTURES)
 
     def scores(
         self, model: PreTrainedModel, architecture: Architecture, structures: Mapping[str, Structure], segments: Tensor, progress: Progress
@@ -142,9 +143,11 @@ class _Network:
             outputs, logits = self._run(0, 1)
         self.positions = outputs[0].shape[:-1].numel()
         order = torch.randperm(self.positions, generator=torch.Generator().manual_seed(0))
+        if self.interface is TEXTS:
+            order = order[present(segments.cpu()).flatten()[order]]
         self.sampled = order[:SAMPLED_TOKENS].sort().values.to(model.device)
         self.grams = [self._grams(output, 1) for output in outputs]
-        self.predictions = _at_temperature(logits)
+        self.predictions = None if self.interface is TEXTS else _at_temperature(logits)
 
     def losses(self, index: int, role: str, number: int) -> tuple[Tensor, Tensor]:
         """(manifold losses, divergences) without each of the `number` structures that the output projection `role` of a block reads."""
@@ -172,6 +175,8 @@ class _Network:
         manifold = torch.zeros(len(removed), dtype=torch.float64)
         for intact, output in zip(self.grams[first:], outputs[first - index :], strict=True):
             manifold += (self._grams(output, len(removed)) - intact).square().sum((1, 2), dtype=torch.float64).cpu()
+        if self.predictions is None:
+            return manifold, torch.zeros_like(manifold)
         predictions = _at_temperature(logits).unflatten(0, (len(removed), -1))
         further = self.predictions - predictions
         # Probabilities add up to one, so that this is Σ p further; rounding of what is the same is squared here.
@@ -179,7 +184,7 @@ class _Network:
         return manifold, TEMPERATURE**2 * divergence.flatten(1).mean(1).clamp_min(0).cpu()
 
     def _run(self, first: int, copies: int) -> tuple[list[Tensor], Tensor]:
-        """The outputs of the blocks from the `first` on, and the logits, of so many copies of what is read side by side."""
+        """The outputs of the blocks from the `first` on, and what comes out, of so many copies of what is read side by side."""
         outputs: list[Tensor] = []
 
         def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

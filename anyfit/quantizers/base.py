@@ -53,8 +53,12 @@ class Quantizer(ABC):
         """(rows, columns) float32 to the format's bytes. The weight isn't changed. Deterministic."""
 
     @abstractmethod
+    def statistics(self, prepared: Any) -> InputStatistics:
+        """Those of the input that something was prepared for."""
+
     def errors(self, difference: Tensor, prepared: Any) -> Tensor:
         """`Encoded.errors` of a variant that is off by (rows, columns), wherever it comes from."""
+        return output_errors(difference, self.statistics(prepared).hessian)
 
 
 def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from anyfit.formats.base import SPAN, Format, GridFormat, Scales, join
 from anyfit.formats.choose import Levels
 from anyfit.formats.threads import each
 from anyfit.quantizers import aqlm
-from anyfit.quantizers.base import Encoded, Quantizer, output_errors
+from anyfit.quantizers.base import Encoded, Quantizer
 from anyfit.quantizers.gptq_span import LANES, VECTOR_ROWS, Grid, Order, Rows, round_lanes, round_rows
 from anyfit.quantizers.rtn import encode_nearest
 
@@ -161,8 +161,8 @@ class GPTQ(Quantizer):
             data = encode_nearest(format_, weight, prepared.statistics.diagonal.cpu())
         return Encoded(data, self.errors(weight - format_.decode(data), prepared), prepared.notes)
 
-    def errors(self, difference: Tensor, prepared: Factorised) -> Tensor:
-        return output_errors(difference, prepared.statistics.hessian)
+    def statistics(self, prepared: Factorised) -> InputStatistics:
+        return prepared.statistics
 
 
 def factorise(statistics: InputStatistics, vector: int) -> tuple[Factor, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from anyfit.formats.base import SPAN, CastFormat, Format, GridFormat, join, quan
 from anyfit.formats.table import TableFormat
 from anyfit.formats.w8a8 import RoundedFormat
 from anyfit.quantizers import aqlm
-from anyfit.quantizers.base import Encoded, Quantizer, output_errors
+from anyfit.quantizers.base import Encoded, Quantizer
 
 
 class RoundToNearest(Quantizer):
@@ -31,8 +31,8 @@ class RoundToNearest(Quantizer):
         data = encode_nearest(format_, weight, prepared.diagonal.cpu())
         return Encoded(data, self.errors(weight - format_.decode(data), prepared))
 
-    def errors(self, difference: Tensor, prepared: InputStatistics) -> Tensor:
-        return output_errors(difference, prepared.hessian)
+    def statistics(self, prepared: InputStatistics) -> InputStatistics:
+        return prepared
 
 
 def encode_nearest(format_: Format, weight: Tensor, importance: Tensor) -> Tensor:
