@@ -22,7 +22,8 @@ from anyfit.testing.models import save_tiny, tiny_text
 PROGRAM = """
 import json, sys
 from anyfit import finalists, streaming
-streaming.TOKENS_AT_ONCE, finalists.NUM_FINALISTS = 32, 3
+from anyfit.searchers import evolution
+streaming.TOKENS_AT_ONCE, finalists.NUM_FINALISTS, evolution.GENERATIONS = 32, 3, 1
 import anyfit
 from anyfit.family.store import Store
 from anyfit.distributed import group
@@ -33,7 +34,8 @@ if sys.argv[4] != "whole" and not group().first:
             raise KeyboardInterrupt
         return writing(store, weight, shapes)
     Store.writing = killing
-anyfit.fit(sys.argv[1], data=sys.argv[2], output=sys.argv[3], formats=("Q8_0", "Q2_K"), length=32, segments=6, effort=sys.argv[5])
+anyfit.fit(sys.argv[1], data=sys.argv[2], output=sys.argv[3], formats=("Q8_0", "Q2_K"), length=32, segments=6, effort=sys.argv[5],
+           search="evolution")
 """
 
 
