@@ -32,7 +32,7 @@ from anyfit.report import summary
 from anyfit.scores.table import Table
 from anyfit.searchers import layer_weights
 from anyfit.searchers.base import Ranked
-from anyfit.searchers.evolution import Ranked, evolve
+from anyfit.searchers.evolution import evolve
 from anyfit.structure.cutting import cut, sizes
 from anyfit.structure.levels import kept_of, widths
 from anyfit.structure.space import kept_of_blocks
