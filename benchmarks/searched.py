@@ -105,21 +105,21 @@ class Trained:
         return Budget((("bits", bits + self.scales),), f"{bits:g} bits")
 
     def fitness(self, config: Config) -> float:
-        """KL on the text that the table's probes were measured on. Counted each time it is asked."""
+        """KL on the text that the table's probes were measured on. Counted."""
         self.spent += 1
         return self.searched(config)
+
+    def searched(self, config: Config) -> float:
+        """The same, measured once, not counted."""
+        if config not in self._searched:
+            self._searched[config] = self._kl(config, self._search)
+        return self._searched[config]
 
     def held_out(self, config: Config) -> np.ndarray:
         """KL on each segment of the report split."""
         if config not in self._held_out:
             self._held_out[config] = np.array([self._kl(config, segment) for segment in self._report])
         return self._held_out[config]
-
-    def searched(self, config: Config) -> float:
-        """The same, not counted."""
-        if config not in self._searched:
-            self._searched[config] = self._kl(config, self._search)
-        return self._searched[config]
 
     def _kl(self, config: Config, text: Reference) -> float:
         return kl(self.elastic.set(Config({**self.run.space.largest(), **config})), text)
