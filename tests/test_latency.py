@@ -230,6 +230,40 @@ def test_networks_take_turns(monkeypatch):
     assert len(told) == 5 and now > 120
 
 
+def test_caches_are_warm_when_a_run_counts(monkeypatch):
+    """What has had turns of many others in between is slow at first, and no slower than the whole network when it is timed."""
+    now, since = 0.0, {}
+
+    def run_of(name):
+        def run():
+            nonlocal now
+            warm = since.get(name, 0)
+            for other in since:
+                since[other] -= other != name
+            since[name] = min(4, max(0, warm) + 1)
+            now += 1e-3 * (1.5 - min(0.5, 0.125 * max(0, warm)))
+
+        return run
+
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: now)
+    found = stopwatch.Clock(run_of("whole"), 1).shares([run_of(name) for name in "abcdef"])
+    assert found == pytest.approx([1.0] * 6)
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(1e-3, 5), (4e-3, 4), (8e-3, 3), (0.02, 2), (5.0, 2)])
+def test_what_takes_long_is_not_run_often_for_that(monkeypatch, seconds, runs):
+    now, ran = 0.0, []
+
+    def run():
+        nonlocal now
+        now += seconds
+        ran.append(now)
+
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: now)
+    assert stopwatch.Clock(run, 1)._took(run) == pytest.approx(1e3 * seconds)
+    assert len(ran) == runs
+
+
 def test_a_network_is_timed_for_some_seconds_and_in_some_rounds():
     assert stopwatch._rounds(1e-3) == 2000
     assert stopwatch._rounds(0.1) == 31, "rounds at least"

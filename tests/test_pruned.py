@@ -30,7 +30,7 @@ from anyfit.family.store import Store
 from anyfit.quantizers.base import Encoded
 from anyfit.report import summary
 from anyfit.scores.table import Table
-from anyfit.searchers import layer_weights
+from anyfit.searchers import evolution, layer_weights
 from anyfit.searchers.base import Ranked
 from anyfit.searchers.evolution import evolve
 from anyfit.structure.cutting import cut, sizes
@@ -263,7 +263,7 @@ def test_evolution_keeps_to_milliseconds(model: Path, text: Path, tmp_path: Path
         runs.append((budget, ranked))
         return ranked
 
-    monkeypatch.setattr(finalists, "evolve", watched)
+    monkeypatch.setattr(evolution, "evolve", watched)
     wishes = {"target": "onnxruntime", "formats": ("F32", "int4_sym"), "latency": tmp_path / "latency.json", "effort": "high"}
     family = fitted(model, text, tmp_path / "evolved.family", **wishes)
     assert len(runs) == finalists.NUM_REFINED

@@ -43,6 +43,9 @@ LONG, FEWEST = 6.0, 7
 HELD, OF_FREE, ALIVE = 2**32, 0.25, 512
 """What bounds the networks that are held at once to take turns, whichever comes first: bytes of their numbers in float32, the share of free
 memory and disk that they have taken, and threads."""
+WARMING, WARMED = 0.01, 4
+"""How a network is warmed up at its turn: run for so many seconds, but once at least and so many times at most. Until the caches have taken
+it in again it is slower than the whole one, which has a turn so much more often."""
 MIXED, VARIED = 12, 0.3
 """Networks of mixed sizes: how many, and the standard deviation of sizes within one, as a share of the whole."""
 DENSITIES, LEFT_OUT = (0.1, 0.9), (0.0, 0.1, 0.25)
@@ -254,7 +257,7 @@ class Clock:
 
     def shares(self, runs: Sequence[Run], told: Callable[[], None] = lambda: None) -> list[float]:
         """What others take, as shares of the whole network's time: medians over rounds, in each of which all of them take turns, each with
-        the whole one before it. Each is run twice at its turn, the second time counts. `told`: called once for each of them, by and by."""
+        the whole one before it. Each is warmed up at its turn, and its last run counts. `told`: called once for each of them, by and by."""
         ratios, said, began = [list[float]() for _ in runs], 0, self._now()
         gc.disable()
         try:
@@ -274,8 +277,12 @@ class Clock:
         return [statistics.median(own) for own in ratios]
 
     def _took(self, run: Run) -> float:
-        """Milliseconds of a run that another has just gone before."""
-        run()
+        """Milliseconds of a run that others of the same have just gone before."""
+        began = self._now()
+        for _ in range(WARMED):
+            run()
+            if self._now() - began >= WARMING:
+                break
         began = self._now()
         run()
         return 1e3 * (self._now() - began)
