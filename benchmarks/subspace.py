@@ -80,13 +80,9 @@ def section(subject: Subject, run: Fit, store: Store, progress: Progress) -> Sec
         tuned[share] = [figures(replace(own, seed=seed)) for seed in (SEEDS if share > SHARES[0] else SEEDS[:1])]
         rows.append(_row("straight-through, all codes" if share == 1 else f"PV, {share:.0%} of the codes", tuned[share]))
     for share in SHARES[:-1]:
-        changes = [ours[1] / theirs[1] - 1 for ours, theirs in zip(tuned[share], tuned[1.0][: len(tuned[share])], strict=True)]
-        said, error = f"{mean(changes):+.2%}", math.inf
-        if len(changes) > 1:
-            error = stdev(changes) / len(changes) ** 0.5
-            said = f"{mean(changes):+.2%} ± {error:.2%} ({', '.join(f'{change:+.2%}' for change in changes)})"
-        claim = mean(changes) + error < 0 if share == SETTINGS.share else None
-        rows.append(Row((f"PV, {share:.0%}, against straight-through", "", said, "", ""), holds=claim))
+        perplexity, kl = (Change.of(tuned[share], tuned[1.0], figure) for figure in (1, 2))
+        claim = perplexity.mean + perplexity.error < 0 if share == SETTINGS.share else None
+        rows.append(Row((f"PV, {share:.0%}, against straight-through", "", str(perplexity), str(kl), ""), holds=claim))
     for row in rows:
         print("  ".join(row.cells), flush=True)
     bits = 8 * sum(e.format_.bytes_(e.weight.shape) for e in entries.values()) / sum(e.weight.num_weights for e in entries.values())
@@ -100,6 +96,30 @@ def section(subject: Subject, run: Fit, store: Store, progress: Progress) -> Sec
     )
     header = ("what is tuned", "KL, search split", "perplexity", "KL", "seconds")
     return Section(subject.title, header, rows, (remark,))
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one figure, in each order of the text that both were tuned in."""
+
+    changes: tuple[float, ...]
+
+    @classmethod
+    def of(cls, ours: Sequence[Found], theirs: Sequence[Found], figure: int) -> Change:
+        return cls(tuple(own[figure] / other[figure] - 1 for own, other in zip(ours, theirs, strict=False)))
+
+    @property
+    def mean(self) -> float:
+        return mean(self.changes)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return stdev(self.changes) / len(self.changes) ** 0.5 if len(self.changes) > 1 else math.inf
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{change:+.2%}" for change in self.changes)
+        return f"{self.mean:+.2%} ± {self.error:.2%} ({each})" if len(self.changes) > 1 else each
 
 
 def _row(name: str, found: Sequence[Found]) -> Row:
