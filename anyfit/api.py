@@ -166,7 +166,7 @@ def prepare(
     `length`: tokens a segment (default: the model's context, at most 2048; 256 where the model writes them).
     `segments`: how many calibrate (default 128, of an encoder's texts or pictures 512).
     `effort`: "low", "normal" or "high", see `anyfit.core.effort.Effort`.
-    `search`: who else than the exact search proposes configs, which measures them for that: "evolution" or "correlation".
+    `search`: who else than the exact search proposes configs, by measuring some: see `anyfit.searchers.searchers`.
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """
     runtime, diligence = targets.get(target), Effort.parse(effort)
@@ -181,20 +181,21 @@ def prepare(
     where = devices.device(device).type
     table, times = None if latency is None else _latencies(latency, checkpoint, target, recipe), interface_of(checkpoint.config).segments
     settings = Settings(
-        target,
-        wanted,
-        recipe,
-        length,
-        segments or NUM_CALIBRATION * times,
-        NUM_SEARCH * times,
-        NUM_REPORT * times,
-        seed,
-        diligence,
-        search,
-        where,
-        None if table is None else table.digest,
-        _recovered(method, recover),
-        *_trained(method, towards, patience),
+        target=target,
+        formats=wanted,
+        recipe=recipe,
+        length=length,
+        num_calibration=segments or NUM_CALIBRATION * times,
+        num_search=NUM_SEARCH * times,
+        num_report=NUM_REPORT * times,
+        seed=seed,
+        effort=diligence,
+        search=search,
+        device=where,
+        latency=None if table is None else table.digest,
+        recover=_recovered(method, recover),
+        towards=_towards(method, towards),
+        patience=_patience(method, patience),
         importance=_important(method, importance),
     )
     progress = progress or Silent()
@@ -279,20 +280,23 @@ def _important(method: Recipe, name: str | None) -> str | None:
     return name if name is None else importances.get(name).name
 
 
-def _trained(method: Recipe, towards: str, patience: int | None) -> tuple[str, int | None]:
-    """As they were given. Raises `UserError` for a recipe that they have nothing to say to, and for what nothing is trained towards."""
-    if towards not in TOWARDS:
-        raise UserError(f"Nothing is trained towards {towards!r}.", remedy=f"Known: {', '.join(TOWARDS)}.")
-    if patience is not None and patience < 1:
-        raise UserError(f"A patience of {patience} would stop before anything was trained.", remedy="Give a number from 1 on.")
-    if patience is not None and method.training is None:
-        raise UserError(
-            f"{method.name} trains nothing that could end early.", remedy=f"Take {_those_that_train(Training, Nesting, Tuning)}."
-        )
-    if towards != ORIGINAL and not isinstance(method.training, Training | Nesting):
-        remedy = f"Take {_those_that_train(Training, Nesting)}."
-        raise UserError(f"{method.name} trains nothing towards {towards!r}.", remedy=remedy)
-    return towards, patience
+def _towards(method: Recipe, name: str) -> str:
+    """As it was given. Raises `UserError` for what nothing is trained towards, and for a recipe that has no say in it."""
+    if name not in TOWARDS:
+        raise UserError(f"Nothing is trained towards {name!r}.", remedy=f"Known: {', '.join(TOWARDS)}.")
+    if name != ORIGINAL and not isinstance(method.training, Training | Nesting):
+        raise UserError(f"{method.name} trains nothing towards {name!r}.", remedy=f"Take {_those_that_train(Training, Nesting)}.")
+    return name
+
+
+def _patience(method: Recipe, number: int | None) -> int | None:
+    """As it was given. Raises `UserError` for one that is none, and for a recipe that trains nothing."""
+    if number is not None and number < 1:
+        raise UserError(f"A patience of {number} would stop before anything was trained.", remedy="Give a number from 1 on.")
+    if number is not None and method.training is None:
+        remedy = f"Take {_those_that_train(Training, Nesting, Tuning)}."
+        raise UserError(f"{method.name} trains nothing that could end early.", remedy=remedy)
+    return number
 
 
 def _those_that_train(*kinds: type) -> str:

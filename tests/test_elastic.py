@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyfit.core.config import Config
 from anyfit.core.space import Choice, Decision
@@ -18,15 +17,15 @@ from anyfit.elastic.linear import ElasticNetwork
 from anyfit.elastic.nested import NestedNetwork
 from anyfit.formats import formats
 from anyfit.formats.aqlm import AdditiveFormat
-from anyfit.formats.base import GridFormat, quantize
 from anyfit.progress import Silent
-from anyfit.quantizers import aqlm
 from anyfit.tasks.language import Reference, kl
+from anyfit.testing.counting import Operations
 from anyfit.testing.models import tiny_model
+from anyfit.testing.quantizers import rounded
 from anyfit.trainers import loop, samplers
 from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.losses import Divergence
-from anyfit.tuning.coded import Coded, Stored, repacked
+from anyfit.tuning.coded import Stored, repacked
 
 PATHS = ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj")
 DECOUPLED = {
@@ -39,23 +38,13 @@ NESTED = ("8", "4", "2")
 Extract = Callable[[Mapping[tuple[str, str], str]], nn.Module]
 
 
-def encoded(name: str, weight: Weight, values: Tensor) -> Stored:
-    format_ = formats.get(name)
-    if isinstance(format_, AdditiveFormat):
-        return Stored(weight, format_, aqlm.encode(format_, values, torch.eye(values.shape[1])), None)
-    assert isinstance(format_, GridFormat)
-    scales = format_.fit(values, torch.ones(values.shape[1]))
-    codes, _ = quantize(format_, values, *(part.repeat_interleave(format_.group, 1) for part in (scales.scale, scales.offset)))
-    return Stored(weight, format_, Coded(format_, codes, scales).data, None)
-
-
 def decoupled(names: tuple[str, ...]) -> tuple[ElasticNetwork, dict[str, dict[str, Stored]]]:
     """A tiny Llama, two matrices of which are elastic, and what is stored of them."""
     model, matrices, about = tiny_model("llama"), dict[str, dict[str, Stored]](), []
     for path in PATHS:
         values = model.get_parameter(f"{path}.weight").detach()
         weight = Weight(f"{path}.weight", (values.shape[0], values.shape[1]), "up", path, int(path.split(".")[2]))
-        matrices[path] = {name: encoded(name, weight, values) for name in names}
+        matrices[path] = {name: rounded(weight, name, values) for name in names}
         sizes = {name: formats.get(name).bytes_(weight.shape) for name in names}
         about.append(Decision(Unit(path, (weight,)), tuple(Choice(name, size, size) for name, size in sizes.items())))
     return ElasticNetwork(model, about, matrices, 4, 0), matrices
@@ -115,19 +104,9 @@ def test_a_config_runs_as_the_extracted_model(subject: tuple[Elastic[Any], Extra
         seen.append(logits)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts what torch computes or allocates."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_setting_computes_nothing(subject: tuple[Elastic[Any], Extract]) -> None:
     network, _ = subject
-    with _Operations() as counted:
+    with Operations() as counted:
         torch.zeros(1)
         for config in configs(network):
             network.set(config)

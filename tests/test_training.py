@@ -24,7 +24,6 @@ from anyfit.core.units import Unit, Weight
 from anyfit.elastic.linear import ElasticLinear, ElasticNetwork, GridVariant, Variant
 from anyfit.finalists import measuring
 from anyfit.formats import formats
-from anyfit.formats.base import GridFormat, quantize
 from anyfit.progress import Silent
 from anyfit.recipes import llm_qfa, recipes
 from anyfit.recipes.base import Training, Tuning
@@ -33,11 +32,12 @@ from anyfit.searchers import correlation, evolution, searchers
 from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
+from anyfit.testing.quantizers import rounded
 from anyfit.trainers import loop, pv, samplers
 from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.losses import Divergence, MicroBatch, NextTokens, Outputs
 from anyfit.trainers.sampling import Frontier, Sampler, Shifted
-from anyfit.tuning.coded import Coded, Stored, Tuned, repacked
+from anyfit.tuning.coded import Stored, Tuned, repacked
 
 V = TypeVar("V", bound=Variant)
 PERIOD = 200
@@ -183,16 +183,10 @@ def test_the_expected_mean_is_the_target(name: str) -> None:
 
 def stored(name: str, weight: Tensor | None = None, path: str = "m", order: Tensor | None = None) -> Stored:
     """A matrix, rounded."""
-    format_ = formats.get(name)
-    assert isinstance(format_, GridFormat)
     if weight is None:
         weight = torch.randn(24, 256, generator=Generator().manual_seed(0)) * 0.05
     rows, columns = weight.shape
-    scales = format_.fit(weight, torch.ones(columns))
-    spread = [part.repeat_interleave(format_.group, 1) for part in (scales.scale, scales.offset)]
-    codes, _ = quantize(format_, weight, *spread)
-    about = Weight(f"{path}.weight", (rows, columns), "up", path, 0)
-    return Stored(about, format_, Coded(format_, codes, scales).data, order)
+    return rounded(Weight(f"{path}.weight", (rows, columns), "up", path, 0), name, weight, order)
 
 
 def moved(variant: V, seed: int) -> V:
@@ -331,9 +325,9 @@ def test_products_in_bfloat16_leave_loss_and_gradients_near(text: Tensor, monkey
         gradients.append(torch.autograd.grad(loss, list(trained.values())))
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
-    for (name, value), exact, rounded in zip(trained.items(), *gradients, strict=True):
-        assert value.dtype == rounded.dtype == torch.float32
-        assert (rounded - exact).norm() <= 0.1 * exact.norm(), name
+    for (name, value), exact, coarse in zip(trained.items(), *gradients, strict=True):
+        assert value.dtype == coarse.dtype == torch.float32
+        assert (coarse - exact).norm() <= 0.1 * exact.norm(), name
 
 
 @pytest.mark.parametrize("sampler", ["balanced", "sandwich", "shifted"])

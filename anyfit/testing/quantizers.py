@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from anyfit.calibration.statistics import InputStatistics
+from anyfit.core.units import Weight
+from anyfit.formats import formats
 from anyfit.formats.base import Format
+from anyfit.quantizers import quantizers
 from anyfit.quantizers.base import Quantizer, output_errors
+from anyfit.tuning.coded import Stored
 
 
 def check_quantizer(quantizer: Quantizer, formats: Sequence[Format]) -> None:
@@ -36,3 +41,11 @@ def check_quantizer(quantizer: Quantizer, formats: Sequence[Format]) -> None:
             rows = quantizer.encode(weight[4:9].contiguous(), prepared, format_)
             assert torch.equal(rows.data, encoded.data[4:9]), "a row doesn't depend on its neighbours"
         assert torch.equal(weight, kept_weight) and torch.equal(statistics.hessian, kept_hessian), "inputs are not changed"
+
+
+@torch.no_grad()
+def rounded(weight: Weight, name: str, values: Tensor, order: Tensor | None = None) -> Stored:
+    """A matrix as it is stored in a format by plain rounding. `values` (outputs, inputs), rows in stored order."""
+    quantizer, format_ = quantizers.get("rtn"), formats.get(name)
+    prepared = quantizer.prepare(InputStatistics.unknown(values.shape[1]))
+    return Stored(weight, format_, quantizer.encode(values.detach(), prepared, format_).data, order)
