@@ -32,6 +32,7 @@ import subspace
 import switching
 import torch
 from table import Row, Section, finish_page
+from texts import reported
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
@@ -268,7 +269,8 @@ def opened() -> Iterator[Bench]:
         run.encode(store)
         table = run.score(store)
         text = Reference.of(run.model, windows(run.segments.calibration), kept_bytes=KEPT_BYTES)
-        yield Bench(run, store, table, text, *(Reference.of(run.model, held) for held in (run.segments.search, run.segments.report)))
+        report = Reference.of(run.model, reported(run), kept_bytes=KEPT_BYTES)
+        yield Bench(run, store, table, text, Reference.of(run.model, run.segments.search), report)
 
 
 def merging_section(settings: Settings, progress: Progress) -> Section:
@@ -301,7 +303,7 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
     for name, network in candidates.items():
         say(f"one run, {name}, report split, KL", {f"{b:g}": bench.quality(network, c).kl_mean for b, c in sorted(bench.configs().items())})
     remark = (
-        "Perplexity / mean KL to the original on the report split, of what is stored. "
+        f"Perplexity / mean KL to the original on all {bench.report.tokens.numel()} tokens that are for reports, of what is stored. "
         f"The one run takes {settings.num_steps} steps of {settings.batch_size} windows; three runs have a third of them each, or all of "
         f"them each. A row holds where the one run is at or below the first, within {WITHIN:.0%} of the second, and at the ends better "
         "than with configs drawn uniformly. What could be chosen was chosen on the search split: for the one run, "
