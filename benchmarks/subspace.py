@@ -88,11 +88,12 @@ def section(subject: Subject, run: Fit, store: Store, progress: Progress) -> Sec
     bits = 8 * sum(e.format_.bytes_(e.weight.shape) for e in entries.values()) / sum(e.weight.num_weights for e in entries.values())
     remark = (
         f"All blocks of the embedded default in {subject.format_}, {bits:.2f} bits a weight; {SETTINGS.num_steps} steps of "
-        f"{SETTINGS.batch_size} of {len(text.tokens)} windows, a rate of the codes of {subject.rate:g}, the same for all. Means over "
-        f"{len(SEEDS)} orders of the text, the same for all, with the change of the perplexity in each; {SHARES[0]:.0%} and all but codes: "
-        f"the first order alone. Perplexity and KL: of all {report.tokens.numel()} tokens that are for reports. Seconds are of a processor. The paper has PV, at 1 %, before straight-through estimation: claimed of the "
-        "recipe's share, by more than the standard error over the orders. A toy, measured once, had it the other way: two layers of "
-        "64 x 64 with tanh, in a codebook of 16 vectors of 4, came to a loss of 0.13 with all codes, 0.15 with 5 % and 0.20 with 1 %."
+        f"{SETTINGS.batch_size} of {len(text.tokens)} windows, a rate of the codes of {subject.rate:g}, the same for all. Perplexity and "
+        f"KL: of all {report.tokens.numel()} tokens that are for reports. Means over {len(SEEDS)} orders of the text, the same for all, "
+        f"with the changes in each; {SHARES[0]:.0%} and all but codes: the first order alone. Seconds are of a processor. The paper has "
+        "PV, at 1 %, before straight-through estimation: claimed of the recipe's share, by more than the standard error over the orders. "
+        "A toy, measured once, had it the other way: two layers of 64 x 64 with tanh, in a codebook of 16 vectors of 4, came to a loss of "
+        "0.13 with all codes, 0.15 with 5 % and 0.20 with 1 %."
     )
     header = ("what is tuned", "KL, search split", "perplexity", "KL", "seconds")
     return Section(subject.title, header, rows, (remark,))
