@@ -71,8 +71,7 @@ def rows(stopwatch: Stopwatch, runtime: Runtime, setting: Setting) -> list[Row]:
                 runs.append(stopwatch.ready(sized(config, blocks), name, setting, 1, place))
             shares = Clock(runs[0], 1).shares(runs[1:])
         for (about, blocks), share in zip(subjects.items(), shares, strict=True):
-            modules = [module for groups, width in blocks for module in ((ATTENTION, groups), (FEED_FORWARD, width))]
-            predicted, found = table.predict(name, modules), share * table.whole[name]
+            predicted, found = table.predict(name, blocks), share * table.whole[name]
             off = predicted / found - 1
             cells = (name, about, f"{predicted:.3f}", f"{found:.3f}", f"{off:+.1%}")
             made.append(Row(cells, holds=abs(off) <= MOST_OFF))

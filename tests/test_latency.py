@@ -18,14 +18,17 @@ from typer.testing import CliRunner
 from anyfit import cli, measuring
 from anyfit.architectures import architecture_of
 from anyfit.architectures.llama import LLAMA
+from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.errors import UserError
 from anyfit.costs import stopwatch
-from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, PHASES, PREFILL, Device, LatencyTable, Setting, Shape
+from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, PHASES, PREFILL, Device, LatencyTable, Setting, Shape
+from anyfit.costs.parts import measured as measured_parts
 from anyfit.costs.probes import shape_of, sized
 from anyfit.costs.stopwatch import Stopwatch, sizes
 from anyfit.interface import interface_of
 from anyfit.structure import levels
 from anyfit.structure.cutting import Kept, cut
+from anyfit.structure.space import structures
 from anyfit.targets import targets
 from anyfit.targets.torch_stopwatch import TorchStopwatch, _fill
 from anyfit.testing.models import save_tiny, tiny_model
@@ -43,9 +46,24 @@ def table(**changes) -> LatencyTable:
 def test_a_prediction_is_the_rest_and_the_sum_of_the_modules():
     found = table()
     assert found.rest("F32") == 1.0
-    assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 256), (ATTENTION, 0), (FEED_FORWARD, 0)]) == 4.5
+    assert found.predict("F32", [(2, 256), (0, 0)]) == 4.5
+    assert found.predict("F32", [(0, 0), (2, 256)]) == 4.5
     with pytest.raises(UserError, match=r"size 384 in F32 was not measured.*256, 512"):
         found.ms(FEED_FORWARD, 384, "F32")
+
+
+def test_the_last_feed_forward_takes_its_share():
+    found = table(last=0.25)
+    assert found.rest("F32") == 11.0 - 4.0 - 3.0 - 0.75
+    assert found.predict("F32", SHAPE.uncut) == 11.0
+    assert found.predict("F32", [(2, 512), (2, 256)]) == 11.0 - 0.25 * 1.5
+    assert found.predict("F32", [(2, 256), (2, 512)]) == 11.0 - 1.5
+    of = measured_parts(found, ["F32"]).of
+    model = tiny_model("llama")
+    architecture = architecture_of(model)
+    by_block = {(s.axis, s.reader.block): s for s in structures(model, architecture, architecture.weights(model)).values()}
+    assert [of(by_block[WIDTH, block], 256, "F32") for block in (0, 1)] == [1.5, 0.375]
+    assert [of(by_block[HEADS, block], 1, "F32") for block in (0, 1)] == [1.25, 1.25]
 
 
 def test_a_table_is_read_back_and_refused_on_another_device(tmp_path, monkeypatch):
@@ -72,11 +90,10 @@ def test_what_is_no_table_is_refused(text, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0, "fast", None])
-@pytest.mark.parametrize("part", ["whole", "modules"])
-def test_what_is_no_latency_is_refused(part, wrong, tmp_path):
+@pytest.mark.parametrize(("part", "field"), [("whole", "F32"), ("modules", "ms"), ("", "last")])
+def test_what_is_no_latency_is_refused(part, field, wrong, tmp_path):
     data = table().to_json()
-    changed = data["whole"] if part == "whole" else data["modules"][1]
-    changed["F32" if part == "whole" else "ms"] = wrong
+    {"whole": data["whole"], "modules": data["modules"][1], "": data}[part][field] = wrong
     with pytest.raises(UserError, match=r"table\.json is no table of latencies"):
         LatencyTable.read(written(data, tmp_path))
 
@@ -146,10 +163,6 @@ def measured_by(fake, monkeypatch, progress=None, **changes):
     return stopwatch.measure(fake, tiny_model("llama", **changes).config, "fake", SETTING, threads=1, progress=progress)
 
 
-def modules(blocks):
-    return [module for block in blocks for module in zip(KINDS, block, strict=True)]
-
-
 @pytest.mark.parametrize("together", [-0.8, 0.8])
 def test_smaller_networks_take_no_longer_than_predicted(together, monkeypatch):
     """Where a block of both kinds takes other than what they take by themselves."""
@@ -157,8 +170,8 @@ def test_smaller_networks_take_no_longer_than_predicted(together, monkeypatch):
     fake.changed = lambda took, blocks: took + together * sum(attention and up is not None for attention, up in blocks)
     found = measured_by(fake, monkeypatch)
     assert found.whole["F32"] == pytest.approx(23 + 2 * together)
-    assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(found.whole["F32"])
-    assert found.predict("F32", [(ATTENTION, 1), (FEED_FORWARD, 256)] * 2) >= 0.99 * (7 + 2 * (2 + 2 + together))
+    assert found.predict("F32", [(2, 512)] * 2) == pytest.approx(found.whole["F32"])
+    assert found.predict("F32", [(1, 256)] * 2) >= 0.99 * (7 + 2 * (2 + 2 + together))
 
 
 def test_networks_of_mixed_sizes_take_no_longer_than_predicted(monkeypatch):
@@ -166,9 +179,9 @@ def test_networks_of_mixed_sizes_take_no_longer_than_predicted(monkeypatch):
     fake = FakeStopwatch()
     fake.changed = lambda took, blocks: took * (1.1 if len({up.out_features for _, up in blocks if up}) > 1 else 1.0)
     found, exact = measured_by(fake, monkeypatch), measured_by(FakeStopwatch(), monkeypatch)
-    mixed = [(ATTENTION, 1), (FEED_FORWARD, 384), (ATTENTION, 2), (FEED_FORWARD, 128)]
+    mixed = [(1, 384), (2, 128)]
     assert found.predict("F32", mixed) >= 0.98 * 1.1 * exact.predict("F32", mixed)
-    assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(exact.whole["F32"])
+    assert found.predict("F32", [(2, 512)] * 2) == pytest.approx(exact.whole["F32"])
     for key, ms in found.modules.items():
         assert exact.modules[key] - 1e-9 <= ms <= found.ms(key[0], SHAPE.full(key[0]), "F32"), key
 
@@ -179,7 +192,7 @@ def test_networks_that_lack_parts_are_predicted_within_a_few_percent(monkeypatch
     fake.changed = lambda took, blocks: took + 0.2 * sum(attention != (up is not None) for attention, up in blocks)
     found = measured_by(fake, monkeypatch)
     truth = 7 + 2 + 4 + 2 * 0.2
-    assert 0.98 * truth <= found.predict("F32", [(ATTENTION, 1), (FEED_FORWARD, 0), (ATTENTION, 0), (FEED_FORWARD, 512)]) <= 1.05 * truth
+    assert 0.98 * truth <= found.predict("F32", [(1, 0), (0, 512)]) <= 1.05 * truth
 
 
 def test_what_modules_share_is_not_saved_by_leaving_out_some_of_them(monkeypatch):
@@ -187,11 +200,11 @@ def test_what_modules_share_is_not_saved_by_leaving_out_some_of_them(monkeypatch
     fake = FakeStopwatch()
     fake.changed = lambda took, blocks: took + 1.2 * any(attention for attention, _ in blocks)
     found = measured_by(fake, monkeypatch, num_hidden_layers=6)
-    assert found.predict("F32", modules(found.shape.uncut)) == pytest.approx(found.whole["F32"]) == pytest.approx(7 + 6 * 8 + 1.2)
+    assert found.predict("F32", found.shape.uncut) == pytest.approx(found.whole["F32"]) == pytest.approx(7 + 6 * 8 + 1.2)
     for groups, width in ((2, 512), (1, 256)):
         blocks = [(0, width), (groups, 0)] * 3
         truth = 7 + 3 * (2 * groups + width / 128) + 1.2
-        assert 0.98 * truth <= found.predict("F32", modules(blocks)) <= 1.05 * truth
+        assert 0.98 * truth <= found.predict("F32", blocks) <= 1.05 * truth
 
 
 def test_a_network_that_was_slow_once_is_outvoted(monkeypatch):
@@ -203,14 +216,39 @@ def test_a_network_that_was_slow_once_is_outvoted(monkeypatch):
     assert found.ms(FEED_FORWARD, 256, "F32") == pytest.approx(exact.ms(FEED_FORWARD, 256, "F32"), rel=0.15)
 
 
-def test_no_module_takes_less_than_a_smaller_one(monkeypatch):
+def test_no_module_takes_more_than_a_whole_one(monkeypatch):
     fake, rng = FakeStopwatch(), random.Random(0)
     fake.changed = lambda took, _: took * rng.gauss(1, 0.03)
     found = measured_by(fake, monkeypatch)
-    for kind in KINDS:
-        took = [found.ms(kind, size, "F32") for size in found.sizes(kind, "F32")]
-        assert took == sorted(took) and took[0] >= 0
-    assert found.predict("F32", modules(found.shape.uncut)) == pytest.approx(found.whole["F32"])
+    for (kind, _, _), took in found.modules.items():
+        assert 0 <= took <= found.ms(kind, SHAPE.full(kind), "F32")
+    assert found.predict("F32", found.shape.uncut) == pytest.approx(found.whole["F32"])
+
+
+def test_sizes_that_a_runtime_is_slow_at_are_known_as_such(monkeypatch):
+    """Where every other width takes as long as the next larger one and more."""
+    fake = FakeStopwatch()
+
+    def odd(width):
+        return 1.0 if width // 32 % 2 else 0.0
+
+    fake.changed = lambda took, blocks: took + sum(odd(up.out_features) for _, up in blocks if up)
+    found = measured_by(fake, monkeypatch)
+    for width in found.sizes(FEED_FORWARD, "F32"):
+        assert found.ms(FEED_FORWARD, width, "F32") == pytest.approx(min(4.0, width / 128 + odd(width)), rel=0.1)
+    assert found.ms(FEED_FORWARD, 96, "F32") > found.ms(FEED_FORWARD, 128, "F32")
+
+
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_what_the_last_feed_forward_takes_is_known_from_the_runtime(last, monkeypatch):
+    fake = FakeStopwatch()
+    fake.changed = lambda took, blocks: took - (1 - last) * (blocks[-1][1].out_features / 128 if blocks[-1][1] else 0)
+    fake.last = lambda setting: last
+    found = measured_by(fake, monkeypatch)
+    assert found.last == last and found.whole["F32"] == pytest.approx(19 + 4 * last)
+    for blocks in ([(1, 128), (2, 512)], [(2, 512), (1, 128)], [(2, 0), (0, 512)]):
+        truth = 7 + sum(2 * groups + width / 128 for groups, width in blocks) - (1 - last) * blocks[-1][1] / 128
+        assert found.predict("F32", blocks) == pytest.approx(truth, rel=1e-3)
 
 
 def test_networks_take_turns(monkeypatch):
@@ -367,7 +405,7 @@ def test_what_runs_in_the_place_of_a_module_is_counted(monkeypatch):
     assert found.whole["F32"] == pytest.approx(23.0)
     assert found.ms(FEED_FORWARD, 32, "F32") == pytest.approx(0) and found.rest("F32") == pytest.approx(7.5)
     assert found.ms(ATTENTION, 2, "F32") == pytest.approx(4.0) and found.ms(ATTENTION, 0, "F32") == pytest.approx(0)
-    assert found.predict("F32", [(ATTENTION, 2), (FEED_FORWARD, 512)] * 2) == pytest.approx(23.0)
+    assert found.predict("F32", [(2, 512)] * 2) == pytest.approx(23.0)
     assert LatencyTable.from_json(found.to_json()) == found
 
 
@@ -491,7 +529,7 @@ def test_a_smaller_networks_latency_is_predicted(tmp_path):
     config = tiny_model("llama").config
     found = measuring_of(config)
     small = [(1, sizes(found.shape, FEED_FORWARD)[6])] * found.shape.blocks
-    predicted = found.predict("F32", modules(small))
+    predicted = found.predict("F32", small)
     watch = TorchStopwatch()
     whole = watch.ready(sized(config, [(2, 512)] * 2), "F32", found.setting, 1, tmp_path)
     [share] = stopwatch.Clock(whole, 1).shares([watch.ready(sized(config, small), "F32", found.setting, 1, tmp_path)])

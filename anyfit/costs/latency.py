@@ -13,7 +13,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 KINDS = (ATTENTION, FEED_FORWARD)
 PREFILL, DECODE = "prefill", "decode"
 PHASES = (PREFILL, DECODE)
-_VERSION = 4
+_VERSION = 5
 _Part = TypeVar("_Part", "Device", "Setting", "Shape")
 
 
@@ -97,7 +97,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds. `whole` by format; `modules` by (kind, size, format), the size counted as in `Shape.full`."""
+    """Milliseconds. `whole` by format; `modules` by (kind, size, format), the size counted as in `Shape.full`. `last`: the share of that
+    which the feed-forward of the last block takes, see `parts`."""
 
     target: str
     device: Device
@@ -105,6 +106,7 @@ class LatencyTable:
     shape: Shape
     whole: Mapping[str, float]
     modules: Mapping[tuple[str, int, str], float]
+    last: float = 1.0
 
     def sizes(self, kind: str, format_: str) -> list[int]:
         """The sizes that were measured, smallest first."""
@@ -121,12 +123,14 @@ class LatencyTable:
 
     def rest(self, format_: str) -> float:
         """What the whole network takes besides its modules; nothing where these by themselves were measured to take more."""
-        modules = self.shape.blocks * sum(self.ms(kind, self.shape.full(kind), format_) for kind in KINDS)
-        return max(0.0, self.whole[format_] - modules)
+        return max(0.0, self.whole[format_] - self._modules(format_, self.shape.uncut))
 
-    def predict(self, format_: str, modules: Iterable[tuple[str, int]]) -> float:
-        """What a network of these modules, (kind, size) each, takes."""
-        return self.rest(format_) + sum(self.ms(kind, size, format_) for kind, size in modules)
+    def predict(self, format_: str, blocks: Sequence[tuple[int, int]]) -> float:
+        """What a network takes whose blocks have these groups and widths, 0 for what is left out."""
+        return self.rest(format_) + self._modules(format_, blocks)
+
+    def _modules(self, format_: str, blocks: Sequence[tuple[int, int]]) -> float:
+        return sum(share * self.ms(kind, size, format_) for kind, size, share in parts(blocks, self.last))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -136,6 +140,7 @@ class LatencyTable:
             "setting": asdict(self.setting),
             "shape": asdict(self.shape),
             "whole": dict(self.whole),
+            "last": self.last,
             "modules": [{"kind": k, "size": size, "format": name, "ms": ms} for (k, size, name), ms in sorted(self.modules.items())],
         }
 
@@ -149,11 +154,14 @@ class LatencyTable:
             _made(Shape, data["shape"]),
             dict(data["whole"]),
             {(row["kind"], row["size"], row["format"]): row["ms"] for row in data["modules"]},
+            data["last"],
         )
         if not isinstance(made.target, str):
             raise TypeError("the target is no name")
         if not all(0 <= ms < math.inf for ms in made.modules.values()) or not all(0 < ms < math.inf for ms in made.whole.values()):
             raise ValueError("not all latencies are milliseconds")
+        if not 0 <= made.last <= 1:
+            raise ValueError("the last feed-forward's share is none")
         if made.whole.keys() != {format_ for _, _, format_ in made.modules}:
             raise ValueError("the network and its modules were timed in different formats")
         return made
@@ -191,6 +199,15 @@ class LatencyTable:
         """Raises `UserError` where these latencies are another network's than one of this shape."""
         if differences := _differences(self.shape, shape):
             raise UserError(f"These latencies are another network's: {differences}.", remedy="Measure this one.")
+
+
+def parts(blocks: Sequence[tuple[int, int]], last: float) -> Iterator[tuple[str, int, float]]:
+    """Kind and size of what isn't left out, and the share of its time that it takes where it is: all of it, but for the feed-forward of
+    the last block, which takes `last`. It is less where a runtime goes on with some positions only after the last attention."""
+    for index, block in enumerate(blocks):
+        for kind, size in zip(KINDS, block, strict=True):
+            if size:
+                yield kind, size, last if kind == FEED_FORWARD and index == len(blocks) - 1 else 1.0
 
 
 def _made(kind: type[_Part], data: Mapping[str, Any]) -> _Part:

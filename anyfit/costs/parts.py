@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from anyfit.core.config import HEADS, WIDTH
 from anyfit.core.errors import UserError
 from anyfit.costs.latency import ATTENTION, FEED_FORWARD, LatencyTable
+from anyfit.structure.levels import Structure
 from anyfit.structure.space import Measured
 
 
@@ -21,5 +22,10 @@ def measured(table: LatencyTable, formats: Sequence[str]) -> Measured:
             f"Latencies were measured in {', '.join(known)}, and not in {', '.join(untimed)}, which may take longer.",
             remedy=f"Measure again, as before but with these: {command}.{offered}",
         )
-    kinds = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
-    return Measured(lambda structure, kept, format_: table.ms(kinds[structure.axis], kept, format_), table.rest)
+
+    def of(structure: Structure, kept: int, format_: str) -> float:
+        kind = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}[structure.axis]
+        at_end = kind == FEED_FORWARD and structure.reader.block == table.shape.blocks - 1
+        return (table.last if at_end else 1.0) * table.ms(kind, kept, format_)
+
+    return Measured(of, table.rest)

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from anyfit.core import memory
 from anyfit.core.errors import UserError
-from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape, cores
+from anyfit.costs.latency import ATTENTION, DECODE, FEED_FORWARD, KINDS, Device, LatencyTable, Setting, Shape, cores, parts
 from anyfit.costs.probes import shape_of, sized
 from anyfit.interface import interface_of
 from anyfit.progress import Progress, Silent, Stage
@@ -50,9 +50,9 @@ MIXED, VARIED = 12, 0.3
 """Networks of mixed sizes: how many, and the standard deviation of sizes within one, as a share of the whole."""
 DENSITIES, LEFT_OUT = (0.1, 0.9), (0.0, 0.1, 0.25)
 """Of mixed networks: from where to where mean sizes go, as shares of the whole, and the shares of modules that are left out, by turns."""
-NOISE, ROUGHNESS, EXACT = 0.02, 0.01, 1e-4
+NOISE, ROUGHNESSES, EXACT = 0.02, (0.01, 0.03, 0.1, 0.3), 1e-4
 """Standard deviations: of a network's time from what its modules add up to, as a share of it; of a module's from the line between its
-neighbours' in size, and of the whole network's time, as shares of an even part of that."""
+neighbours' in size, one of these, and of the whole network's time, as shares of an even part of that."""
 
 
 class Stopwatch(ABC):
@@ -65,6 +65,10 @@ class Stopwatch(ABC):
     def refuses(self, config: PretrainedConfig) -> str | None:
         """Why it can't time modules of a network of this config; None where it can."""
         return None
+
+    def last(self, setting: Setting) -> float:
+        """The share of its time that the feed-forward of the last block takes: `costs.latency.parts`."""
+        return 1.0
 
     @abstractmethod
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
@@ -103,6 +107,7 @@ def measure(
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
     networks, maker = _networks(shape), _Maker(stopwatch, config, setting, threads, trust_remote_code)
+    last = stopwatch.last(setting)
     # Half of the stage is making networks ready, the other half timing them.
     with pinned(threads), (progress or Silent()).stage("measure", 2 * len(formats) * len(networks)) as stage:
         for name in formats:
@@ -110,8 +115,8 @@ def measure(
                 clock = Clock(maker.ready(shape.uncut, name, _new(folder, "whole"))[0], threads)
                 shares = _shares(clock, networks, maker, name, stage)
             whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else clock.whole
-            modules |= {(*key, name): own * whole[name] for key, own in _fitted(shares, shape).items()}
-    return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules)
+            modules |= {(*key, name): own * whole[name] for key, own in _fitted(shares, shape, last).items()}
+    return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules, last)
 
 
 @dataclass(frozen=True)
@@ -183,53 +188,55 @@ def _mixed(shape: Shape) -> list[Blocks]:
     return [blocks for blocks in found if blocks != tuple(shape.uncut)]
 
 
-def _fitted(shares: Mapping[Blocks, float], shape: Shape) -> Took:
+def _fitted(shares: Mapping[Blocks, float], shape: Shape, last: float) -> Took:
     """What modules take, from the `shares` of the whole network's time that networks take.
 
-    As modules don't quite add up, and as searches take what seems fast by chance, smaller ones count for more than what explains the
-    networks best: by the largest share by which one of mixed sizes takes longer than is predicted from all others; though none for more
-    than a whole one. That makes predictions rather too slow, but bounds them only where smaller modules take most of a network's time.
+    How even sizes are is what predicts those of mixed sizes best, each from all others. As modules don't quite add up, and as searches take
+    what seems fast by chance, smaller ones count for more than what explains the networks best: by the largest share by which one of mixed
+    sizes takes longer than is predicted; though none for more than a whole one. That makes predictions rather too slow, but bounds them
+    only where smaller modules take most of a network's time.
     """
-    took, factor = _explaining(shares, shape), 1.0
-    for blocks in _mixed(shape):
-        others = _explaining({own: share for own, share in shares.items() if own != blocks}, shape)
-        whole = sum(others[kind, shape.full(kind)] for kind in KINDS)
-        predicted = 1 - shape.blocks * whole + sum(others[module] for module in _modules(blocks))
-        factor = max(factor, shares[blocks] / predicted)
+    off = {roughness: _misses(shares, shape, last, roughness) for roughness in ROUGHNESSES}
+    best = min(off, key=lambda roughness: sum(own**2 for own in off[roughness]))
+    took, factor = _explaining(shares, shape, last, best), 1 + max(0.0, *off[best])
     return {(kind, size): min(factor * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
 
 
-def _explaining(shares: Mapping[Blocks, float], shape: Shape) -> Took:
-    """What modules take: the least squares of what networks take from the rest and the sum of their modules, where no module takes less
-    than a smaller one of its kind, and where sizes are in line but for `ROUGHNESS`.
+def _misses(shares: Mapping[Blocks, float], shape: Shape, last: float, roughness: float) -> list[float]:
+    """By which share each network of mixed sizes takes longer than is predicted from all others."""
+    found = []
+    for blocks in _mixed(shape):
+        others = _explaining({own: share for own, share in shares.items() if own != blocks}, shape, last, roughness)
+        whole, modules = (sum(share * others[kind, size] for kind, size, share in parts(own, last)) for own in (shape.uncut, blocks))
+        found.append(shares[blocks] / (1 - whole + modules) - 1)
+    return found
 
-    So a module is known from all networks, and from its neighbours. What blocks take without any module is in the rest, as it can't be told
-    from that: all networks have as many blocks.
+
+def _explaining(shares: Mapping[Blocks, float], shape: Shape, last: float, roughness: float) -> Took:
+    """What modules take: the least squares of what networks take from the rest and the sum of their modules, none of them below zero, where
+    sizes are in line but for `roughness`.
+
+    So a module is known from all networks, and from its neighbours. Smaller ones may take longer: runtimes compute some sizes faster than
+    others. What blocks take without any module is in the rest, as it can't be told from that: all networks have as many blocks.
     """
     ladder = {kind: sizes(shape, kind)[::-1] for kind in KINDS}
-    # The unknowns are what each size takes more than the next smaller one, none below zero, and the rest, which comes last.
     keys = [(kind, size) for kind in KINDS for size in ladder[kind]]
-    steps = {(kind, size): np.array([other == kind and least <= size for other, least in keys] + [False], float) for kind, size in keys}
-    rest, even = np.eye(len(keys) + 1)[-1], 1 / (len(KINDS) * shape.blocks)
+    *columns, rest = np.eye(len(keys) + 1)  # of the unknowns: what each module takes, and the rest
+    of, even = dict(zip(keys, columns, strict=True)), 1 / (len(KINDS) * shape.blocks)
 
-    def network(blocks: Iterable[tuple[int, int]]) -> np.ndarray:
-        return rest + sum(steps[module] for module in _modules(blocks))
+    def network(blocks: Sequence[tuple[int, int]]) -> np.ndarray:
+        return rest + sum(share * of[kind, size] for kind, size, share in parts(blocks, last))
 
     rows = [(network(shape.uncut), 1.0, EXACT * even)]
     rows += [(network(blocks), share, NOISE * share) for blocks, share in shares.items()]
     for kind, some in ladder.items():
         for below, size, above in zip(some, some[1:], some[2:], strict=False):
             between = (size - below) / (above - below)
-            line = (1 - between) * steps[kind, below] + between * steps[kind, above]
-            rows.append((steps[kind, size] - line, 0.0, ROUGHNESS * even))
+            line = (1 - between) * of[kind, below] + between * of[kind, above]
+            rows.append((of[kind, size] - line, 0.0, roughness * even))
     matrix, values, deviations = map(np.array, zip(*rows, strict=True))
-    found, _ = nnls(matrix / deviations[:, None], values / deviations, maxiter=100 * len(steps))
-    return {module: float(step @ found) for module, step in steps.items()}
-
-
-def _modules(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[str, int]]:
-    """Kind and size of those that aren't left out."""
-    return ((kind, size) for block in blocks for kind, size in zip(KINDS, block, strict=True) if size)
+    found, _ = nnls(matrix / deviations[:, None], values / deviations, maxiter=100 * len(keys))
+    return dict(zip(keys, found.tolist(), strict=False))
 
 
 def sizes(shape: Shape, kind: str) -> list[int]:
@@ -257,13 +264,16 @@ class Clock:
 
     def shares(self, runs: Sequence[Run], told: Callable[[], None] = lambda: None) -> list[float]:
         """What others take, as shares of the whole network's time: medians over rounds, in each of which all of them take turns, each with
-        the whole one before it. Each is warmed up at its turn, and its last run counts. `told`: called once for each of them, by and by."""
+        the whole one before it, in another order each time, as other work on the machine may come and go as often as rounds do. Each is
+        warmed up at its turn, and its last run counts. `told`: called once for each of them, by and by."""
         ratios, said, began = [list[float]() for _ in runs], 0, self._now()
+        rng, turns = random.Random(0), list(zip(runs, ratios, strict=True))
         gc.disable()
         try:
             done, number = 0, 1
             while done < number:
-                for run, own in zip(runs, ratios, strict=True):
+                rng.shuffle(turns)
+                for run, own in turns:
                     reference = self._took(self._run)
                     self._times.append(reference)
                     own.append(self._took(run) / reference)

@@ -46,6 +46,10 @@ class LlamaCppStopwatch(Stopwatch):
         reason = gguf_cut.refuses(config)
         return reason and f"Modules of this network can't be timed in llama.cpp: {reason}."
 
+    def last(self, setting: Setting) -> float:
+        """After the last attention, only tokens are computed that logits are asked of: one of each text."""
+        return 1.0 if setting.phase == DECODE else 1 / setting.sequence
+
     def ready(self, model: PreTrainedModel, format_: str, setting: Setting, threads: int, folder: Path) -> Run:
         path = folder / "model.gguf"
         with network.quiet():
