@@ -216,6 +216,24 @@ def test_a_network_that_was_slow_once_is_outvoted(monkeypatch):
     assert found.ms(FEED_FORWARD, 256, "F32") == pytest.approx(exact.ms(FEED_FORWARD, 256, "F32"), rel=0.15)
 
 
+@pytest.mark.parametrize("unlucky", [{256}, {512}])
+def test_a_copy_that_is_slow_for_as_long_as_it_lives_does_not_count(unlucky, monkeypatch):
+    """The first of each network of these widths, the whole one too."""
+
+    class Unlucky(FakeStopwatch):
+        def ready(self, model, format_, setting, threads, folder):
+            wide = {getattr(block.mlp, "up_proj", torch.nn.Linear(1, 1)).out_features for block in model.model.layers}
+            sizes_ = tuple(parameter.shape for parameter in model.parameters())
+            slow = wide == unlucky and sizes_ not in seen
+            seen.add(sizes_)
+            run = super().ready(model, format_, setting, threads, folder)
+            return (lambda: [run(), setattr(self, "now", self.now + 2e-3)]) if slow else run
+
+    seen: set = set()
+    found, exact = measured_by(Unlucky(), monkeypatch), measured_by(FakeStopwatch(), monkeypatch)
+    assert seen and found.whole == pytest.approx(exact.whole) and found.modules == pytest.approx(exact.modules)
+
+
 def test_no_module_takes_more_than_a_whole_one(monkeypatch):
     fake, rng = FakeStopwatch(), random.Random(0)
     fake.changed = lambda took, _: took * rng.gauss(1, 0.03)
@@ -303,10 +321,10 @@ def test_what_takes_long_is_not_run_often_for_that(monkeypatch, seconds, runs):
 
 
 def test_a_network_is_timed_for_some_seconds_and_in_some_rounds():
-    assert stopwatch._rounds(1e-3) == 2000
-    assert stopwatch._rounds(0.1) == 31, "rounds at least"
-    assert stopwatch._rounds(0.5) == 12, "seconds at most"
-    assert stopwatch._rounds(100.0) == 7, "rounds at least, however long they take"
+    assert stopwatch._rounds(1e-3) == 1000
+    assert stopwatch._rounds(0.1) == 21, "rounds at least"
+    assert stopwatch._rounds(0.5) == 8, "seconds at most"
+    assert stopwatch._rounds(100.0) == 5, "rounds at least, however long they take"
 
 
 class Counted:
@@ -354,7 +372,7 @@ def test_no_more_networks_are_held_than_fit(bound, at_once, monkeypatch):
         monkeypatch.setattr(stopwatch, "ALIVE", 5)
     found, together = measured_by(Counting(), monkeypatch, progress=progress), measured_by(FakeStopwatch(), monkeypatch)
     assert found.modules == pytest.approx(together.modules) and found.whole == pytest.approx(together.whole)
-    number = len(stopwatch._networks(SHAPE))
+    number = stopwatch.COPIES * len(stopwatch._networks(SHAPE))
     assert most == 1 + (at_once or number), "beside the whole network"
     assert progress.done == progress.total == 2 * number
 
@@ -384,7 +402,7 @@ def test_a_format_that_is_said_twice_is_timed_once(monkeypatch):
     config = tiny_model("llama").config
     found = stopwatch.measure(fake, config, "fake", SETTING, formats=("F32", "F16", "F32"), threads=1, progress=progress)
     assert list(found.whole) == ["F32", "F16"]
-    assert progress.done == progress.total == 2 * 2 * len(stopwatch._networks(SHAPE))
+    assert progress.done == progress.total == 2 * 2 * stopwatch.COPIES * len(stopwatch._networks(SHAPE))
 
 
 def test_what_runs_in_the_place_of_a_module_is_counted(monkeypatch):

@@ -36,9 +36,11 @@ Took = Mapping[tuple[str, int], float]
 Blocks = tuple[tuple[int, int], ...]
 """Of a network: groups of each one's attention, width of its feed-forward."""
 
-SECONDS, ROUNDS = 2.0, 31
-"""How long a network is timed beside the whole, by the clock that counts, and in how many rounds at least."""
-LONG, FEWEST = 6.0, 7
+COPIES = 2
+"""Of each network, the fastest of which counts: where in memory its numbers come to lie is chance, and may slow it down by a fifth."""
+SECONDS, ROUNDS = 1.0, 21
+"""How long a copy is timed beside the whole, by the clock that counts, and in how many rounds at least."""
+LONG, FEWEST = 4.0, 5
 """No longer than this, though, if that takes no fewer rounds than these."""
 HELD, OF_FREE, ALIVE = 2**32, 0.25, 512
 """What bounds the networks that are held at once to take turns, whichever comes first: bytes of their numbers in float32, the share of free
@@ -93,7 +95,8 @@ def measure(
 
     Every network is timed beside the whole one, the two taking turns, and what counts is the median of their ratios: what
     slows the machine down for a while slows down both. As it slows down large ones more, and for minutes, all networks take turns, as far
-    as memory allows. The whole network in any format but the first is timed beside that in the first.
+    as memory allows. Of `COPIES` of each, the whole one too, the fastest counts. The whole network in any format but the first is timed
+    beside that in the first.
 
     Networks with modules of one kind at one size, all else whole, and networks of mixed sizes are timed. What modules take is then what
     explains all of these best, see `_fitted`, as differences between single networks neither add up nor are free of noise. Of the whole
@@ -109,12 +112,14 @@ def measure(
     networks, maker = _networks(shape), _Maker(stopwatch, config, setting, threads, trust_remote_code)
     last = stopwatch.last(setting)
     # Half of the stage is making networks ready, the other half timing them.
-    with pinned(threads), (progress or Silent()).stage("measure", 2 * len(formats) * len(networks)) as stage:
+    with pinned(threads), (progress or Silent()).stage("measure", 2 * COPIES * len(formats) * len(networks)) as stage:
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
                 clock = Clock(maker.ready(shape.uncut, name, _new(folder, "whole"))[0], threads)
                 shares = _shares(clock, networks, maker, name, stage)
-            whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else clock.whole
+            fastest = min(1.0, shares.pop(tuple(shape.uncut)))
+            shares = {blocks: share / fastest for blocks, share in shares.items()}
+            whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else fastest * clock.whole
             modules |= {(*key, name): own * whole[name] for key, own in _fitted(shares, shape, last).items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules, last)
 
@@ -139,34 +144,39 @@ class _Maker:
 
 
 def _shares(clock: Clock, networks: Mapping[Blocks, str], maker: _Maker, format_: str, stage: Stage) -> dict[Blocks, float]:
-    """What each network takes as a share of the clock's, as many as may be held taking turns."""
-    shares, left = dict[Blocks, float](), list(networks)
+    """What the fastest copy of each network takes as a share of the clock's, as many as may be held taking turns."""
+    shares, left = {blocks: list[float]() for blocks in networks}, COPIES * list(networks)
     random.Random(0).shuffle(left)  # those that don't fit at once shouldn't differ from others in kind
     while left:
         with tempfile.TemporaryDirectory() as folder:
-            runs, held = dict[Blocks, Run](), 0
+            runs, names, held = list[Run](), list[Blocks](), 0
             memory.release()
             before = _free(folder)
             while left and not (runs and (held >= HELD or len(runs) * maker.threads >= ALIVE or _crowded(before, folder))):
                 blocks = left.pop()
-                runs[blocks], num_bytes = maker.ready(blocks, format_, _new(folder, str(len(runs))))
+                run, num_bytes = maker.ready(blocks, format_, _new(folder, str(len(runs))))
+                runs.append(run)
+                names.append(blocks)
                 held += num_bytes
                 stage.advance(detail=f"{networks[blocks]} {format_}")
-            taken = clock.shares(list(runs.values()), lambda: stage.advance(detail=f"taking turns, {format_}"))
-            shares |= zip(runs, taken, strict=True)
-    return {blocks: shares[blocks] for blocks in networks}
+            for blocks, share in zip(names, clock.shares(runs, lambda: stage.advance(detail=f"taking turns, {format_}")), strict=True):
+                shares[blocks].append(share)
+            del run, runs  # before the next are made
+    return {blocks: min(own) for blocks, own in shares.items()}
 
 
 def _slower(shape: Shape, maker: _Maker, format_: str, plain: str) -> float:
     """How many times as long the whole network takes in a format as in another."""
+    names = [name for name in (plain, format_) for _ in range(COPIES)]
     with tempfile.TemporaryDirectory() as folder:
-        run, other = (maker.ready(shape.uncut, name, _new(folder, name))[0] for name in (plain, format_))
-        return Clock(run, maker.threads).shares([other])[0]
+        first, *others = (maker.ready(shape.uncut, name, _new(folder, str(index)))[0] for index, name in enumerate(names))
+        shares = [1.0, *Clock(first, maker.threads).shares(others)]
+    return min(shares[COPIES:]) / min(shares[:COPIES])
 
 
 def _networks(shape: Shape) -> dict[Blocks, str]:
-    """Those that are timed beside the whole one, and what is said of each."""
-    found = dict[Blocks, str]()
+    """Those that are timed beside a whole one, and what is said of each."""
+    found = {tuple(shape.uncut): "whole"}
     for kind in KINDS:
         for size in (*sizes(shape, kind)[1:], 0):
             found[((size, shape.width) if kind == ATTENTION else (shape.groups, size),) * shape.blocks] = f"{kind} {size}"
