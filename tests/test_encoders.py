@@ -88,7 +88,7 @@ def latencies(model: Path, tmp_path: Path) -> LatencyTable:
     blocks = shape.blocks * (modules[ATTENTION, shape.groups, "F32"] + modules[FEED_FORWARD, shape.width, "F32"])
     device = Device.here(measuring._stopwatch("onnxruntime").runtime, 1)
     whole = {"F32": blocks + 1.0, "int8_sym": blocks / 2 + 3.0}
-    made = LatencyTable("onnxruntime", device, Setting(1, LENGTH), shape, whole, modules)
+    made = LatencyTable("onnxruntime", device, Setting(1, LENGTH), shape, whole, modules, dict.fromkeys(whole, 1.0))
     made.write(tmp_path / "latency.json")
     return made
 

@@ -220,7 +220,14 @@ def made_table(model: Path, **changes: object) -> LatencyTable:
     from anyfit.measuring import _stopwatch
 
     device = Device.here(_stopwatch("transformers").runtime, 1)
-    given = {"target": "transformers", "device": device, "setting": Setting(1, LENGTH), "shape": shape, "whole": {"F32": whole}}
+    given = {
+        "target": "transformers",
+        "device": device,
+        "setting": Setting(1, LENGTH),
+        "shape": shape,
+        "whole": {"F32": whole},
+        "margins": {"F32": 1.1},
+    }
     return LatencyTable(**{**given, "modules": modules, **changes})  # type: ignore[arg-type]
 
 
@@ -237,9 +244,11 @@ def test_budgets_in_milliseconds(model: Path, fast: Family) -> None:
     assert whole == pytest.approx(table.whole["F32"])
     for budget, bound in (("2x", whole / 2), ("1.5x", whole / 1.5), ("2ms", 2.0)):
         point = family.select(budget)
-        kinds = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}
-        modules = [(kinds[axis], kept_of(name) or 0) for (_, axis), name in point.config.items()]
-        assert table.predict("F32", modules) == pytest.approx(family.size(point)) and family.size(point) <= bound
+        kept = {axis: [kept_of(name) or 0 for (_, own), name in point.config.items() if own == axis] for axis in (HEADS, WIDTH)}
+        blocks = list(zip(kept[HEADS], kept[WIDTH], strict=True))
+        assert (
+            table.predict("F32", blocks) < table.bound("F32", blocks) == pytest.approx(family.size(point)) and family.size(point) <= bound
+        )
     assert "width128 F32" not in [choice.name for choice in family.space.decisions[1].choices]
     assert any("no less time" in reason for _, name, reason in family.coverage if name == "width128 F32")
     both = family.select(["2x", "70%"])
@@ -255,7 +264,8 @@ def test_evolution_keeps_to_milliseconds(model: Path, text: Path, tmp_path: Path
     device, dense = _device_of("onnxruntime"), made_table(model)
     modules = dense.modules | {(kind, size, "int4_sym"): 1.2 * ms for (kind, size, _), ms in dense.modules.items()}
     whole = dense.whole | {"int4_sym": 1.2 * dense.whole["F32"]}
-    made_table(model, target="onnxruntime", device=device, modules=modules, whole=whole).write(tmp_path / "latency.json")
+    made = made_table(model, target="onnxruntime", device=device, modules=modules, whole=whole, margins=dict.fromkeys(whole, 1.0))
+    made.write(tmp_path / "latency.json")
     runs = []
 
     def watched(space: Space, table: Table, *, budget: Budget, **given: object) -> list[Ranked]:

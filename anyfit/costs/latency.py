@@ -13,7 +13,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,8 +97,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds. `whole` by format; `modules` by (kind, size, format), the size counted as in `Shape.full`. `last`: the share of that
-    which the feed-forward of the last block takes, see `parts`."""
+    """Milliseconds. `whole` by format; `modules` by (kind, size, format), the size counted as in `Shape.full`: what they are expected to
+    take. `margins`, by format: how many times that they count for where a budget is to be kept. `last`: the share of it that the
+    feed-forward of the last block takes, see `parts`."""
 
     target: str
     device: Device
@@ -106,6 +107,7 @@ class LatencyTable:
     shape: Shape
     whole: Mapping[str, float]
     modules: Mapping[tuple[str, int, str], float]
+    margins: Mapping[str, float]
     last: float = 1.0
 
     def sizes(self, kind: str, format_: str) -> list[int]:
@@ -121,16 +123,25 @@ class LatencyTable:
             raise UserError(f"The latency of {kind} of size {size} in {format_} was not measured.", remedy=f"Measured sizes: {measured}.")
         return self.modules[kind, size, format_]
 
+    def at_most(self, kind: str, size: int, format_: str) -> float:
+        """What one module counts for where a budget is to be kept: no more than a whole one, if it isn't expected to take more."""
+        own, full = self.ms(kind, size, format_), self.ms(kind, self.shape.full(kind), format_)
+        return max(own, min(self.margins[format_] * own, full))
+
     def rest(self, format_: str) -> float:
         """What the whole network takes besides its modules; nothing where these by themselves were measured to take more."""
-        return max(0.0, self.whole[format_] - self._modules(format_, self.shape.uncut))
+        return max(0.0, self.whole[format_] - self._modules(self.ms, format_, self.shape.uncut))
 
     def predict(self, format_: str, blocks: Sequence[tuple[int, int]]) -> float:
         """What a network takes whose blocks have these groups and widths, 0 for what is left out."""
-        return self.rest(format_) + self._modules(format_, blocks)
+        return self.rest(format_) + self._modules(self.ms, format_, blocks)
 
-    def _modules(self, format_: str, blocks: Sequence[tuple[int, int]]) -> float:
-        return sum(share * self.ms(kind, size, format_) for kind, size, share in parts(blocks, self.last))
+    def bound(self, format_: str, blocks: Sequence[tuple[int, int]]) -> float:
+        """What it counts for where a budget is to be kept."""
+        return self.rest(format_) + self._modules(self.at_most, format_, blocks)
+
+    def _modules(self, of: Callable[[str, int, str], float], format_: str, blocks: Sequence[tuple[int, int]]) -> float:
+        return sum(share * of(kind, size, format_) for kind, size, share in parts(blocks, self.last))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -140,6 +151,7 @@ class LatencyTable:
             "setting": asdict(self.setting),
             "shape": asdict(self.shape),
             "whole": dict(self.whole),
+            "margins": dict(self.margins),
             "last": self.last,
             "modules": [{"kind": k, "size": size, "format": name, "ms": ms} for (k, size, name), ms in sorted(self.modules.items())],
         }
@@ -154,20 +166,25 @@ class LatencyTable:
             _made(Shape, data["shape"]),
             dict(data["whole"]),
             {(row["kind"], row["size"], row["format"]): row["ms"] for row in data["modules"]},
+            dict(data["margins"]),
             data["last"],
         )
         if not isinstance(made.target, str):
             raise TypeError("the target is no name")
         if not all(0 <= ms < math.inf for ms in made.modules.values()) or not all(0 < ms < math.inf for ms in made.whole.values()):
             raise ValueError("not all latencies are milliseconds")
-        if not 0 <= made.last <= 1:
-            raise ValueError("the last feed-forward's share is none")
-        if made.whole.keys() != {format_ for _, _, format_ in made.modules}:
+        if not 0 <= made.last <= 1 or not all(1 <= margin < math.inf for margin in made.margins.values()):
+            raise ValueError("a share or a margin is none")
+        if not made.whole.keys() == made.margins.keys() == {format_ for _, _, format_ in made.modules}:
             raise ValueError("the network and its modules were timed in different formats")
         return made
 
     def __str__(self) -> str:
-        return f"Milliseconds are those of {self.setting}, as measured in {self.device}."
+        margins = ", ".join(f"{margin - 1:.1%} ({name})" for name, margin in self.margins.items())
+        return (
+            f"Milliseconds are those of {self.setting}, as measured in {self.device}. So that budgets are kept, smaller modules count for "
+            f"more than they are expected to take, by the most by which a mixed network took longer: {margins}."
+        )
 
     @property
     def digest(self) -> str:

@@ -26,6 +26,6 @@ def measured(table: LatencyTable, formats: Sequence[str]) -> Measured:
     def of(structure: Structure, kept: int, format_: str) -> float:
         kind = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}[structure.axis]
         at_end = kind == FEED_FORWARD and structure.reader.block == table.shape.blocks - 1
-        return (table.last if at_end else 1.0) * table.ms(kind, kept, format_)
+        return (table.last if at_end else 1.0) * table.at_most(kind, kept, format_)
 
     return Measured(of, table.rest)

@@ -109,6 +109,7 @@ def measure(
     setting = replace(setting, sequence=interface_of(config).length(config) or setting.sequence)
     whole: dict[str, float] = {}
     modules: dict[tuple[str, int, str], float] = {}
+    margins: dict[str, float] = {}
     networks, maker = _networks(shape), _Maker(stopwatch, config, setting, threads, trust_remote_code)
     last = stopwatch.last(setting)
     # Half of the stage is making networks ready, the other half timing them.
@@ -120,8 +121,9 @@ def measure(
             fastest = min(1.0, shares.pop(tuple(shape.uncut)))
             shares = {blocks: share / fastest for blocks, share in shares.items()}
             whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else fastest * clock.whole
-            modules |= {(*key, name): own * whole[name] for key, own in _fitted(shares, shape, last).items()}
-    return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules, last)
+            took, margins[name] = _fitted(shares, shape, last)
+            modules |= {(*key, name): own * whole[name] for key, own in took.items()}
+    return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules, margins, last)
 
 
 @dataclass(frozen=True)
@@ -198,18 +200,16 @@ def _mixed(shape: Shape) -> list[Blocks]:
     return [blocks for blocks in found if blocks != tuple(shape.uncut)]
 
 
-def _fitted(shares: Mapping[Blocks, float], shape: Shape, last: float) -> Took:
-    """What modules take, from the `shares` of the whole network's time that networks take.
+def _fitted(shares: Mapping[Blocks, float], shape: Shape, last: float) -> tuple[Took, float]:
+    """What modules take, from the `shares` of the whole network's time that networks take, and how many times that they may take.
 
     How even sizes are is what predicts those of mixed sizes best, each from all others. As modules don't quite add up, and as searches take
-    what seems fast by chance, smaller ones count for more than what explains the networks best: by the largest share by which one of mixed
-    sizes takes longer than is predicted; though none for more than a whole one. That makes predictions rather too slow, but bounds them
-    only where smaller modules take most of a network's time.
+    what seems fast by chance, the second is by how much one of mixed sizes at most takes longer than is predicted. That bounds networks
+    only where smaller modules take most of their time.
     """
-    off = {roughness: _misses(shares, shape, last, roughness) for roughness in ROUGHNESSES}
-    best = min(off, key=lambda roughness: sum(own**2 for own in off[roughness]))
-    took, factor = _explaining(shares, shape, last, best), 1 + max(0.0, *off[best])
-    return {(kind, size): min(factor * own, took[kind, shape.full(kind)]) for (kind, size), own in took.items()}
+    misses = {roughness: _misses(shares, shape, last, roughness) for roughness in ROUGHNESSES}
+    best = min(misses, key=lambda roughness: sum(own**2 for own in misses[roughness]))
+    return _explaining(shares, shape, last, best), 1 + max(0.0, *misses[best])
 
 
 def _misses(shares: Mapping[Blocks, float], shape: Shape, last: float, roughness: float) -> list[float]:
