@@ -220,15 +220,15 @@ def speed(subject: Subject, batch: int, sequence: int) -> list[Section]:
 
 
 def _kept(subject: Subject, family: Family, table: LatencyTable, points: Mapping[str, Point], taken: Taken, quality: Qualities) -> Section:
-    """Speed-ups as they were asked for, predicted and measured."""
-    whole, setting, predicted = taken[family.space.largest()], table.setting, table.whole["F32"]
+    """Speed-ups as they were asked for, as budgets count them, and as measured."""
+    whole, setting, counted = taken[family.space.largest()], table.setting, table.whole["F32"]
     rows = [
         Row(
             (
                 asked,
                 f"{family.size(point):.3f}",
                 f"{taken[point.config]:.3f}",
-                f"{family.size(point) / predicted / (taken[point.config] / whole) - 1:+.1%}",
+                f"{family.size(point) / counted / (taken[point.config] / whole) - 1:+.1%}",
                 f"{whole / taken[point.config]:.2f}x",
                 shown(quality[point.config]),
             ),
@@ -239,11 +239,11 @@ def _kept(subject: Subject, family: Family, table: LatencyTable, points: Mapping
     remark = (
         f"{subject.name} in {table.device.runtime}, {THREADS} thread: {whole:.3f} ms whole, {table.rest('F32'):.3f} ms of them "
         f"outside attention and feed-forward; {named(family.original.report)} {shown(family.original.report)} as it is. Times are medians, "
-        "all models taking turns. Predicted against measured: as shares of the whole network, which took "
-        f"{predicted:.3f} ms when its table was made, as the machine isn't always as fast. A row holds where the measured speed-up is at "
+        "all models taking turns. Counted against measured: as shares of the whole network, which took "
+        f"{counted:.3f} ms when its table was made, as the machine isn't always as fast. A row holds where the measured speed-up is at "
         "least the one that was asked for. Nothing is trained."
     )
-    header = ("asked for", "predicted ms", "measured ms", "predicted against measured", "measured speed-up", named(family.original.report))
+    header = ("asked for", "counts as ms", "measured ms", "counted against measured", "measured speed-up", named(family.original.report))
     return Section(f"The speed that was asked for: batch {setting.batch}, {setting.sequence} tokens", header, rows, [remark])
 
 
