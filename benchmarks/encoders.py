@@ -137,7 +137,7 @@ def _labels(rows: Sequence[tuple[str, int]]) -> Tensor:
 
 @dataclass
 class Contest:
-    """A pruned encoder, and whoever else makes it fast: each speed-up's networks, within the same predicted time."""
+    """A pruned encoder, and whoever else makes it fast: each speed-up's networks, within the same time by the table."""
 
     subject: Subject
     assets: Path
@@ -199,7 +199,7 @@ class Contest:
             f"of embeddings with the original's on {len(self.text['report'])} held-out sentences. SST-2: a logistic regression on "
             f"embeddings of {NUM_TRAIN} sentences, right on {NUM_DEV} others (standard error {100 * 0.4 / NUM_DEV**0.5:.1f} points).",
             "In pairs at equal measured time: each of the others, and anyfit's before it, the largest within "
-            f"{', '.join(f'{share:.0%}' for share in NEARBY)} of the predicted time that takes no longer, all measured in turns. Its row "
+            f"{', '.join(f'{share:.0%}' for share in NEARBY)} of that time that takes no longer, all measured in turns. Its row "
             f"holds where it takes no longer, its cosine is no lower, and the other isn't right more often by {CERTAIN} standard errors, "
             "of the difference on the same sentences.",
             *([] if self.environments else ["Torch-Pruning wasn't run: its environment wasn't named."]),
@@ -207,7 +207,7 @@ class Contest:
 
 
 def retained(contest: Contest) -> Section:
-    """At each speed-up: the searched network, the best uniform one and the peer's best, all within the same predicted time."""
+    """At each speed-up: the searched network, the best uniform one and the peer's best, all within the same time by the table."""
     rows = [Row(("", "the original", "", "1", f"{contest.probe.right(contest.original).float().mean():.1%}"))]
     for faster in FASTER:
         networks = contest.networks(faster)
@@ -216,7 +216,7 @@ def retained(contest: Contest) -> Section:
         "One shot: nothing is trained. Uniform: the best of this family's settings that keep the same share everywhere, repaired by the "
         "same least squares. Torch-Pruning: heads and channels by its group magnitude, with one ratio for each layer or one threshold for "
         "all, whichever is closer; the width of the network stays, as embeddings of another size couldn't be compared. Each of these is "
-        "the largest within the predicted time that was asked for."
+        "the largest within the time by the table that was asked for."
     )
     return Section("What is kept at equal time", ("asked for", "", "ms", "cosine", "SST-2"), rows, [*contest.remarks, about])
 
@@ -294,7 +294,7 @@ def _in_batches(family: Family, path: Path, batch: int) -> Outputs:
 
 
 def _others(family: Family, budget: float, peers: Mapping[Path, float]) -> dict[str, PreTrainedModel]:
-    """The best uniform network that is predicted to take so many milliseconds; of the peer's the closest to the original."""
+    """The best uniform network that takes so many milliseconds by the table; of the peer's the closest to the original."""
     uniform = min((p for p in family.points if p.uniform and family.size(p) <= budget), key=lambda p: p.search.loss)
     largest = family.extract(family.space.largest())
     reference = task_of(family.source.config).reference(largest, family.text()["search"])
@@ -323,7 +323,7 @@ def _peers(subject: Subject, environments: Path, out: Path, table: LatencyTable)
     options = ["--model", str(checkpoint.folder.absolute()), "--out", str(out), "--ratios", json.dumps(RATIOS)]
     variables = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     subprocess.run([str(python), "-m", f"peers.{PEER}", *options], check=True, cwd=out, env=variables)
-    return {path: _predicted(cut_as(checkpoint.load(), load_file(path)), table) for path in sorted(out.glob("*.safetensors"))}
+    return {path: _counted(cut_as(checkpoint.load(), load_file(path)), table) for path in sorted(out.glob("*.safetensors"))}
 
 
 def cut_as(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -339,11 +339,11 @@ def cut_as(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedM
     return model
 
 
-def _predicted(model: PreTrainedModel, table: LatencyTable) -> float:
-    """By the table, between its sizes in proportion."""
+def _counted(model: PreTrainedModel, table: LatencyTable) -> float:
+    """Milliseconds by the table, as budgets count them, between its sizes in proportion."""
     total = table.rest("F32")
     for own in sizes(model, architecture_of(model)):
         for kind, size in ((ATTENTION, own.groups), (FEED_FORWARD, own.channels)):
             known = table.sizes(kind, "F32")
-            total += float(np.interp(size, known, [table.ms(kind, at, "F32") for at in known]))
+            total += float(np.interp(size, known, [table.at_most(kind, at, "F32") for at in known]))
     return total

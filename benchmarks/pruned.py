@@ -35,7 +35,7 @@ RECIPE = "ziplm"
 THREADS, ROUNDS, SECONDS = 1, 31, 20.0
 """Rounds of everything that is timed side by side; a third of them where they take longer than this."""
 NEARBY = (1.0, 0.97, 0.94, 0.91)
-"""Shares of a predicted time: of what is found within them, whoever is compared takes what is measured to keep to a time."""
+"""Shares of a time by the table: of what is found within them, whoever is compared takes what is measured to keep to a time."""
 NUM_SENTENCES, LENGTH = 2000, 32
 """Sentences of each kind, and tokens of each at most."""
 

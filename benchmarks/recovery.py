@@ -100,7 +100,7 @@ def recovery(family: Family, latency: Path, steps: int) -> Section:
     original = family.original.report
     assert isinstance(original, Quality)
     remark = (
-        f"The embedded default, perplexity {original.perplexity:.2f}; within the predicted latency of onnxruntime, batch 1, "
+        f"The embedded default, perplexity {original.perplexity:.2f}; within the latency by a table of onnxruntime, batch 1, "
         f"128 tokens, one thread. {how.settings.batch_size} windows of {windows(subject.text['calibration']).shape[1]} tokens a step, of "
         f"{subject.text['calibration'].numel()} tokens; Adam at {how.settings.rate:g}. Gradually: by way of {', '.join(BUDGETS)}, {steps} "
         "steps each, which makes all of these sizes, the first as with states; in one step: that size alone, in as many steps as all of "

@@ -248,7 +248,7 @@ def _kept(subject: Subject, family: Family, table: LatencyTable, points: Mapping
 
 
 def _beaten(where: str, uniform: list[Point], searched: list[Point], taken: Taken, quality: Qualities) -> Section:
-    """Uniform sizes, and what is found for the time that they are predicted to take."""
+    """Uniform sizes, and what is found for the time that they take by the table."""
     rows = [
         Row(
             (
@@ -264,7 +264,7 @@ def _beaten(where: str, uniform: list[Point], searched: list[Point], taken: Take
     same = [str(one.uniform) for one, other in zip(uniform, searched, strict=True) if one.config == other.config]
     remark = (
         "Uniform: the same density everywhere, the same weights to choose from. Searched: the best within "
-        f"{', '.join(f'{share:.0%}' for share in NEARBY)} of the uniform one's predicted time; of these the largest that is measured to "
+        f"{', '.join(f'{share:.0%}' for share in NEARBY)} of the uniform one's time by the table; of these the largest that is measured to "
         "take no longer, so that both are compared at equal measured time. A row holds where it is no further from the original."
         + (f" What is searched is the uniform network itself for {', '.join(same)}." if same else "")
     )

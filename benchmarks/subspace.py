@@ -22,7 +22,7 @@ from anyfit.tuning.coded import Stored
 from anyfit.tuning.refining import windows
 
 Found = tuple[float, float, float, float]
-"""KL on the search split, perplexity and KL on the report split, seconds of a processor."""
+"""KL on the search split, perplexity and KL on all text for reports, seconds of a processor."""
 
 
 @dataclass(frozen=True)

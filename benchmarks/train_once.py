@@ -207,7 +207,7 @@ def settled(bench: Bench, network: ElasticNetwork) -> Section:
     )
     remark = (
         "Differences in float32. Offsets are then stored as halves of zero points, in steps of 1/256 and clipped to the integers' range; "
-        "KL on the report split, one format everywhere. All other figures are of what is stored."
+        "KL on the text for reports, one format everywhere. All other figures are of what is stored."
     )
     return Section("Merging", header, rows, (remark,))
 
@@ -301,7 +301,7 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
             print("  ".join(cells), flush=True)
             rows.append(Row(cells, holds))
     for name, network in candidates.items():
-        say(f"one run, {name}, report split, KL", {f"{b:g}": bench.quality(network, c).kl_mean for b, c in sorted(bench.configs().items())})
+        say(f"one run, {name}, report text, KL", {f"{b:g}": bench.quality(network, c).kl_mean for b, c in sorted(bench.configs().items())})
     remark = (
         f"Perplexity / mean KL to the original on all {bench.report.tokens.numel()} tokens that are for reports, of what is stored. "
         f"The one run takes {settings.num_steps} steps of {settings.batch_size} windows; three runs have a third of them each, or all of "

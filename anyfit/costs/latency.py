@@ -137,7 +137,7 @@ class LatencyTable:
         return self.rest(format_) + self._modules(self.ms, format_, blocks)
 
     def bound(self, format_: str, blocks: Sequence[tuple[int, int]]) -> float:
-        """What it counts for where a budget is to be kept."""
+        """What it counts for where a budget is to be kept: a search, which adds up single decisions, counts no less."""
         return self.rest(format_) + self._modules(self.at_most, format_, blocks)
 
     def _modules(self, of: Callable[[str, int, str], float], format_: str, blocks: Sequence[tuple[int, int]]) -> float:
@@ -183,7 +183,7 @@ class LatencyTable:
         margins = ", ".join(f"{margin - 1:.1%} ({name})" for name, margin in self.margins.items())
         return (
             f"Milliseconds are those of {self.setting}, as measured in {self.device}. So that budgets are kept, smaller modules count for "
-            f"more than they are expected to take, by the most by which a mixed network took longer: {margins}."
+            f"more than they are expected to take, by the most by which a network of mixed sizes took longer than was predicted: {margins}."
         )
 
     @property
@@ -220,11 +220,13 @@ class LatencyTable:
 
 def parts(blocks: Sequence[tuple[int, int]], last: float) -> Iterator[tuple[str, int, float]]:
     """Kind and size of what isn't left out, and the share of its time that it takes where it is: all of it, but for the feed-forward of
-    the last block, which takes `last`. It is less where a runtime goes on with some positions only after the last attention."""
+    the last block that isn't left out whole, which takes `last`. It is less where a runtime goes on with some positions only after the
+    last attention."""
+    final = max((index for index, block in enumerate(blocks) if any(block)), default=-1)
     for index, block in enumerate(blocks):
         for kind, size in zip(KINDS, block, strict=True):
             if size:
-                yield kind, size, last if kind == FEED_FORWARD and index == len(blocks) - 1 else 1.0
+                yield kind, size, last if kind == FEED_FORWARD and index == final else 1.0
 
 
 def _made(kind: type[_Part], data: Mapping[str, Any]) -> _Part:

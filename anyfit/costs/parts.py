@@ -12,8 +12,10 @@ from anyfit.structure.space import Measured
 
 
 def measured(table: LatencyTable, formats: Sequence[str]) -> Measured:
-    """What a pruned network's parts take by a table. `formats`: those that may be chosen, the dense one first. Raises `UserError` where one
-    wasn't timed: fewer bits may take longer, and budgets in milliseconds are kept."""
+    """What a pruned network's parts count for by a table. `formats`: those that may be chosen, the dense one first.
+
+    Raises `UserError` where one wasn't timed: fewer bits may take longer, and budgets in milliseconds are kept.
+    """
     if untimed := [name for name in formats if name not in table.whole]:
         known = list(table.whole)
         command = f"anyfit measure MODEL --target {table.target} --formats {','.join(dict.fromkeys([*known, *formats]))}"
@@ -24,6 +26,7 @@ def measured(table: LatencyTable, formats: Sequence[str]) -> Measured:
         )
 
     def of(structure: Structure, kept: int, format_: str) -> float:
+        # Whether blocks after it are left out whole, which would make another the last one, no single decision knows: that errs slow.
         kind = {HEADS: ATTENTION, WIDTH: FEED_FORWARD}[structure.axis]
         at_end = kind == FEED_FORWARD and structure.reader.block == table.shape.blocks - 1
         return (table.last if at_end else 1.0) * table.at_most(kind, kept, format_)

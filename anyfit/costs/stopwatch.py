@@ -95,8 +95,8 @@ def measure(
 
     Every network is timed beside the whole one, the two taking turns, and what counts is the median of their ratios: what
     slows the machine down for a while slows down both. As it slows down large ones more, and for minutes, all networks take turns, as far
-    as memory allows. Of `COPIES` of each, the whole one too, the fastest counts. The whole network in any format but the first is timed
-    beside that in the first.
+    as memory allows. Of `COPIES` of each, and one more of the whole one, the fastest counts. The whole network in any format but the first
+    is timed beside that in the first.
 
     Networks with modules of one kind at one size, all else whole, and networks of mixed sizes are timed. What modules take is then what
     explains all of these best, see `_fitted`, as differences between single networks neither add up nor are free of noise. Of the whole
@@ -120,7 +120,9 @@ def measure(
                 shares = _shares(clock, networks, maker, name, stage)
             fastest = min(1.0, shares.pop(tuple(shape.uncut)))
             shares = {blocks: share / fastest for blocks, share in shares.items()}
-            whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else fastest * clock.whole
+            milliseconds = fastest * clock.whole
+            del clock  # and the network that it holds, before others are made
+            whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else milliseconds
             took, margins[name] = _fitted(shares, shape, last)
             modules |= {(*key, name): own * whole[name] for key, own in took.items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules, margins, last)
@@ -209,7 +211,7 @@ def _fitted(shares: Mapping[Blocks, float], shape: Shape, last: float) -> tuple[
     """
     misses = {roughness: _misses(shares, shape, last, roughness) for roughness in ROUGHNESSES}
     best = min(misses, key=lambda roughness: sum(own**2 for own in misses[roughness]))
-    return _explaining(shares, shape, last, best), 1 + max(0.0, *misses[best])
+    return _explaining(shares, shape, last, best), 1 + max((0.0, *misses[best]))
 
 
 def _misses(shares: Mapping[Blocks, float], shape: Shape, last: float, roughness: float) -> list[float]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 1040, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, WIDTH - 16, 16, HEIGHT - 48
-_LABELS = {LATENCY: ("measured latency, ms", 1.0), WEIGHTS: ("weights in the blocks that aren't zero, millions", 1e6)}
+_LABELS = {LATENCY: ("latency as budgets count it, ms", 1.0), WEIGHTS: ("weights in the blocks that aren't zero, millions", 1e6)}
 """Of costs other than bytes: what stands below the chart, and its unit."""
 SIDE = 440
 """Width and height of the square chart of predicted against measured."""

@@ -23,8 +23,8 @@ from anyfit.structure.levels import READERS, Structure, first, kept_of
 
 @dataclass(frozen=True)
 class Measured:
-    """Latencies of one runtime on one device, in milliseconds: `of` an attention or a feed-forward with so many structures kept in a
-    format, and `rest`, of everything else in a format."""
+    """Latencies of one runtime on one device as budgets count them, in milliseconds: `of` an attention or a feed-forward with so many
+    structures kept in a format, and `rest`, of everything else in a format."""
 
     of: Callable[[Structure, int, str], float]
     rest: Callable[[str], float]
@@ -80,7 +80,8 @@ class Pruning:
     def space(self, storage: Storage) -> Space:
         """Each attention and feed-forward at its sizes, in its formats; what stands outside in its formats.
 
-        Sizes that take no less time than a larger one in the same format aren't offered: smaller must be faster.
+        Sizes that take no less time than a larger one in the same format aren't offered, in the dense format in none: smaller must be
+        faster.
         """
         assert self.formats[0] == storage.dense, self.formats
         whole = self.source.skeleton()
@@ -124,9 +125,10 @@ class Pruning:
         for format_ in self.formats:
             fastest = float("inf")
             for kept, shapes in at_level.items():
-                if kept not in offered:
-                    continue
                 name = structure.choice(kept, format_)
+                if kept not in offered:
+                    refused[name] = f"its size isn't offered in {storage.dense}"
+                    continue
                 why = next((why for key in matrices & shapes.keys() if (why := storage.refuses(key, shapes[key], format_))), None)
                 if not matrices & shapes.keys() and format_ != storage.dense:
                     continue  # nothing that could be quantised
