@@ -353,7 +353,7 @@ def test_refining_solves_codebooks_again_for_what_arrives() -> None:
     assert torch.equal(stored.get_parameter(name), format_.decode(data))
 
 
-FEW = pv.Settings(num_steps=12, code_rate=0.1, rate=1e-2)
+FEW = pv.Settings(num_steps=12, code_rate=0.3, rate=1e-2)
 
 
 @pytest.mark.parametrize("name", ["aqlm_1x8g4", "aqlm_2x8g8"])

@@ -32,6 +32,8 @@ class Subject(ABC, Generic[C]):
     codes: Tensor
     vector: int
     """Columns that are coded together."""
+    pace: float = 1.0
+    """Of the codes, as a share of the rate that is given."""
 
     def __init__(self, matrix: Matrix[C], share: float) -> None:
         self.matrix, self.share = matrix, share
@@ -100,7 +102,7 @@ class Subject(ABC, Generic[C]):
         self._move_rest(gradient, slower * rates["continuous"], step)
         self._squares.mul_(BETA).addcmul_(gradient, gradient, value=1 - BETA)
         towards = gradient / (self._squares / (1 - BETA**step)).sqrt_().add_(TINY)
-        self.buffer.sub_(towards, alpha=slower * rates["codes"] * float(self.buffer.norm() / towards.norm().clamp_min(TINY)))
+        self.buffer.sub_(towards, alpha=slower * self.pace * rates["codes"] * float(self.buffer.norm() / towards.norm().clamp_min(TINY)))
         self.changed = self._choose(self.share)
 
     def _choose(self, share: float) -> int:
@@ -188,6 +190,8 @@ class GridSubject(Subject[Coded]):
 
 class SummedSubject(Subject[Summed]):
     """Codes of additive codebooks, which move with the scales of the rows."""
+
+    pace = 1 / 3
 
     def _begin(self, coded: Summed) -> None:
         self.format_, self.vector = coded.format_, coded.format_.group
