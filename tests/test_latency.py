@@ -244,6 +244,10 @@ def test_a_copy_that_is_slow_for_as_long_as_it_lives_does_not_count(unlucky, mon
     seen: set = set()
     found, exact = measured_by(Unlucky(), monkeypatch), measured_by(FakeStopwatch(), monkeypatch)
     assert seen and found.whole == pytest.approx(exact.whole) and found.modules == pytest.approx(exact.modules)
+    assert exact.margins["F32"] == pytest.approx(1.0)
+    if unlucky == {256}:  # one network of all but the whole one
+        others = len(stopwatch._networks(SHAPE)) - 1
+        assert found.margins["F32"] == pytest.approx(1 + 2 / (7 + 2 * (4 + 2)) / others, rel=1e-3)
 
 
 def test_sizes_that_a_runtime_is_slow_at_are_known_as_such(monkeypatch):

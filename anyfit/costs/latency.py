@@ -183,7 +183,7 @@ class LatencyTable:
         margins = ", ".join(f"{margin - 1:.1%} ({name})" for name, margin in self.margins.items())
         return (
             f"Milliseconds are those of {self.setting}, as measured in {self.device}. So that budgets are kept, smaller modules count for "
-            f"more than they are expected to take, by the most by which a network of mixed sizes took longer than was predicted: {margins}."
+            f"more than they are expected to take, for errors of prediction and for chance: {margins}."
         )
 
     @property

@@ -98,6 +98,8 @@ def measure(
     as memory allows. Of `COPIES` of each, and one more of the whole one, the fastest counts. The whole network in any format but the first
     is timed beside that in the first.
 
+    Budgets count on the slower copy, as what someone runs is one, and chance which: by the mean difference between two.
+
     Networks with modules of one kind at one size, all else whole, and networks of mixed sizes are timed. What modules take is then what
     explains all of these best, see `_fitted`, as differences between single networks neither add up nor are free of noise. Of the whole
     network's time what isn't its modules' is the rest.
@@ -117,13 +119,15 @@ def measure(
         for name in formats:
             with tempfile.TemporaryDirectory() as folder:
                 clock = Clock(maker.ready(shape.uncut, name, _new(folder, "whole"))[0], threads)
-                shares = _shares(clock, networks, maker, name, stage)
-            fastest = min(1.0, shares.pop(tuple(shape.uncut)))
-            shares = {blocks: share / fastest for blocks, share in shares.items()}
+                copies = _shares(clock, networks, maker, name, stage)
+            fastest = min(1.0, *copies.pop(tuple(shape.uncut)))
+            shares = {blocks: min(own) / fastest for blocks, own in copies.items()}
+            slower = statistics.mean(max(own) / min(own) for own in copies.values())
             milliseconds = fastest * clock.whole
             del clock  # and the network that it holds, before others are made
             whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else milliseconds
-            took, margins[name] = _fitted(shares, shape, last)
+            took, longer = _fitted(shares, shape, last)
+            margins[name] = longer * slower
             modules |= {(*key, name): own * whole[name] for key, own in took.items()}
     return LatencyTable(target, Device.here(stopwatch.runtime, threads), setting, shape, whole, modules, margins, last)
 
@@ -147,8 +151,8 @@ class _Maker:
         return run, num_bytes
 
 
-def _shares(clock: Clock, networks: Mapping[Blocks, str], maker: _Maker, format_: str, stage: Stage) -> dict[Blocks, float]:
-    """What the fastest copy of each network takes as a share of the clock's, as many as may be held taking turns."""
+def _shares(clock: Clock, networks: Mapping[Blocks, str], maker: _Maker, format_: str, stage: Stage) -> dict[Blocks, list[float]]:
+    """What the copies of each network take as shares of the clock's, as many as may be held taking turns."""
     shares, left = {blocks: list[float]() for blocks in networks}, COPIES * list(networks)
     random.Random(0).shuffle(left)  # those that don't fit at once shouldn't differ from others in kind
     while left:
@@ -166,7 +170,7 @@ def _shares(clock: Clock, networks: Mapping[Blocks, str], maker: _Maker, format_
             for blocks, share in zip(names, clock.shares(runs, lambda: stage.advance(detail=f"taking turns, {format_}")), strict=True):
                 shares[blocks].append(share)
             del run, runs  # before the next are made
-    return {blocks: min(own) for blocks, own in shares.items()}
+    return shares
 
 
 def _slower(shape: Shape, maker: _Maker, format_: str, plain: str) -> float:
