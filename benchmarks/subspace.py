@@ -28,7 +28,7 @@ Found = tuple[float, float, float, float]
 @dataclass(frozen=True)
 class Subject:
     """All blocks in `format_`, tuned for `num_steps`. `rate` of the codes: 0.02 was behind for each share in IQ2_XXS, 0.06 ruins it. Of
-    codebooks a third of it, which three times as fast end behind no codes at all, and at a third of it behind all else."""
+    codebooks less in long runs: `tuning.moving.FAR`."""
 
     title: str
     target: str

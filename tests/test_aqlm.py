@@ -353,7 +353,7 @@ def test_refining_solves_codebooks_again_for_what_arrives() -> None:
     assert torch.equal(stored.get_parameter(name), format_.decode(data))
 
 
-FEW = pv.Settings(num_steps=12, code_rate=0.3, rate=1e-2)
+FEW = pv.Settings(num_steps=12, code_rate=0.1, rate=1e-2)
 
 
 @pytest.mark.parametrize("name", ["aqlm_1x8g4", "aqlm_2x8g8"])
@@ -379,6 +379,16 @@ def test_pv_tuning_moves_codes_codebooks_and_scales(name: str, monkeypatch: pyte
     for checkpoint in ({}, kept[4]):
         again = pv.tune(model, given, *text, settings=FEW, progress=Silent(), checkpoint=checkpoint)
         assert all(torch.equal(entry.data, again.coded[key].data) for key, entry in found.coded.items())
+
+
+@pytest.mark.parametrize(("num_steps", "pace"), [(12, 1.0), (150, 1.0), (450, 1 / 3)])
+def test_codes_of_codebooks_go_as_far_in_long_runs_as_in_short_ones(num_steps: int, pace: float) -> None:
+    """The buffer's step, in which nothing else counts: in the first, each weight's by its gradient's sign."""
+    matrix = Matrix(Summed(additive("aqlm_1x8g8"), any_parts(additive("aqlm_1x8g8"), 4, 32)), torch.zeros(4, 32))
+    subject = moving.subject(matrix, 1.0, num_steps)
+    before = subject.buffer.clone()
+    subject.move(torch.ones(4, 32), {"continuous": 0.0, "codes": 0.1}, 1)
+    assert float((subject.buffer - before).norm()) == pytest.approx(0.1 * pace * float(before.norm()), rel=1e-4)
 
 
 def test_gradients_of_codebooks_and_scales_are_those_of_the_values() -> None:

@@ -21,22 +21,23 @@ BETAS = (0.9, 0.95)
 TINY = 1e-12
 LOOKED_AT = 4
 """Times as many vectors as may get other codes have their nearest ones looked for: the furthest from the buffer often keep theirs."""
+FAR = 150
+"""Steps in which the codes of codebooks of a matrix's own go as far as they may; in more they go slower. They start near to the
+optimum, and are soon further from it than they were where steps stay as long as those of other codes."""
 
 C = TypeVar("C", bound=Coded | Summed)
 
 
 class Subject(ABC, Generic[C]):
-    """One matrix, rows in stored order, on the device of its weights. `codes`: as they are now. `changed`: vectors that got other codes in
-    the last step."""
+    """One matrix, rows in stored order, on the device of its weights. `pace`: of the codes, as a share of the rate that is given.
+    `codes`: as they are now. `changed`: vectors that got other codes in the last step."""
 
     codes: Tensor
     vector: int
     """Columns that are coded together."""
-    pace: float = 1.0
-    """Of the codes, as a share of the rate that is given."""
 
-    def __init__(self, matrix: Matrix[C], share: float) -> None:
-        self.matrix, self.share = matrix, share
+    def __init__(self, matrix: Matrix[C], share: float, pace: float = 1.0) -> None:
+        self.matrix, self.share, self.pace = matrix, share, pace
         self.bits = matrix.coded.format_.bits
         self.device = matrix.weight.device
         self.changed = 0
@@ -191,8 +192,6 @@ class GridSubject(Subject[Coded]):
 class SummedSubject(Subject[Summed]):
     """Codes of additive codebooks, which move with the scales of the rows."""
 
-    pace = 1 / 3
-
     def _begin(self, coded: Summed) -> None:
         self.format_, self.vector = coded.format_, coded.format_.group
         self.codes = coded.parts.codes.clone(memory_format=torch.contiguous_format).to(self.device)
@@ -232,8 +231,8 @@ class SummedSubject(Subject[Summed]):
 AnySubject = GridSubject | SummedSubject
 
 
-def subject(matrix: Matrix[Coded | Summed], share: float) -> AnySubject:
-    """`share` of its vectors that may get other codes in a step."""
+def subject(matrix: Matrix[Coded | Summed], share: float, num_steps: int) -> AnySubject:
+    """`share` of its vectors that may get other codes in a step, of so many."""
     if isinstance(matrix.coded, Summed):
-        return SummedSubject(cast(Matrix[Summed], matrix), share)
+        return SummedSubject(cast(Matrix[Summed], matrix), share, min(1.0, FAR / num_steps))
     return GridSubject(cast(Matrix[Coded], matrix), share)
