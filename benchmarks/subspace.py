@@ -19,6 +19,7 @@ from anyfit.progress import Progress
 from anyfit.tasks.language import Reference, measure
 from anyfit.trainers import pv
 from anyfit.tuning.coded import Stored
+from anyfit.tuning.moving import FAR
 from anyfit.tuning.refining import windows
 
 Found = tuple[float, float, float, float]
@@ -91,8 +92,9 @@ def section(subject: Subject, run: Fit, store: Store, progress: Progress) -> Sec
     bits = 8 * sum(e.format_.bytes_(e.weight.shape) for e in entries.values()) / sum(e.weight.num_weights for e in entries.values())
     remark = (
         f"All blocks of the embedded default in {subject.format_}, {bits:.2f} bits a weight; {subject.num_steps} steps of "
-        f"{settings.batch_size} of {len(text.tokens)} windows, a rate of the codes of {subject.rate:g}, the same for all. Perplexity and "
-        f"KL: of all {report.tokens.numel()} tokens that are for reports. Means over {len(SEEDS)} orders of the text, the same for all, "
+        f"{settings.batch_size} of {len(text.tokens)} windows, a rate of the codes of {subject.rate:g}, the same for all "
+        f"(of codebooks as much less as there are more than {FAR} steps). Perplexity and KL: of all {report.tokens.numel()} tokens that "
+        f"are for reports. Means over {len(SEEDS)} orders of the text, the same for all, "
         f"with the changes in each; {SHARES[0]:.0%} and all but codes: the first order alone. Seconds are of a processor. The paper has "
         "PV, at 1 %, before straight-through estimation: claimed of the recipe's share, by more than the standard error over the orders. "
         "A toy, measured once, had it the other way: two layers of 64 x 64 with tanh, in a codebook of 16 vectors of 4, came to a loss of "

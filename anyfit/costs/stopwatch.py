@@ -117,14 +117,7 @@ def measure(
     # Half of the stage is making networks ready, the other half timing them.
     with pinned(threads), (progress or Silent()).stage("measure", 2 * COPIES * len(formats) * len(networks)) as stage:
         for name in formats:
-            with tempfile.TemporaryDirectory() as folder:
-                clock = Clock(maker.ready(shape.uncut, name, _new(folder, "whole"))[0], threads)
-                copies = _shares(clock, networks, maker, name, stage)
-            fastest = min(1.0, *copies.pop(tuple(shape.uncut)))
-            shares = {blocks: min(own) / fastest for blocks, own in copies.items()}
-            slower = statistics.mean(max(own) / min(own) for own in copies.values())
-            milliseconds = fastest * clock.whole
-            del clock  # and the network that it holds, before others are made
+            milliseconds, shares, slower = _timed(networks, shape, maker, name, stage)
             whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else milliseconds
             took, longer = _fitted(shares, shape, last)
             margins[name] = longer * slower
@@ -149,6 +142,18 @@ class _Maker:
         run = self.stopwatch.ready(model, format_, self.setting, self.threads, folder)
         run()
         return run, num_bytes
+
+
+def _timed(
+    networks: Mapping[Blocks, str], shape: Shape, maker: _Maker, format_: str, stage: Stage
+) -> tuple[float, dict[Blocks, float], float]:
+    """Milliseconds of the whole network; what the others take, as shares of that; how many times as long the slower of two copies takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Clock(maker.ready(shape.uncut, format_, _new(folder, "whole"))[0], maker.threads)
+        copies = _shares(clock, networks, maker, format_, stage)
+    fastest = min(1.0, *copies.pop(tuple(shape.uncut)))
+    slower = statistics.mean(max(own) / min(own) for own in copies.values())
+    return fastest * clock.whole, {blocks: min(own) / fastest for blocks, own in copies.items()}, slower
 
 
 def _shares(clock: Clock, networks: Mapping[Blocks, str], maker: _Maker, format_: str, stage: Stage) -> dict[Blocks, list[float]]:
