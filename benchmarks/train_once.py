@@ -329,7 +329,7 @@ def codes_section(subject: subspace.Subject, progress: Progress) -> Section:
         return subspace.section(subject, run, store, progress)
 
 
-PARTS = ("sizes", "search", "storages", "processes", "switching", "nested", "codes", "any-precision")
+PARTS = ("sizes", "search", "storages", "processes", "switching", "nested", "codes", "codebooks", "any-precision")
 
 
 def main() -> int:
@@ -347,7 +347,8 @@ def main() -> int:
         "processes": lambda: [sharded.section()],
         "switching": lambda: [switching.section(given.assets, progress)],
         "nested": lambda: [nested_integers.section(progress)],
-        "codes": lambda: (codes_section(subject, progress) for subject in subspace.SUBJECTS),
+        "codes": lambda: [codes_section(subspace.CODES, progress)],
+        "codebooks": lambda: [codes_section(subspace.CODEBOOKS, progress)],
         "any-precision": lambda: [nested_tables.section(progress)],
     }
     wanted = given.only or [name for name in PARTS if given.assets or name != "switching"]
