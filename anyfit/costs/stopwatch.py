@@ -114,8 +114,7 @@ def measure(
     margins: dict[str, float] = {}
     networks, maker = _networks(shape), _Maker(stopwatch, config, setting, threads, trust_remote_code)
     last = stopwatch.last(setting)
-    # Half of the stage is making networks ready, the other half timing them.
-    with pinned(threads), (progress or Silent()).stage("measure", 2 * COPIES * len(formats) * len(networks)) as stage:
+    with pinned(threads), (progress or Silent()).stage("measure", COPIES * len(formats) * len(networks)) as stage:
         for name in formats:
             milliseconds, shares, slower = _timed(networks, shape, maker, name, stage)
             whole[name] = whole[formats[0]] * _slower(shape, maker, name, formats[0]) if whole else milliseconds
@@ -171,8 +170,10 @@ def _shares(clock: Clock, networks: Mapping[Blocks, str], maker: _Maker, format_
                 runs.append(run)
                 names.append(blocks)
                 held += num_bytes
-                stage.advance(detail=f"{networks[blocks]} {format_}")
-            for blocks, share in zip(names, clock.shares(runs, lambda: stage.advance(detail=f"taking turns, {format_}")), strict=True):
+                stage.advance(0, f"{len(runs)} ready to take turns, {format_}: {networks[blocks]}")
+            for blocks, share in zip(
+                names, clock.shares(runs, lambda: stage.advance(detail=f"{len(runs)} taking turns, {format_}")), strict=True
+            ):
                 shares[blocks].append(share)
             del run, runs  # before the next are made
     return shares
