@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,9 +172,8 @@ def _shares(clock: Clock, networks: Mapping[Blocks, str], maker: _Maker, format_
                 names.append(blocks)
                 held += num_bytes
                 stage.advance(0, f"{len(runs)} ready to take turns, {format_}: {networks[blocks]}")
-            for blocks, share in zip(
-                names, clock.shares(runs, lambda: stage.advance(detail=f"{len(runs)} taking turns, {format_}")), strict=True
-            ):
+            taken = clock.shares(runs, partial(stage.advance, detail=f"{len(runs)} taking turns, {format_}"))
+            for blocks, share in zip(names, taken, strict=True):
                 shares[blocks].append(share)
             del run, runs  # before the next are made
     return shares
