@@ -199,7 +199,7 @@ class Contest:
             f"of embeddings with the original's on {len(self.text['report'])} held-out sentences. SST-2: a logistic regression on "
             f"embeddings of {NUM_TRAIN} sentences, right on {NUM_DEV} others (standard error {100 * 0.4 / NUM_DEV**0.5:.1f} points).",
             "In pairs at equal measured time: each of the others, and anyfit's before it, the largest within "
-            f"{', '.join(f'{share:.0%}' for share in NEARBY)} of that time that takes no longer, all measured in turns. Its row "
+            f"{NEARBY[0]:.0%} to {NEARBY[-1]:.0%} of that time that takes no longer, all measured in turns, as two copies. Its row "
             f"holds where it takes no longer, its cosine is no lower, and the other isn't right more often by {CERTAIN} standard errors, "
             "of the difference on the same sentences.",
             *([] if self.environments else ["Torch-Pruning wasn't run: its environment wasn't named."]),

@@ -32,10 +32,13 @@ Taken = Mapping[Config, float]
 Qualities = Mapping[Config, Quality]
 
 RECIPE = "ziplm"
-THREADS, ROUNDS, SECONDS = 1, 31, 20.0
-"""Rounds of everything that is timed side by side; a third of them where they take longer than this."""
-NEARBY = (1.0, 0.97, 0.94, 0.91)
+THREADS, COPIES, ROUNDS, SECONDS = 1, 2, 31, 60.0
+"""Copies of everything that is timed side by side, which may differ by a percent or two for as long as they live; rounds, and a third of
+them where they take longer than this."""
+NEARBY = tuple(1 - 0.01 * number for number in range(10))
 """Shares of a time by the table: of what is found within them, whoever is compared takes what is measured to keep to a time."""
+WARMING = 2
+"""Runs before the one that counts."""
 NUM_SENTENCES, LENGTH = 2000, 32
 """Sentences of each kind, and tokens of each at most."""
 
@@ -95,25 +98,28 @@ def families(subject: Subject, batch: int, sequence: int, formats: tuple[str, ..
 
 
 def side_by_side(family: Family, folders: Sequence[Path], batch: int, sequence: int) -> list[float]:
-    """Milliseconds of each model, all taking turns: medians of the ratios to the first, times its median."""
+    """Milliseconds of each model, all taking turns in another order each round: medians of the shares of a round, times a
+    round's median, and means over copies."""
     config = family.source.config
     interface = interface_of(config)
     segments = interface.example(config, batch, sequence)
-    times: list[list[float]] = []
+    times, number = list[list[float]](), len(folders)
     with pinned(THREADS):
-        sessions = [onnxruntime_session.opened(folder, threads=THREADS) for folder in folders]
+        sessions = [onnxruntime_session.opened(folder, threads=THREADS) for folder in [*folders] * COPIES]
         feeds = [onnxruntime_session.feed(session, interface, segments) for session in sessions]
-        began = time.thread_time()
+        began, rng, turns = time.thread_time(), random.Random(0), list(range(len(sessions)))
         while len(times) < (ROUNDS if time.thread_time() - began < SECONDS else ROUNDS // 3):
-            row = []
-            for session, feed in zip(sessions, feeds, strict=True):
-                session.run([interface.output], feed)
-                start = time.thread_time()  # of the one thread: other processes' turns don't count
-                session.run([interface.output], feed)
-                row.append(1e3 * (time.thread_time() - start))
-            times.append(row)
-    first = statistics.median(row[0] for row in times)
-    return [first * statistics.median(row[i] / row[0] for row in times) for i in range(len(sessions))]
+            rng.shuffle(turns)
+            row = dict.fromkeys(turns, 0.0)
+            for turn in turns:
+                for _ in range(WARMING + 1):  # the last one counts
+                    start = time.thread_time()  # of the one thread: other processes' turns don't count
+                    sessions[turn].run([interface.output], feeds[turn])
+                    row[turn] = 1e3 * (time.thread_time() - start)
+            times.append([row[turn] for turn in range(len(sessions))])
+    whole = statistics.median(map(sum, times))
+    found = [whole * statistics.median(row[turn] / sum(row) for row in times) for turn in range(len(sessions))]
+    return [statistics.mean(found[place::number]) for place in range(number)]
 
 
 def write(family: Family, config: Config, path: Path) -> None:

@@ -22,6 +22,7 @@ import recovery
 import torch
 from encoders import Contest, distilled, integers, retained
 from pruned import (
+    COPIES,
     NEARBY,
     THREADS,
     Qualities,
@@ -239,8 +240,8 @@ def _kept(subject: Subject, family: Family, table: LatencyTable, points: Mapping
     remark = (
         f"{subject.name} in {table.device.runtime}, {THREADS} thread: {whole:.3f} ms whole, {table.rest('F32'):.3f} ms of them "
         f"outside attention and feed-forward; {named(family.original.report)} {shown(family.original.report)} as it is. Times are medians, "
-        "all models taking turns. Counted against measured: as shares of the whole network, which took "
-        f"{counted:.3f} ms when its table was made, as the machine isn't always as fast. A row holds where the measured speed-up is at "
+        f"all models taking turns, and means of {COPIES} copies of each. Counted against measured: as shares of the whole network, which "
+        f"took {counted:.3f} ms when its table was made, as the machine isn't always as fast. A row holds where the measured speed-up is at "
         "least the one that was asked for. Nothing is trained."
     )
     header = ("asked for", "counts as ms", "measured ms", "counted against measured", "measured speed-up", named(family.original.report))
@@ -264,9 +265,9 @@ def _beaten(where: str, uniform: list[Point], searched: list[Point], taken: Take
     same = [str(one.uniform) for one, other in zip(uniform, searched, strict=True) if one.config == other.config]
     remark = (
         "Uniform: the same density everywhere, the same weights to choose from. Searched: the best within "
-        f"{', '.join(f'{share:.0%}' for share in NEARBY)} of the uniform one's time by the table; of these the largest that is measured to "
-        "take no longer, so that both are compared at equal measured time. A row holds where it is no further from the original."
-        + (f" What is searched is the uniform network itself for {', '.join(same)}." if same else "")
+        f"{NEARBY[0]:.0%} to {NEARBY[-1]:.0%} of the uniform one's time by the table, in steps of a percent; of these the largest that is "
+        "measured to take no longer, so that both are compared at equal measured time. A row holds where it is no further from the "
+        "original." + (f" What is searched is the uniform network itself for {', '.join(same)}." if same else "")
     )
     figures = named(next(iter(quality.values())))
     header = ("uniform", "ms: uniform / searched", f"uniform: {figures}", f"searched: {figures}")
