@@ -241,8 +241,8 @@ def _kept(subject: Subject, family: Family, table: LatencyTable, points: Mapping
         f"{subject.name} in {table.device.runtime}, {THREADS} thread: {whole:.3f} ms whole, {table.rest('F32'):.3f} ms of them "
         f"outside attention and feed-forward; {named(family.original.report)} {shown(family.original.report)} as it is. Times are medians, "
         f"all models taking turns, and means of {COPIES} copies of each. Counted against measured: as shares of the whole network, which "
-        f"took {counted:.3f} ms when its table was made, as the machine isn't always as fast. A row holds where the measured speed-up is at "
-        "least the one that was asked for. Nothing is trained."
+        f"took {counted:.3f} ms when its table was made, as the machine isn't always as fast. A row holds where the measured speed-up is "
+        "at least the one that was asked for. Nothing is trained."
     )
     header = ("asked for", "counts as ms", "measured ms", "counted against measured", "measured speed-up", named(family.original.report))
     return Section(f"The speed that was asked for: batch {setting.batch}, {setting.sequence} tokens", header, rows, [remark])
