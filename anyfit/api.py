@@ -51,15 +51,15 @@ from anyfit.training import MOST_BITS, decided, nested_sizes
 from anyfit.zoo import MODEL
 
 NUM_CALIBRATION, NUM_SEARCH = 128, 16
-SHARE_OF_FREE = 0.75
-"""Of the memory that nobody uses, what a fit may take unless it is told."""
+TARGET = "llama.cpp"
+"""Where neither a target nor a table of latencies is named."""
 
 
 class Wishes(TypedDict, total=False):
     """What decides a family; the same for `fit` and `plan`. See `prepare`."""
 
     data: Data
-    target: str
+    target: str | None
     formats: Iterable[str] | None
     recipe: str
     importance: str | None
@@ -109,7 +109,7 @@ def fit(
     for note in run.notes():
         progress.note(note)
     run.run(output, restart=restart, force=force)
-    return Family.open(output)
+    return Family.open(output, trust_remote_code=run.checkpoint.trust_remote_code)
 
 
 def _memory_limit(text: str | None) -> int | None:
@@ -126,15 +126,14 @@ def _limited(given: int | None, where: torch.device) -> int | None:
     """What may be used there: what was given, or a share of what is free; None where the system doesn't say what that is."""
     if given is not None:
         return given
-    free = devices.free(where)
-    return None if free is None else int(SHARE_OF_FREE * free)
+    return devices.usable(where)
 
 
 def prepare(
     model: str | Path | None = None,
     *,
     data: Data = None,
-    target: str = "llama.cpp",
+    target: str | None = None,
     formats: Iterable[str] | None = None,
     recipe: str = "gptq",
     importance: str | None = None,
@@ -156,7 +155,8 @@ def prepare(
     `model`: a folder in Hugging Face form or a hub id; None takes the embedded default. `data`: text files, JSONL,
     parquet, folders of them, data sets of the hub as "hf:NAME[:CONFIG][@SPLIT]", in any mix; it is divided into text
     to calibrate with, to search with and to report on. "self", the default for other models than the embedded one, is
-    text that the model writes itself when the run starts. `formats`: those to choose from (default: the target's menu).
+    text that the model writes itself when the run starts. `target`: the runtime to write for (default: that of `latency`, or llama.cpp).
+    `formats`: those to choose from (default: the target's menu).
     `importance`: by what a recipe that prunes does so, instead of its own.
     `latency`: a table that `anyfit.measuring.measure` made on this device, of all formats to choose from, for a recipe that prunes.
     `recover`: falling budgets such as ("1.25x", "1.5x", "2x"): for each the network is cut, trained towards the original, and then pruned
@@ -169,8 +169,10 @@ def prepare(
     `search`: who else than the exact search proposes configs, by measuring some: see `anyfit.searchers.searchers`.
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """
-    runtime, diligence = targets.get(target), Effort.parse(effort)
-    method = recipes.get(recipe)
+    method, diligence = recipes.get(recipe), Effort.parse(effort)
+    table = None if latency is None else _latencies(latency, method)
+    target = target or (TARGET if table is None else table.target)
+    runtime = targets.get(target)
     quantizers.get(method.quantizer)
     searchers.get(search)
     checkpoint = Checkpoint.open(MODEL if model is None else model, trust_remote_code=trust_remote_code)
@@ -178,8 +180,9 @@ def prepare(
     data = usual(data, embedded=model is None)
     longest = generated.LENGTH if is_named(data, SELF) else LONGEST_SEGMENT
     length = segment_length(length, checkpoint.config, longest)
-    where = devices.device(device).type
-    table, times = None if latency is None else _latencies(latency, checkpoint, target, recipe), interface_of(checkpoint.config).segments
+    where, times = devices.device(device).type, interface_of(checkpoint.config).segments
+    if table is not None:
+        _require_timed(table, checkpoint, target)
     settings = Settings(
         target=target,
         formats=wanted,
@@ -334,17 +337,20 @@ def _require_subject(method: Recipe, run: Fit) -> None:
         )
 
 
-def _latencies(path: str | Path, checkpoint: Checkpoint, target: str, recipe: str) -> LatencyTable:
-    """The table, if it is of this network, runtime and device. Raises `UserError` where it isn't."""
-    if recipes.get(recipe).pruning is None:
-        raise UserError(f"{recipe} decides about formats, and latencies are about heads and channels.", remedy="Take --recipe ziplm.")
-    table = latencies(Path(path).expanduser())
+def _latencies(path: str | Path, method: Recipe) -> LatencyTable:
+    """The table, for a recipe that prunes. Raises `UserError` for another."""
+    if method.pruning is None:
+        raise UserError(f"{method.name} decides about formats, and latencies are about heads and channels.", remedy="Take --recipe ziplm.")
+    return latencies(Path(path).expanduser())
+
+
+def _require_timed(table: LatencyTable, checkpoint: Checkpoint, target: str) -> None:
+    """Raises `UserError` where a table isn't of this network and runtime."""
     if table.target != target:
         raise UserError(
-            f"{path} was measured for {table.target}, not for {target}.", remedy=f"Say --target {table.target}, or measure again."
+            f"The latencies were measured for {table.target}, not for {target}.", remedy="Leave out --target, or measure again."
         )
     table.require_of(shape_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code))
-    return table
 
 
 def _segments(

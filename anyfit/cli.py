@@ -48,8 +48,8 @@ def _require_known(registry: Registry[Any], names: Iterable[str]) -> None:
             raise UnknownNameError(registry.kind, name, registry)
 
 
-def _require_all_known(target: str, recipe: str, search: str, formats: list[str] | None) -> None:
-    _require_known(all_targets, [target])
+def _require_all_known(target: str | None, recipe: str, search: str, formats: list[str] | None) -> None:
+    _require_known(all_targets, [target] if target else [])
     _require_known(all_recipes, [recipe])
     _require_known(all_searchers, [search])
     _require_known(all_formats, formats or [])
@@ -66,7 +66,7 @@ def main(show_version: Annotated[bool, typer.Option("--version", is_eager=True, 
 def plan(
     model: options.Model = None,
     data: options.Data = None,
-    target: options.TargetName = "llama.cpp",
+    target: options.TargetName = None,
     formats: options.Formats = None,
     recipe: options.RecipeName = "gptq",
     importance: options.Importance = None,
@@ -137,7 +137,7 @@ def _saturation(found: Saturation | None) -> list[RenderableType]:
 def fit(
     model: options.Model = None,
     data: options.Data = None,
-    target: options.TargetName = "llama.cpp",
+    target: options.TargetName = None,
     formats: options.Formats = None,
     recipe: options.RecipeName = "gptq",
     importance: options.Importance = None,
@@ -235,6 +235,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="What to write. The target's suffix is added if it is missing.")],
     force: options.Force = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Don't load the written model back.")] = False,
+    trust_remote_code: options.RemoteCode = False,
     json_: options.Json = False,
 ) -> Answer:
     """Write the best model within a budget for the family's target, and load it back."""
@@ -242,7 +243,7 @@ def export(
     from anyfit.report import summary
     from anyfit.report.listing import listing
 
-    opened = Family.open(family)
+    opened = Family.open(family, trust_remote_code=trust_remote_code)
     suffix, path = all_targets.get(opened.target).suffix, output.expanduser()
     if not path.name:
         raise UserError(f"{output} is a folder and no name for a model.", remedy=f"Name a file in it: -o {output}/model{suffix}.")
@@ -261,6 +262,7 @@ def refine(
     budget: options.Budgets,
     model: Annotated[str | None, typer.Option(help="The original: a folder or hub id. Not needed for the embedded model.")] = None,
     device: options.DeviceName = "auto",
+    trust_remote_code: options.RemoteCode = False,
     json_: options.Json = False,
 ) -> Answer:
     """Solve the matrices of one size again for each other: closer to the original at the same bytes, in a minute or so. Of a pruned
@@ -269,7 +271,7 @@ def refine(
     from anyfit.refinement import refine as refined
     from anyfit.report import summary
 
-    opened = Family.open(family)
+    opened = Family.open(family, trust_remote_code=trust_remote_code)
     made = refined(opened, budget, model=model, device=device, progress=to_stderr())
     document = {
         "kept": made.kept,
@@ -289,6 +291,7 @@ def extract(
     budget: options.Budgets,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     force: options.Force = False,
+    trust_remote_code: options.RemoteCode = False,
     json_: options.Json = False,
 ) -> Answer:
     """Write the best model within a budget as an ordinary transformers folder, with decoded weights.
@@ -298,7 +301,7 @@ def extract(
     from anyfit.family import Family
     from anyfit.report import summary
 
-    opened, path = Family.open(family), output.expanduser()
+    opened, path = Family.open(family, trust_remote_code=trust_remote_code), output.expanduser()
     point, notes = opened.save(budget, path, force=force), opened.notes_on(budget)
     document = {"path": str(path), "bytes_as_exported": point.bytes_, "bits": point.bits, "config": point.config.to_json()}
     return Answer(

@@ -22,6 +22,8 @@ from anyfit.core.errors import UserError
 AUTO = "auto"
 CPU = torch.device("cpu")
 NAMES = (AUTO, "cpu", "cuda")
+SHARE_OF_FREE = 0.75
+"""Of the memory that nobody uses, what a run may take unless it is told."""
 
 
 def device(name: str) -> torch.device:
@@ -58,6 +60,12 @@ def free(where: torch.device) -> int | None:
     if where.type == "cpu":
         return memory.free()
     return torch.cuda.mem_get_info(where)[0] + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+
+
+def usable(where: torch.device) -> int | None:
+    """The share of what is free that a run may take where nobody says how much; None where the system doesn't say what is free."""
+    found = free(where)
+    return None if found is None else int(SHARE_OF_FREE * found)
 
 
 def sharing(where: torch.device, processes: int) -> int:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from anyfit import devices
+from anyfit import devices, recovery
 from anyfit.calibration import generated
 from anyfit.calibration.collect import Moments, observed
 from anyfit.calibration.data import PURPOSES
@@ -51,6 +51,7 @@ from anyfit.structuring import Structuring
 from anyfit.tasks import task_of
 from anyfit.trainers import samplers
 from anyfit.training import decided, nested
+from anyfit.tuning import refining
 from anyfit.tuning.refining import WINDOW, Settings
 
 T = TypeVar("T")
@@ -173,8 +174,7 @@ def _in_memory(run: Fit) -> int:
     """Bytes of what only works with the whole network in memory: writing text, training, searching by measuring, and refining."""
     model = 4 * run.space.num_parameters
     writing = generated.memory(run.checkpoint.config, run.settings.length) if run.segments.num_pending else 0
-    # Beside the networks, tuning holds levels, latents, values, gradients and what they are made of.
-    refining = model + 6 * model if run.effort.refines else 0
+    solving = (1 + refining.NETWORKS) * model if run.effort.refines else 0
     searching = model if measuring(run.settings.search, run.effort) else 0
     # Training holds every variant's codes and scales, and what is made of those that are drawn.
     decisions = decided(run.space, run.recipe.training) if run.recipe.training else ()
@@ -189,9 +189,8 @@ def _in_memory(run: Fit) -> int:
             blocks[weight.block] += 4 * weight.num_weights * (weight.block is not None)
         inside = sum(blocks.values())
         training = 5 * (model - inside) + 3 * max(blocks.values()) + variants + (5 * inside + variants) // run.group.size
-    # Recovery holds what is trained, its gradients, two averages of them, and what they are added up in.
-    recovery = 5 * model + _compared(run) if run.settings.recover else 0
-    return max(model + max(writing, searching, refining, recovery), training)
+    recovering = recovery.NETWORKS * model + _compared(run) if run.settings.recover else 0
+    return max(model + max(writing, searching, solving, recovering), training)
 
 
 def _compared(run: Fit) -> int:

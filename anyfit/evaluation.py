@@ -109,7 +109,7 @@ class _Subject:
 def _open_subject(subject: str | Path | None, budget: str | Iterable[str] | None, trust_remote_code: bool) -> _Subject:
     path = Path(subject if subject is not None else MODEL)
     if is_family(path):
-        family = Family.open(path)
+        family = Family.open(path, trust_remote_code=trust_remote_code)
         if budget is None:
             raise UserError(f"{path} is a family: which of its models?", remedy="Say --budget.")
         point = family.select(budget)

@@ -20,7 +20,10 @@ Data = Annotated[
     ),
 ]
 MeasuringData = Annotated[list[str] | None, typer.Option("--data", help="Text to measure on: as for `anyfit fit`, but not `self`.")]
-TargetName = Annotated[str, typer.Option("--target", help="The runtime to write for: see `anyfit targets`.")]
+TargetName = Annotated[
+    str | None,
+    typer.Option("--target", help="The runtime to write for: see `anyfit targets`. Default: that of --latency, or llama.cpp."),
+]
 Formats = Annotated[list[str] | None, typer.Option("--formats", "--format", help="Formats to offer, `Q4_K,Q6_K`. Default: the target's.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="The method: see `anyfit recipes`.")]
 _BOUND = (
@@ -80,7 +83,9 @@ SearcherName = Annotated[
     ),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: a graphics processor where there is one.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model, or with a family of it.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Tell progress as one JSON document a line, on standard error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

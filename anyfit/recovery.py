@@ -27,6 +27,10 @@ from anyfit.trainers.losses import Both, Divergence, Objective, TokenDistance
 from anyfit.trainers.whole import Always, Whole
 from anyfit.tuning.refining import windows
 
+NETWORKS = 5
+"""As much memory as so many networks in float32 take is held beside the original: what is trained, its gradients, two averages of them, and
+what they are added up in."""
+
 
 @dataclass
 class Recovery:

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anyfit import devices
+from anyfit import devices, recovery
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import Budget
+from anyfit.core.budget import BYTES, Budget, describe
 from anyfit.core.errors import FamilyError, ModelError, OutputError, UserError
 from anyfit.core.files import locked, sha256, write_json
 from anyfit.family.family import Family, with_points
@@ -39,6 +40,7 @@ from anyfit.targets.hub_layout import DTYPES
 from anyfit.tasks import task_of
 from anyfit.tasks.base import Quality
 from anyfit.tasks.language import Reference
+from anyfit.tuning import refining
 from anyfit.tuning.refining import Refinery, Settings
 from anyfit.zoo import MODEL
 
@@ -89,6 +91,7 @@ def refine(
     if not os.access(family.path, os.W_OK):
         raise OutputError(f"{family.path} can't be written to.", remedy="Copy the family to a folder of yours, and refine it there.")
     checkpoint = _original(family, model)
+    _require_memory(family, where)
     original, stored = (devices.moved(model, where) for model in (checkpoint.load(), family.extract(chosen.config)))
     text = family.text()
     task = task_of(checkpoint.config)
@@ -125,13 +128,25 @@ def _require_trainable(family: Family, chosen: Point) -> None:
         raise UserError("The best within this budget is the original itself.", remedy="Give less.")
 
 
+def _require_memory(family: Family, where: torch.device) -> None:
+    """Raises `UserError` where that takes more memory than a run may use."""
+    networks = 1 + recovery.NETWORKS if family.pruned else 2 + refining.NETWORKS
+    needed, limit = 4 * networks * family.original.num_parameters, devices.usable(where)
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"Refining {family.original.name} takes {describe(BYTES, needed)} of memory, {networks} times the network in float32, and "
+            f"{describe(BYTES, limit)} may be used.",
+            remedy="Refine on a machine with more memory: the family's folder is all that it needs, and --model.",
+        )
+
+
 def _trained(family: Family, chosen: Point, model: PreTrainedModel, original: PreTrainedModel, progress: Progress) -> dict[str, Tensor]:
     """The tensors of the cut `model`, which is trained and left as they say, in the family's type."""
     how = recipes.get(family.manifest.recipe).recovery
     assert how is not None
-    recovery = Recovery(original, family.text()["calibration"], how, how.settings, progress)
+    training = Recovery(original, family.text()["calibration"], how, how.settings, progress)
     with tempfile.TemporaryDirectory() as folder:
-        recovery.run(model, chosen.config, chosen.bits, store=Store(Path(folder)), checkpoint="checkpoint.safetensors")
+        training.run(model, chosen.config, chosen.bits, store=Store(Path(folder)), checkpoint="checkpoint.safetensors")
     return settled(model, DTYPES[CutTarget.of(targets.get(family.target)).dense(family.source)])
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
+from typer.testing import CliRunner
 
+import anyfit
+from anyfit import Family, cli
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.errors import ModelError
+from anyfit.core.errors import FamilyError, ModelError
 from anyfit.interface import interface_of
-from anyfit.testing.models import MODEL_TYPES, save_tiny, tiny_model, tiny_tokenizer
+from anyfit.refinement import refine
+from anyfit.testing.models import MODEL_TYPES, save_tiny, tiny_model, tiny_text, tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -298,18 +303,43 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_remote_code_runs_only_for_who_trusts_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder comes with its own code, which is copied there when it is run."""
     cache = tmp_path / "modules"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
     monkeypatch.syspath_prepend(str(cache))
-    tokens = torch.arange(9)[None]
-    expected = Checkpoint.open(folder).load()(tokens).logits
     (folder / "own.py").write_text(CODE)
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     configure(folder, model_type="own-llama", auto_map=auto_map, architectures=["OwnForCausalLM"])
+    return cache
+
+
+def test_remote_code_runs_only_for_who_trusts_it(folder: Path, tiny_llama_folder: Path, cache: Path) -> None:
+    tokens = torch.arange(9)[None]
+    expected = Checkpoint.open(tiny_llama_folder).load()(tokens).logits
     with pytest.raises(ModelError, match="comes with its own code"):
         Checkpoint.open(folder)
     assert not cache.exists()
     model = Checkpoint.open(folder, trust_remote_code=True).load()
     assert type(model).__name__ == "OwnForCausalLM"
     assert torch.equal(model(tokens).logits, expected)
+
+
+def test_a_familys_code_runs_only_for_who_trusts_it(folder: Path, cache: Path, tmp_path: Path) -> None:
+    """It may come from someone else."""
+    text = tmp_path / "notes.txt"
+    text.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    wishes = {"data": text, "target": "transformers", "formats": ("F32", "int8_sym"), "recipe": "rtn", "length": 32, "segments": 16}
+    made = anyfit.fit(folder, output=tmp_path / "own.family", trust_remote_code=True, **wishes)  # type: ignore[arg-type]
+    assert type(made.extract("int8_sym")).__name__ == "OwnForCausalLM"
+    shutil.rmtree(cache)
+    family, out = Family.open(made.path), tmp_path / "out"
+    for take in (family.extract, partial(family.export, path=out), partial(refine, family, model=folder)):
+        with pytest.raises(FamilyError, match="has Python code of its original"):
+            take("int8_sym")
+    arguments = ["extract", str(made.path), "--budget", "int8_sym", "-o", str(out)]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 2
+    assert not cache.exists() and not out.exists()
+    assert CliRunner().invoke(cli.app, [*arguments, "--trust-remote-code"]).exit_code == 0
+    assert cache.exists() and out.exists()

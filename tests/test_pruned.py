@@ -311,6 +311,14 @@ def _nothing_to_time_with(_: object) -> None:
     raise RuntimeMissingError("torch", "torch", "Measuring latency")
 
 
+def test_a_table_says_the_target(model: Path, text: Path, tmp_path: Path) -> None:
+    wishes = {"data": text, "recipe": "ziplm", "length": ASKED["length"], "segments": ASKED["segments"]}
+    for name in ("transformers", "onnxruntime"):
+        made_table(model, target=name, device=_device_of(name)).write(tmp_path / "latency.json")
+        assert anyfit.plan(model, latency=tmp_path / "latency.json", **wishes).target == name  # type: ignore[arg-type]
+    assert anyfit.plan(model, **wishes).target == "llama.cpp"  # type: ignore[arg-type]
+
+
 def test_latencies_of_something_else_are_refused(model: Path, text: Path, family: Family, tmp_path: Path) -> None:
     table = made_table(model)
     others = {

@@ -16,7 +16,7 @@ from anyfit import Family, refinement
 from anyfit.architectures import architecture_of
 from anyfit.calibration.statistics import InputStatistics
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.errors import FamilyError, ModelError
+from anyfit.core.errors import FamilyError, ModelError, UserError
 from anyfit.core.units import Weight
 from anyfit.family.manifest import Point
 from anyfit.progress import Silent
@@ -99,6 +99,16 @@ def test_only_the_very_original_will_do(family: Family, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="content differs"):
         refine(family, "90%", model=other)
     assert not (family.path / "refined").exists()
+
+
+def test_what_takes_too_much_memory_is_refused(family: Family, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = 4 * family.original.num_parameters
+    monkeypatch.setattr("anyfit.core.memory.free", lambda: 8 * network)
+    with pytest.raises(UserError, match=r"Refining tiny-llama takes .* 8 times the network in float32"):
+        refine(family, "90%", model=tiny)
+    assert not (family.path / "refined").exists()
+    monkeypatch.setattr("anyfit.core.memory.free", lambda: 11 * network)
+    assert refine(family, "90%", model=tiny).before
 
 
 def test_two_sizes_of_one_family(family: Family, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

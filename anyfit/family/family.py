@@ -77,22 +77,27 @@ class Family:
     >>> family.export("1.5GB", "smol.gguf")                 # doctest: +SKIP
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, trust_remote_code: bool = False) -> None:
         self.path = path
         self.manifest = manifest
+        self.trust_remote_code = trust_remote_code
         self._store = Store(path, manifest.files)
 
     @classmethod
-    def open(cls, path: str | Path) -> Family:
-        """Raises `FamilyError` where the folder is no family, is altered, or comes from a newer version."""
+    def open(cls, path: str | Path, *, trust_remote_code: bool = False) -> Family:
+        """Raises `FamilyError` where the folder is no family, is altered, or comes from a newer version.
+
+        `trust_remote_code`: of an original that came with its own Python code, run what the family has of it, without which no model can be
+        taken out.
+        """
         path = Path(path)
-        return cls(path, Manifest.read(path))
+        return cls(path, Manifest.read(path), trust_remote_code=trust_remote_code)
 
     def reload(self) -> None:
         """See what has been written to the folder since it was opened."""
-        path, manifest = self.path, Manifest.read(self.path)
+        path, manifest, trusted = self.path, Manifest.read(self.path), self.trust_remote_code
         vars(self).clear()
-        Family.__init__(self, path, manifest)
+        Family.__init__(self, path, manifest, trust_remote_code=trusted)
 
     @property
     def name(self) -> str:
@@ -218,7 +223,13 @@ class Family:
 
     @cached_property
     def source(self) -> Source:
-        """What is needed of the original to write any model; every file checked against its hash."""
+        """What is needed of the original to write any model; every file checked against its hash. Raises `FamilyError` where that is code
+        which nobody trusts."""
+        if self.manifest.trust_remote_code and not self.trust_remote_code:
+            raise FamilyError(
+                f"{self.path} has Python code of its original, {self.original.name}, which this would run.",
+                remedy="If you trust who made the family, pass trust_remote_code=True (--trust-remote-code).",
+            )
         folder = self.path / SOURCE
         expected = {name for name in self.manifest.files if name.startswith(f"{SOURCE}/")}
         for name in expected:

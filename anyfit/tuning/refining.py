@@ -30,6 +30,10 @@ from anyfit.tuning.sequential import resolve
 WINDOW = 256
 """Tokens of a tuning step's segments at most: many short steps do better than few long ones."""
 
+NETWORKS = 6
+"""As much memory as so many networks in float32 take what tuning holds beside the original and the stored one: levels, latents, values,
+gradients and what they are made of."""
+
 
 @dataclass(frozen=True)
 class Settings:
