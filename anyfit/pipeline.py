@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -326,11 +326,11 @@ class Fit:
         shared |= {
             "towards": TOWARDS[self.settings.towards],
             "sampler": samplers.get(how.sampler),
-            "expected": lambda: self.expected(store, decisions),
+            "expected": cache(lambda: self.expected(store, decisions)),
         }
         if isinstance(how, NestingRecipe):
             return Nesting(**shared, scale_rate=how.scale_rate, shares=how.shares)
-        return Training(**shared, sharded=self.shards)
+        return Training(**shared, sharded=self.shards, relative=how.relative)
 
     def expected(self, store: Store, decisions: Sequence[Decision]) -> Table:
         """What these decisions' choices lose as they were encoded, from one backward pass: for training, which comes before the score."""

@@ -134,7 +134,7 @@ class Changes(ABC):
 @dataclass
 class _AllAtOnce(Changes):
     """Trains all formats in one loop. `towards`: for what. `expected`: what the decided units and their choices lose untrained, asked for
-    where the sampler wants it."""
+    where sampler or losses want it."""
 
     sampler: type[Sampler]
     settings: Settings
@@ -187,9 +187,10 @@ class _AllAtOnce(Changes):
 @dataclass
 class Training(_AllAtOnce):
     """Trains all variants at once: a sampler draws configs at each step. `sharded`: processes hold the networks together; the largest then
-    needs no numbers where its matrices are trained."""
+    needs no numbers where its matrices are trained. `relative`: losses are divided by what is expected."""
 
     sharded: bool
+    relative: bool
 
     def _trained(self, text: Reference, held_out: Reference) -> tuple[dict[str, Gain], dict[str, Tensor]]:
         network = ElasticNetwork(
@@ -202,7 +203,8 @@ class Training(_AllAtOnce):
             return self.group.each(self.formats, lambda name: self._measured(network, name, held_out))
 
         before = measured(held_out)
-        self._train(Decoupled(network, self.towards(network.model, text)), self.decisions, self.expected, measured)
+        subject = Decoupled(network, self.towards(network.model, text), self.expected() if self.relative else None)
+        self._train(subject, self.decisions, self.expected, measured)
         merged: dict[str, Tensor] = {}
         for (unit, name), variant in network.variants().items():
             parts = variant.merged()

@@ -105,7 +105,7 @@ def matched(subject: Subject, fitted: Family, size: int) -> Result | Refused:
         files = [path] if path.is_file() else list(path.glob("*.safetensors"))
         assert sum(file.stat().st_size for file in files) == export.bytes_ <= size
         model = read_model(path)[0] if path.is_file() else fitted.extract(export.point.config)
-        quality, losses = evaluate(model, subject)
+        quality, losses = evaluate(model, subject.reference)
     return Result("anyfit", f"{size} B", export.bytes_, export.bits, quality, losses, export.seconds)
 
 
@@ -134,7 +134,7 @@ def pair_row(subject: Subject, pair: Pair) -> Row:
         empty = ("none so small", kl_cell(theirs), "", "", f"{theirs.quality.perplexity:.3f}", "")
         return Row((*known, *empty, theirs.detail), holds=False)
     ratio = ours.quality.kl_mean / theirs.quality.kl_mean
-    rise, error = perplexity_rise(theirs, ours)
+    rise, error = perplexity_rise(theirs.losses, ours.losses)
     perplexities = (f"{theirs.quality.perplexity:.3f}", f"{ours.quality.perplexity:.3f} ({rise:+.2%} ± {error:.2%})")
     cells = (*known, f"{ours.bytes_}", kl_cell(theirs), kl_cell(ours), f"{ratio:.2f}", *perplexities, theirs.detail)
     most = 0.5 if theirs.peer == presets.PEER and theirs.bits <= HALF_UP_TO_BITS else 1.0

@@ -44,7 +44,7 @@ def integer_model(subject: Subject, bits: int, group: int) -> Result:
     text = subject.segments.calibration
     Refinery(original, architecture, quantizer, calibration=text, held_out=held_out, settings=REFINING).refine(model, stored, Silent())
     seconds = time.process_time() - began
-    quality, losses = evaluate(model, subject)
+    quality, losses = evaluate(model, subject.reference)
     size = sum(format_.bytes_(weight.shape) for weight in subject.block_weights)
     rest = subject.num_parameters - sum(weight.num_weights for weight in subject.block_weights)
     size += environments.KEPT_BYTES * rest
@@ -63,7 +63,7 @@ def integer_section(subject: Subject, theirs: Iterable[Outcome], *, keep: Keep) 
         again = Keep.FRESH if keep is Keep.FRESH else Keep.REUSE
         ours = kept(path, key, lambda b=bits, g=group: integer_model(subject, b, g), keep=again)
         assert isinstance(ours, Result)
-        rise, error = perplexity_rise(outcome, ours)
+        rise, error = perplexity_rise(outcome.losses, ours.losses)
         cells = (
             f"w{bits} g{group}", f"{bits + (16 + bits) / group:.2f} / {formats.get(ours.setting).bits:.2f}",
             f"{outcome.quality.perplexity:.3f}", f"{ours.quality.perplexity:.3f} ({rise:+.2%} ± {error:.2%})",

@@ -31,6 +31,7 @@ import storages
 import subspace
 import switching
 import torch
+from peers.results import evaluate, perplexity_rise
 from table import Row, Section, finish_page
 from texts import reported
 from torch.func import functional_call
@@ -47,7 +48,7 @@ from anyfit.progress import Progress, to_stderr
 from anyfit.recipes import llm_qfa
 from anyfit.scores.table import Table
 from anyfit.searchers.exact import Solver
-from anyfit.tasks.language import Quality, Reference, kl, measure
+from anyfit.tasks.language import Quality, Reference, kl
 from anyfit.trainers import samplers
 from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.loop import Settings, train
@@ -105,10 +106,11 @@ class Bench:
         network = self.network(settings)
         drawn = [replace(d, choices=tuple(c for c in d.choices if only in (None, c.name))) for d in self.decisions]
         period = max(1, settings.num_steps // settings.num_periods)
-        kind = samplers.get(sampler)
-        made = kind(drawn, period, self.run.expected(self.store, self.decisions) if kind.knows_losses else None)
+        kind, how = samplers.get(sampler), llm_qfa.RECIPE.training
+        expected = self.run.expected(self.store, self.decisions) if kind.knows_losses else None
+        made = kind(drawn, period, expected)
         began = time.perf_counter()
-        subject = Decoupled(network, Divergence(network.model, self.text))
+        subject = Decoupled(network, Divergence(network.model, self.text), expected if how.relative and sampler == how.sampler else None)
         train(subject, made, settings, checkpoint={}, keep=lambda _: None, progress=progress)
         self.seconds[what] = self.seconds.get(what, 0) + time.perf_counter() - began
         return network
@@ -150,11 +152,19 @@ class Bench:
         return {BITS[0]: uniform(self.decisions, FORMATS[0]), **found, BITS[-1]: uniform(self.decisions, FORMATS[2])}
 
     def quality(self, network: ElasticNetwork, config: Config) -> Quality:
-        return measure(network.set(config), self.report)
+        return self.measured(network, config)[0]
+
+    def measured(self, network: ElasticNetwork, config: Config) -> tuple[Quality, tuple[float, ...]]:
+        """And the loss of each segment."""
+        return evaluate(network.set(config), self.report)
 
 
 def named(sampler: str, rate: float) -> str:
     return f"{sampler} {rate:g}"
+
+
+def shown(quality: Quality) -> str:
+    return f"{quality.perplexity:.3f} / {quality.kl_mean:.5f}"
 
 
 def say(what: str, figures: Mapping[Any, float]) -> None:
@@ -238,13 +248,13 @@ def _codes_and_scales(variant: Variant) -> bool:
     return torch.equal(codes, again) and torch.equal(variant.scales.stored["scale"], after.stored["scale"])
 
 
-def samplers_section(bench: Bench, drawn: ElasticNetwork, balanced: ElasticNetwork) -> Section:
+def samplers_section(every: Mapping[float, Mapping[str, Quality]]) -> Section:
     """Configs drawn uniformly, and by LLM-QFA's schedule: as many steps, at one rate."""
     rows = []
-    for bits, config in sorted(bench.configs().items()):
-        ours, theirs = bench.quality(balanced, config), bench.quality(drawn, config)
-        holds = ours.perplexity < theirs.perplexity if bits in (BITS[0], BITS[-1]) else None
-        rows.append(Row((f"{bits:g}", *(f"{q.perplexity:.3f} / {q.kl_mean:.5f}" for q in (theirs, ours))), holds))
+    for bits, found in every.items():
+        drawn, balanced = found[UNIFORM], found[named(*BALANCED)]
+        holds = balanced.perplexity < drawn.perplexity if bits in (BITS[0], BITS[-1]) else None
+        rows.append(Row((f"{bits:g}", shown(drawn), shown(balanced)), holds))
     remark = (
         f"Perplexity / mean KL, as above, both at a rate of {BALANCED[1]:g}. At the ends, balanced holds where its perplexity is lower."
     )
@@ -290,29 +300,29 @@ def sizes_sections(settings: Settings, progress: Progress) -> Iterator[Section]:
         networks[THIRD], rates = bench.separate(THIRD, third, RATES, progress)
         networks[ALL], longer = bench.separate(ALL, settings, RATES, progress)
         networks[NONE] = bench.network(settings)
-        rows = []
+        networks[named(*BALANCED)] = candidates[named(*BALANCED)]
+        rows, every = list[Row](), dict[float, dict[str, Quality]]()
         for bits, config in sorted(bench.configs().items()):
-            found = {name: bench.quality(network, config) for name, network in networks.items()}
-            ours = found[ONCE].perplexity
-            ends = bits in (BITS[0], BITS[-1])
-            holds = ours <= found[THIRD].perplexity and ours <= found[ALL].perplexity * (1 + WITHIN)
-            holds &= ours < found[UNIFORM].perplexity or not ends
-            cells = (f"{bits:g}", *(f"{found[n].perplexity:.3f} / {found[n].kl_mean:.5f}" for n in (NONE, THIRD, ALL, UNIFORM, ONCE)))
+            measured = {name: bench.measured(network, config) for name, network in networks.items()}
+            every[bits] = found = {name: quality for name, (quality, _) in measured.items()}
+            rise, error = perplexity_rise(measured[THIRD][1], measured[ONCE][1])
+            ours, ends = found[ONCE].perplexity, bits in (BITS[0], BITS[-1])
+            holds = rise <= error and ours <= found[ALL].perplexity * (1 + WITHIN) and (ours < found[UNIFORM].perplexity or not ends)
+            cells = (f"{bits:g}", *map(shown, (found[name] for name in (NONE, THIRD, ALL, UNIFORM, ONCE))), f"{rise:+.2%} ± {error:.2%}")
             print("  ".join(cells), flush=True)
             rows.append(Row(cells, holds))
-    for name, network in candidates.items():
-        say(f"one run, {name}, report text, KL", {f"{b:g}": bench.quality(network, c).kl_mean for b, c in sorted(bench.configs().items())})
     remark = (
         f"Perplexity / mean KL to the original on all {bench.report.tokens.numel()} tokens that are for reports, of what is stored. "
         f"The one run takes {settings.num_steps} steps of {settings.batch_size} windows; three runs have a third of them each, or all of "
-        f"them each. A row holds where the one run is at or below the first, within {WITHIN:.0%} of the second, and at the ends better "
-        "than with configs drawn uniformly. What could be chosen was chosen on the search split: for the one run, "
+        "them each. A row holds where the one run's perplexity isn't above the first's by more than the standard error of their "
+        f"difference over segments, is within {WITHIN:.0%} of the second's, and at the ends below that with configs drawn uniformly. What "
+        "could be chosen was chosen on the search split: for the one run, "
         f"{chosen} of {', '.join(candidates)} (sampler and rate); for each of the others' three runs, the better rate of {RATES[0]:g} and "
         f"{RATES[1]:g}: at 2, 3 and 4 bits {_listed(rates)} with a third each, {_listed(longer)} with all of it each. Configs drawn "
         f"uniformly have {settings.rate:g}."
     )
-    yield Section("Sizes", ("bits", NONE, THIRD, ALL, UNIFORM, ONCE), rows, (remark,))
-    yield samplers_section(bench, networks[UNIFORM], candidates[named(*BALANCED)])
+    yield Section("Sizes", ("bits", NONE, THIRD, ALL, UNIFORM, ONCE, "the one run's perplexity over that of a third each"), rows, (remark,))
+    yield samplers_section(every)
     yield merging
     yield cost_section(bench)
 

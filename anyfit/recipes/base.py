@@ -29,9 +29,11 @@ class _Stage(Generic[Steps]):
 
 @dataclass(frozen=True)
 class Training(_Stage["Settings"]):
-    """How a recipe trains all variants at once. `sampler`: its name."""
+    """How a recipe trains all variants at once. `sampler`: its name. `relative`: losses are divided by what their configs are expected to
+    lose, see `trainers.decoupled.Decoupled`."""
 
     sampler: str
+    relative: bool = False
 
 
 @dataclass(frozen=True)

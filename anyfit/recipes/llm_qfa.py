@@ -16,12 +16,12 @@ RECIPE = Recipe(
         "mostly along the configs that are expected to lose least, as the search will take them. Codes never change: adapters that see one "
         "number a group merge into stored offsets; formats without a trainable offset get trained scales, codebooks other entries, "
         "too. Choose it where there is text like that of the task, and time. Differs from the paper in the loss, which is the divergence "
-        "from the original's predictions (the paper's is --towards task), in decisions for each matrix, not each block, in draws, which "
-        "follow what configs are expected to lose and of which a quarter are the smallest config, and in the search, which is exact: "
-        "--search correlation lets the paper's own compete."
+        "from the original's predictions (the paper's is --towards task), over what a config is expected to lose, in decisions for each "
+        "matrix, not each block, in draws, which follow what configs are expected to lose and of which a third are the smallest or the "
+        "largest config, and in the search, which is exact: --search correlation lets the paper's own compete."
     ),
     quantizer="gptq",
     score="kl",
-    training=Training(Settings(rate=6e-3), "frontier"),
+    training=Training(Settings(rate=6e-3), "frontier", relative=True),
     formats=FORMATS,
 )

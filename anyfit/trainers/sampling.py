@@ -210,16 +210,20 @@ class Frontier(Balanced):
 
     Drawn by a tilt alone, neighbours differ more than they ever will in use, and a fine variant learns to make up for the errors of
     coarse ones: drawn uniformly, four bits end up worse than untrained. Here units take choices in the order of what a bit more brings
-    them, and a share `EVEN` of draws follows the tilt, so that every choice is trained. A share `LEAST` of all draws is the smallest
-    config. It has the most to gain, a variant there has to do with the errors of all others, and along the frontier it is met at the
-    turn alone.
+    them, and a share `EVEN` of draws follows the tilt, so that every choice is trained. Of all draws shares `LEAST` and `MOST` are the
+    smallest and the largest config, which along the frontier are met at the turns alone. The smallest has the most to gain, and a variant
+    there has to do with the errors of all others; in the largest it has to do with none, as nowhere else.
     """
 
-    EVEN, LEAST = 0.1, 0.25
+    EVEN, LEAST, MOST = 0.1, 0.2, 0.15
     knows_losses = True
 
     def probabilities(self, step: int) -> Probabilities:
-        return {key: (1 - self.LEAST) * own + self.LEAST * self._certain(key, min) for key, own in self.along(step).items()}
+        along = 1 - self.LEAST - self.MOST
+        return {
+            key: along * own + self.LEAST * self._certain(key, min) + self.MOST * self._certain(key, max)
+            for key, own in self.along(step).items()
+        }
 
     def along(self, step: int) -> Probabilities:
         """Of the draws along the frontier, whose mean is the target."""
@@ -227,8 +231,10 @@ class Frontier(Balanced):
 
     def draw(self, step: int, seed: int) -> Config:
         generator = _generator(step, seed)
-        smallest = float(torch.rand(1, generator=generator)) < self.LEAST
-        return self._extreme(min) if smallest else self._drawn(self.along(step), generator)
+        place = float(torch.rand(1, generator=generator))
+        if place < self.LEAST:
+            return self._extreme(min)
+        return self._extreme(max) if place < self.LEAST + self.MOST else self._drawn(self.along(step), generator)
 
     def _at(self, target: float) -> Probabilities:
         best, tilted = self._best(target), self._bits.at(target)

@@ -73,7 +73,7 @@ def _outcome(subject: Subject, peer: str, bits: int, group: int, environments: P
     with torch.no_grad():
         for name, value in made.weights.items():
             model.get_parameter(name).copy_(value)
-    quality, losses = evaluate(model, subject)
+    quality, losses = evaluate(model, subject.reference)
     rest = subject.num_parameters - sum(weight.num_weights for weight in subject.block_weights)
     formula = made.formula_bytes + KEPT_BYTES * rest
     stored = min(formula, made.file_bytes or formula)

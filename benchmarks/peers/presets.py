@@ -102,7 +102,7 @@ def quantised(subject: Subject, source: Path, importance: Path, preset: str) -> 
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         if run.returncode or not output.is_file():
             return Refused(PEER, preset, _reason(run.stderr))
-        quality, losses = evaluate(read_model(output)[0], subject)
+        quality, losses = evaluate(read_model(output)[0], subject.reference)
         types, stored = contents(output)
         return Result(
             peer=PEER,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cache
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 import anyfit
 from anyfit.core.files import read_json, write_json
-from anyfit.tasks.language import Quality, measure
-from peers.subjects import Subject
+from anyfit.tasks.language import Quality, Reference, measure
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ Outcome = Result | Refused
 NOT_RUN = "not run"
 
 
-def evaluate(model: PreTrainedModel, subject: Subject) -> tuple[Quality, tuple[float, ...]]:
-    """Quality on the report split, and each segment's mean loss, from the same pass."""
+def evaluate(model: PreTrainedModel, reference: Reference) -> tuple[Quality, tuple[float, ...]]:
+    """Quality on the reference's text, and each segment's mean loss, from the same pass."""
     losses: list[float] = []
 
     def logits(tokens: Tensor) -> Tensor:
@@ -70,7 +69,7 @@ def evaluate(model: PreTrainedModel, subject: Subject) -> tuple[Quality, tuple[f
         losses.extend(each.mean(1).tolist())
         return predicted
 
-    return measure(logits, subject.reference), tuple(losses)
+    return measure(logits, reference), tuple(losses)
 
 
 class Keep(Enum):
@@ -94,9 +93,9 @@ def kept(path: Path, key: dict[str, Any], make: Callable[[], Outcome], *, keep: 
     return outcome
 
 
-def perplexity_rise(theirs: Result, ours: Result) -> tuple[float, float]:
-    """How much higher our perplexity is, as a share of theirs, and its standard error over segments, paired."""
-    differences = np.subtract(ours.losses, theirs.losses)
+def perplexity_rise(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float]:
+    """How much higher our perplexity is, as a share of theirs, and its standard error over segments, paired, from segments' losses."""
+    differences = np.subtract(ours, theirs)
     error = differences.std(ddof=1) / math.sqrt(len(differences))
     return math.expm1(differences.mean()), float(error)
 
