@@ -33,7 +33,7 @@ from anyfit.searchers.exact import Solver
 from anyfit.tasks.language import Reference
 from anyfit.testing.models import save_tiny, tiny_model, tiny_text
 from anyfit.testing.quantizers import rounded
-from anyfit.trainers import loop, pv, samplers
+from anyfit.trainers import decoupled, loop, pv, samplers
 from anyfit.trainers.decoupled import Decoupled
 from anyfit.trainers.losses import Divergence, MicroBatch, NextTokens, Outputs
 from anyfit.trainers.sampling import Frontier, Sampler, Shifted
@@ -311,6 +311,29 @@ def test_training_lowers_the_divergence(text: Tensor) -> None:
     assert training.kl(made.set(small), reference) < 0.9 * before
 
 
+def test_losses_count_over_what_their_configs_are_expected_to_lose(text: Tensor) -> None:
+    """So that a step in which most is lost weighs as much as others; what is expected to lose nothing doesn't weigh without bounds."""
+    made, about = network()
+    reference = Reference.of(tiny_model("llama").eval(), text)
+    bits = {choice.name: int(choice.name[3]) for choice in about[0].choices}
+    errors = {d.unit.name: {name: 4.0**-number for name, number in bits.items()} for d in about}
+    table = Table({d.unit.name: 1.0 + index for index, d in enumerate(about)}, errors)
+    objective = Divergence(made.model, reference)
+    subject, plain = Decoupled(made, objective, table), Decoupled(made, objective)
+    configs = [Config({d.key: name for d in about}) for name in bits]
+    mixed = Config({d.key: OFFSETS[index % 3] for index, d in enumerate(about)})
+    space = Space(tuple(about), 0, 0, 1)
+    for config in (*configs, mixed):
+        assert subject.share(config) * table.predict(space, config) == pytest.approx(
+            table.predict(space, Config({d.key: OFFSETS[2] for d in about}))
+        )
+        assert plain.share(config) == 1
+    lossless = Table(
+        table.sensitivity, {unit: {name: value * (name != OFFSETS[0]) for name, value in own.items()} for unit, own in errors.items()}
+    )
+    assert Decoupled(made, objective, lossless).share(Config({d.key: OFFSETS[0] for d in about})) == decoupled.MOST_SHARE
+
+
 def test_products_in_bfloat16_leave_loss_and_gradients_near(text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     (made, about), reference = network(), Reference.of(tiny_model("llama").eval(), text)
     subject, batch = Decoupled(made, Divergence(made.model, reference)), MicroBatch(0, torch.arange(len(text)))
@@ -423,11 +446,11 @@ def test_a_family_is_trained_towards_its_text_for_as_long_as_that_helps(
     used, looks = list[type](), list[float]()
     monkeypatch.setattr(training.Gain, "kept", True)
     monkeypatch.setattr(loop, "EVERY", 1)
-    decoupled, waited = training.Decoupled, loop._Best.waited
+    waited = loop._Best.waited
 
-    def subject(network: ElasticNetwork, objective: Any) -> Decoupled:
+    def subject(network: ElasticNetwork, objective: Any, expected: Any) -> Decoupled:
         used.append(type(objective))
-        return decoupled(network, objective)
+        return Decoupled(network, objective, expected)
 
     def looked(best: Any, loss: float) -> int:
         looks.append(loss)
