@@ -19,7 +19,7 @@ from anyfit.calibration.defaults import LONGEST_SEGMENT, NUM_REPORT, Data, segme
 from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import BYTES, LATENCY, MACS, WEIGHTS, Budget
+from anyfit.core.budget import BYTES, LATENCY, MACS, WEIGHTS, Budget, parsed_bytes
 from anyfit.core.config import format_of
 from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
@@ -94,7 +94,7 @@ def fit(
     A run that was killed is continued by the same call; `restart` throws away what it had done. An existing
     `output` is only replaced with `force`. Raises `UserError`s, before any long work.
     """
-    progress, given = progress or Silent(), _memory_limit(memory)
+    progress, given = progress or Silent(), None if memory is None else parsed_bytes(memory)
     name = "default" if model is None else Path(model).resolve().name
     output = Path(output) if output is not None else Path(f"{name}.family")
     refuse_existing(output, force=force, ours=is_family, inputs=_inputs(model, wishes.get("data")))
@@ -110,16 +110,6 @@ def fit(
         progress.note(note)
     run.run(output, restart=restart, force=force)
     return Family.open(output, trust_remote_code=run.checkpoint.trust_remote_code)
-
-
-def _memory_limit(text: str | None) -> int | None:
-    """In bytes; None where nothing was said."""
-    if text is None:
-        return None
-    limits = dict(Budget.parse(text).limits)
-    if limits.keys() != {BYTES}:
-        raise UserError(f"The memory limit {text!r} is not in bytes.", remedy="Write a number and a unit, for example 8GB.")
-    return int(limits[BYTES])
 
 
 def _limited(given: int | None, where: torch.device) -> int | None:
@@ -171,7 +161,8 @@ def prepare(
     """
     method, diligence = recipes.get(recipe), Effort.parse(effort)
     table = None if latency is None else _latencies(latency, method)
-    target = target or (TARGET if table is None else table.target)
+    if target is None:
+        target = TARGET if table is None else table.target
     runtime = targets.get(target)
     quantizers.get(method.quantizer)
     searchers.get(search)

@@ -49,7 +49,7 @@ def _require_known(registry: Registry[Any], names: Iterable[str]) -> None:
 
 
 def _require_all_known(target: str | None, recipe: str, search: str, formats: list[str] | None) -> None:
-    _require_known(all_targets, [target] if target else [])
+    _require_known(all_targets, [] if target is None else [target])
     _require_known(all_recipes, [recipe])
     _require_known(all_searchers, [search])
     _require_known(all_formats, formats or [])
@@ -150,13 +150,7 @@ def fit(
     segments: options.Segments = None,
     effort: options.EffortName = Effort.NORMAL,
     search: options.SearcherName = "exact",
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="What the run may use, `8GB`, also of a graphics processor's; refused at once if that isn't enough. Default: three "
-            "quarters of what is free."
-        ),
-    ] = None,
+    memory: options.Memory = None,
     device: options.DeviceName = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Which segments of the text are drawn.")] = 0,
     trust_remote_code: options.RemoteCode = False,
@@ -261,6 +255,7 @@ def refine(
     family: options.FamilyPath,
     budget: options.Budgets,
     model: Annotated[str | None, typer.Option(help="The original: a folder or hub id. Not needed for the embedded model.")] = None,
+    memory: options.Memory = None,
     device: options.DeviceName = "auto",
     trust_remote_code: options.RemoteCode = False,
     json_: options.Json = False,
@@ -272,7 +267,7 @@ def refine(
     from anyfit.report import summary
 
     opened = Family.open(family, trust_remote_code=trust_remote_code)
-    made = refined(opened, budget, model=model, device=device, progress=to_stderr())
+    made = refined(opened, budget, model=model, device=device, memory=memory, progress=to_stderr())
     document = {
         "kept": made.kept,
         "already": made.already,
@@ -470,4 +465,5 @@ def _next(family: Family) -> tuple[str, ...]:
     suffix = all_targets.get(family.target).suffix
     from anyfit.report import summary
 
-    return (f"Next:     anyfit export {family.path} --budget {summary.budget_of(family, middle)} -o {family.name}{suffix}",)
+    trusted = " --trust-remote-code" if family.trust_remote_code else ""
+    return (f"Next:     anyfit export {family.path} --budget {summary.budget_of(family, middle)} -o {family.name}{suffix}{trusted}",)

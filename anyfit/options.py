@@ -82,6 +82,13 @@ SearcherName = Annotated[
         "all sizes, which then compete: see `anyfit searchers`.",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="What the run may use, `8GB`, also of a graphics processor's; refused at once if that isn't enough. Default: three "
+        "quarters of what is free."
+    ),
+]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: a graphics processor where there is one.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model, or with a family of it.")

@@ -330,7 +330,7 @@ class Fit:
         }
         if isinstance(how, NestingRecipe):
             return Nesting(**shared, scale_rate=how.scale_rate, shares=how.shares)
-        return Training(**shared, sharded=self.shards, relative=how.relative)
+        return Training(**shared, sharded=self.shards, relative=how.relative and self.settings.towards == ORIGINAL)
 
     def expected(self, store: Store, decisions: Sequence[Decision]) -> Table:
         """What these decisions' choices lose as they were encoded, from one backward pass: for training, which comes before the score."""

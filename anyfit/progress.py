@@ -70,8 +70,8 @@ class Plain:
 class JsonLines:
     """One JSON document a line, for machines: where a stage is, at most once in `EVERY` seconds, and remarks.
 
-    {"stage": "encode", "done": 3, "total": 12, "seconds": 4.2, "left": 12.6, "detail": "model.layers.0..."}; `left` is null
-    before anything is done.
+    {"stage": "encode", "done": 3, "total": 12, "seconds": 4.2, "left": 12.6, "detail": "model.layers.0..."}; `left` is null before anything
+    is done, and doesn't count what was prepared by then.
     """
 
     EVERY = 1.0
@@ -98,18 +98,20 @@ class _Lines:
     def __init__(self, log: JsonLines, name: str, total: int) -> None:
         self._log, self._name, self._total = log, name, total
         self._began, self._told = time.monotonic(), -math.inf
+        self._paced = self._began
         self.done = 0
 
     def advance(self, n: int = 1, detail: str = "") -> None:
+        if not n and not self.done:
+            self._paced = time.monotonic()  # it was preparation
         self.done += n
         if time.monotonic() - self._told >= JsonLines.EVERY:
             self.tell(detail)
 
     def tell(self, detail: str = "") -> None:
         self._told = time.monotonic()
-        seconds = self._told - self._began
-        left = seconds / self.done * (self._total - self.done) if self.done else None
-        figures = {"done": self.done, "total": self._total, "seconds": round(seconds, 3), "left": left and round(left, 3)}
+        left = (self._told - self._paced) / self.done * (self._total - self.done) if self.done else None
+        figures = {"done": self.done, "total": self._total, "seconds": round(self._told - self._began, 3), "left": left and round(left, 3)}
         self._log.tell({"stage": self._name, **figures, "detail": detail})
 
 

@@ -8,6 +8,7 @@ choose it. At high effort, `fit` does the same to its smallest finalists; where 
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from anyfit import devices, recovery
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import BYTES, Budget, describe
+from anyfit.core.budget import BYTES, Budget, describe, parsed_bytes
 from anyfit.core.errors import FamilyError, ModelError, OutputError, UserError
 from anyfit.core.files import locked, sha256, write_json
 from anyfit.family.family import Family, with_points
@@ -69,13 +70,15 @@ def refine(
     model: str | Path | None = None,
     settings: Settings | None = None,
     device: str = devices.AUTO,
+    memory: str | None = None,
     progress: Progress | None = None,
 ) -> Refined:
     """Refine the config that `budget` chooses; the family's folder gains a file and a point where that helps.
 
     `model`: the original, a folder or hub id; needed unless it is the embedded one or what the family was named after still
     lies at hand. Raises `ModelError` where it isn't the very one. A config that is refined already is left alone. `device`:
-    "cpu", "cuda" or "auto". `family` is up to date afterwards.
+    "cpu", "cuda" or "auto". `memory`: what may be used there, such as "8GB" (default: three quarters of what is free). `family` is up to
+    date afterwards.
     """
     progress, where = progress or Silent(), devices.device(device)
     if family.masked:
@@ -90,8 +93,8 @@ def refine(
         _require_trainable(family, chosen)
     if not os.access(family.path, os.W_OK):
         raise OutputError(f"{family.path} can't be written to.", remedy="Copy the family to a folder of yours, and refine it there.")
+    _require_memory(family, where, memory)
     checkpoint = _original(family, model)
-    _require_memory(family, where)
     original, stored = (devices.moved(model, where) for model in (checkpoint.load(), family.extract(chosen.config)))
     text = family.text()
     task = task_of(checkpoint.config)
@@ -128,15 +131,19 @@ def _require_trainable(family: Family, chosen: Point) -> None:
         raise UserError("The best within this budget is the original itself.", remedy="Give less.")
 
 
-def _require_memory(family: Family, where: torch.device) -> None:
+def _require_memory(family: Family, where: torch.device, memory: str | None) -> None:
     """Raises `UserError` where that takes more memory than a run may use."""
     networks = 1 + recovery.NETWORKS if family.pruned else 2 + refining.NETWORKS
-    needed, limit = 4 * networks * family.original.num_parameters, devices.usable(where)
+    needed = 4 * networks * family.original.num_parameters
+    limit = devices.usable(where) if memory is None else parsed_bytes(memory)
     if limit is not None and needed > limit:
+        on_device = where.type != "cpu"
+        kind = "the graphics processor's memory" if on_device else "memory"
+        remedy = f"Say --memory {math.ceil(needed / 10**7) / 100:.2f}GB where there is as much"
         raise UserError(
-            f"Refining {family.original.name} takes {describe(BYTES, needed)} of memory, {networks} times the network in float32, and "
+            f"Refining {family.original.name} takes {describe(BYTES, needed)} of {kind}, {networks} times the network in float32, and "
             f"{describe(BYTES, limit)} may be used.",
-            remedy="Refine on a machine with more memory: the family's folder is all that it needs, and --model.",
+            remedy=f"{remedy}, or --device cpu." if on_device else f"{remedy}.",
         )
 
 
@@ -151,10 +158,9 @@ def _trained(family: Family, chosen: Point, model: PreTrainedModel, original: Pr
 
 
 def _original(family: Family, model: str | Path | None) -> Checkpoint:
-    trusted = family.manifest.trust_remote_code
     place = model if model is not None else MODEL if family.original.embedded else family.original.name
     try:
-        checkpoint = Checkpoint.open(place, trust_remote_code=trusted)
+        checkpoint = Checkpoint.open(place, trust_remote_code=family.source.trust_remote_code)
     except ModelError as error:
         if model is not None:
             raise

@@ -31,7 +31,7 @@ from anyfit.formats.base import SPAN
 from anyfit.progress import Silent
 from anyfit.quantizers import aqlm, quantizers
 from anyfit.recipes import recipes
-from anyfit.recipes.base import Training, Tuning
+from anyfit.recipes.base import Tuning
 from anyfit.targets.aqlm import LAYOUTS
 from anyfit.targets.transformers import TARGET
 from anyfit.tasks.language import Reference
@@ -311,8 +311,10 @@ def test_a_family_is_tuned(asked: dict[str, Any], tmp_path: Path, monkeypatch: p
 def test_a_family_is_trained_at_once(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codebooks and scales move, codes don't; what is extracted is what was stored."""
     monkeypatch.setattr(training.Gain, "kept", True)
-    few = Training(loop.Settings(num_steps=4, batch_size=2, rank=2), "frontier")
-    monkeypatch.setitem(recipes.get("llm-qfa").__dict__, "training", few)
+    recipe = recipes.get("llm-qfa")
+    assert recipe.training is not None
+    few = replace(recipe.training, settings=loop.Settings(num_steps=4, batch_size=2, rank=2))
+    monkeypatch.setitem(recipe.__dict__, "training", few)
     monkeypatch.setattr(finalists, "NUM_FINALISTS", 2)
     given = {"formats": ("aqlm_1x8g8", "F16"), **asked}
     before = anyfit.fit(output=tmp_path / "plain.family", **given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from anyfit import Family, cli
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
 from anyfit.core.errors import FamilyError, ModelError
+from anyfit.core.files import sha256, write_json
+from anyfit.family.manifest import NAME
 from anyfit.interface import interface_of
 from anyfit.refinement import refine
 from anyfit.testing.models import MODEL_TYPES, save_tiny, tiny_model, tiny_text, tiny_tokenizer
@@ -335,11 +338,30 @@ def test_a_familys_code_runs_only_for_who_trusts_it(folder: Path, cache: Path, t
     assert type(made.extract("int8_sym")).__name__ == "OwnForCausalLM"
     shutil.rmtree(cache)
     family, out = Family.open(made.path), tmp_path / "out"
-    for take in (family.extract, partial(family.export, path=out), partial(refine, family, model=folder)):
-        with pytest.raises(FamilyError, match="has Python code of its original"):
+    evaluate = partial(anyfit.evaluate, made.path)
+    for take in (family.extract, partial(family.export, path=out), partial(refine, family, model=folder), lambda b: evaluate(budget=b)):
+        with pytest.raises(FamilyError, match="is Python code of the original"):
             take("int8_sym")
     arguments = ["extract", str(made.path), "--budget", "int8_sym", "-o", str(out)]
     assert CliRunner().invoke(cli.app, arguments).exit_code == 2
     assert not cache.exists() and not out.exists()
     assert CliRunner().invoke(cli.app, [*arguments, "--trust-remote-code"]).exit_code == 0
     assert cache.exists() and out.exists()
+    trusting = Family.open(made.path, trust_remote_code=True)
+    trusting.reload()
+    assert all(check.passed for check in trusting.export("int8_sym", tmp_path / "exported").checks)
+    assert evaluate(budget="int8_sym", trust_remote_code=True).quality.perplexity > 1
+
+
+def test_a_family_that_hides_its_code_runs_none(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Whether there is code isn't what its manifest says."""
+    text = tmp_path / "notes.txt"
+    text.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
+    wishes = {"data": text, "target": "transformers", "formats": ("F32", "int8_sym"), "recipe": "rtn", "length": 32, "segments": 16}
+    family = anyfit.fit(tiny_llama_folder, output=tmp_path / "plain.family", trust_remote_code=True, **wishes)  # type: ignore[arg-type]
+    assert family.manifest.trust_remote_code and Family.open(family.path).extract("int8_sym"), "there is none, so that none runs"
+    (family.path / "source" / "own.py").write_text(CODE)
+    files = {**family.manifest.files, "source/own.py": sha256(family.path / "source" / "own.py")}
+    write_json(family.path / NAME, replace(family.manifest, files=files, trust_remote_code=False).to_json())
+    with pytest.raises(FamilyError, match=r"own\.py is Python code of the original"):
+        Family.open(family.path).extract("int8_sym")

@@ -104,11 +104,14 @@ def test_only_the_very_original_will_do(family: Family, tmp_path: Path) -> None:
 def test_what_takes_too_much_memory_is_refused(family: Family, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = 4 * family.original.num_parameters
     monkeypatch.setattr("anyfit.core.memory.free", lambda: 8 * network)
-    with pytest.raises(UserError, match=r"Refining tiny-llama takes .* 8 times the network in float32"):
-        refine(family, "90%", model=tiny)
-    assert not (family.path / "refined").exists()
+    with pytest.raises(UserError, match=r"Refining tiny-llama takes .* 8 times the network in float32") as raised:
+        refine(family, "90%", model=tiny, device="cpu")
+    assert "--memory" in raised.value.remedy and not (family.path / "refined").exists()
+    with pytest.raises(UserError, match="may be used"):
+        refine(family, "90%", model=tiny, device="cpu", memory=f"{8 * network - 1} B")
+    assert refine(family, "90%", model=tiny, device="cpu", memory=f"{8 * network} B").before
     monkeypatch.setattr("anyfit.core.memory.free", lambda: 11 * network)
-    assert refine(family, "90%", model=tiny).before
+    assert refine(family, "90%", model=tiny, device="cpu").before
 
 
 def test_two_sizes_of_one_family(family: Family, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

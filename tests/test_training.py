@@ -26,7 +26,7 @@ from anyfit.finalists import measuring
 from anyfit.formats import formats
 from anyfit.progress import Silent
 from anyfit.recipes import llm_qfa, recipes
-from anyfit.recipes.base import Training, Tuning
+from anyfit.recipes.base import Tuning
 from anyfit.scores.table import Table
 from anyfit.searchers import correlation, evolution, searchers
 from anyfit.searchers.exact import Solver
@@ -159,6 +159,16 @@ def test_the_frontier_is_that_of_the_exact_search() -> None:
         divided = [d for d in about if stated[d.key].max() < 1 - Frontier.EVEN - 1e-9]
         best = Solver(space, table).solve(Budget.parse(f"{space.bits(likely) + 1e-6:.6f} bits"))
         assert len(divided) <= 1 and table.predict(space, likely) == pytest.approx(table.predict(space, best)), step
+
+
+def test_the_frontier_draws_its_ends_whole() -> None:
+    about, step, number = decisions(6), PERIOD // 4, 2000
+    sampler = sampler_of("frontier", about)
+    assert isinstance(sampler, Frontier)
+    drawn = [sampler.draw(step, seed) for seed in range(number)]
+    for pick, share in ((min, Frontier.LEAST), (max, Frontier.MOST)):
+        end = Config({d.key: pick(d.choices, key=lambda choice: choice.stored_bytes).name for d in about})
+        assert drawn.count(end) / number == pytest.approx(share, abs=0.04)
 
 
 def test_a_loss_that_is_no_number_is_told(text: Tensor) -> None:
@@ -372,7 +382,7 @@ def test_a_run_goes_on_from_any_checkpoint_to_the_same_numbers(sampler: str, tex
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = llm_qfa.RECIPE
     assert recipe.training is not None
-    few = Training(loop.Settings(num_steps=20, batch_size=4, rate=3e-3, rank=4, num_periods=2), "balanced")
+    few = replace(recipe.training, settings=loop.Settings(num_steps=20, batch_size=4, rate=3e-3, rank=4, num_periods=2))
     monkeypatch.setattr(llm_qfa, "RECIPE", type(recipe)(**{**vars(recipe), "training": few}))
     monkeypatch.setattr(finalists, "NUM_FINALISTS", 4)
     monkeypatch.setattr(pipeline, "NUM_PROBE_SEGMENTS", 4)
@@ -443,13 +453,13 @@ def test_a_family_is_trained_towards_its_text_for_as_long_as_that_helps(
     tiny, notes = save_tiny(tmp_path / "tiny", "llama"), tmp_path / "notes.txt"
     notes.write_text("\n\n".join(tiny_text(400, seed=seed) for seed in range(20)), encoding="utf-8")
     asked: dict[str, Any] = {"data": notes, "formats": ("F16", "Q4_K", "Q2_K"), "length": 32, "segments": 8, "recipe": "llm-qfa"}
-    used, looks = list[type](), list[float]()
+    used, looks = list[tuple[type, bool]](), list[float]()
     monkeypatch.setattr(training.Gain, "kept", True)
     monkeypatch.setattr(loop, "EVERY", 1)
     waited = loop._Best.waited
 
     def subject(network: ElasticNetwork, objective: Any, expected: Any) -> Decoupled:
-        used.append(type(objective))
+        used.append((type(objective), expected is not None))
         return Decoupled(network, objective, expected)
 
     def looked(best: Any, loss: float) -> int:
@@ -459,12 +469,12 @@ def test_a_family_is_trained_towards_its_text_for_as_long_as_that_helps(
     monkeypatch.setattr(training, "Decoupled", subject)
     monkeypatch.setattr(loop._Best, "waited", looked)
     plain = anyfit.fit(tiny, output=tmp_path / "plain.family", **asked)
-    assert used == [Divergence] and not looks
+    assert used == [(Divergence, True)] and not looks
     impatient = anyfit.fit(tiny, output=tmp_path / "impatient.family", patience=2, **asked)
     assert len(looks) == 4, "the best, two that are no better, and the last state"
     assert impatient.digest != plain.digest
     towards = anyfit.fit(tiny, output=tmp_path / "task.family", towards="task", **asked)
-    assert used == [Divergence, Divergence, NextTokens] and towards.digest != plain.digest
+    assert used == [(Divergence, True)] * 2 + [(NextTokens, False)] and towards.digest != plain.digest
 
 
 @pytest.mark.parametrize(

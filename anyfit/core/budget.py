@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from anyfit.core.errors import BudgetError
+from anyfit.core.errors import BudgetError, UserError
 
 BYTES, BITS, LATENCY, MACS, WEIGHTS = "bytes", "bits", "ms", "macs", "weights"
 """Costs: of the file, per weight, milliseconds as they were measured, multiply-adds a token, weights in the blocks that aren't zero."""
@@ -80,6 +80,14 @@ def allowed(cost: str, bound: float) -> int:
     # Exactly those that, times a unit, are within the bound, however the division above was rounded.
     found += (found + 1) * whole <= bound
     return found - (found * whole > bound)
+
+
+def parsed_bytes(text: str) -> int:
+    """Bytes of memory, as a budget of them is written. Raises `BudgetError` for what can't be read, `UserError` for another cost."""
+    limits = dict(Budget.parse(text).limits)
+    if limits.keys() != {BYTES}:
+        raise UserError(f"The memory limit {text!r} is not in bytes.", remedy="Write a number and a unit, for example 8GB.")
+    return int(limits[BYTES])
 
 
 def describe(cost: str, value: float) -> str:

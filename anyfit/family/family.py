@@ -223,27 +223,29 @@ class Family:
 
     @cached_property
     def source(self) -> Source:
-        """What is needed of the original to write any model; every file checked against its hash. Raises `FamilyError` where that is code
-        which nobody trusts."""
-        if self.manifest.trust_remote_code and not self.trust_remote_code:
-            raise FamilyError(
-                f"{self.path} has Python code of its original, {self.original.name}, which this would run.",
-                remedy="If you trust who made the family, pass trust_remote_code=True (--trust-remote-code).",
-            )
+        """What is needed of the original to write any model; every file checked against its hash. Raises `FamilyError` where code is among
+        that, and whoever opened the family doesn't trust it."""
         folder = self.path / SOURCE
         expected = {name for name in self.manifest.files if name.startswith(f"{SOURCE}/")}
+        code = sorted(name for name in expected if name.endswith(".py"))
+        if code and not self.trust_remote_code:
+            raise FamilyError(
+                f"{self.path / code[0]} is Python code of the original, which this would run.",
+                remedy="If you trust who made the family, pass trust_remote_code=True (--trust-remote-code).",
+            )
         for name in expected:
             self._store.verify(name)
         added = sorted({f"{SOURCE}/{path.name}" for path in folder.iterdir()} - expected)
         if added:
             raise FamilyError(f"{self.path / added[0]} was added to the family.", remedy="Move it away.")
+        trusted = self.trust_remote_code and self.manifest.trust_remote_code
         return Source(
             folder=folder,
-            config=read_config(folder, trust_remote_code=self.manifest.trust_remote_code),
+            config=read_config(folder, trust_remote_code=trusted),
             passthrough=self._store.tensors(PASSTHROUGH),
             tied=dict(self.manifest.tied),
             original_bytes=self.original.bytes_,
-            trust_remote_code=self.manifest.trust_remote_code,
+            trust_remote_code=trusted,
         )
 
     def text(self) -> dict[str, torch.Tensor]:
