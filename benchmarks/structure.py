@@ -266,8 +266,8 @@ def _beaten(where: str, uniform: list[Point], searched: list[Point], taken: Take
     remark = (
         "Uniform: the same density everywhere, the same weights to choose from. Searched: the best within "
         f"{NEARBY[0]:.0%} to {NEARBY[-1]:.0%} of the uniform one's time by the table, in steps of a percent; of these the largest that is "
-        "measured to take no longer, so that both are compared at equal measured time. A row holds where it is no further from the "
-        "original." + (f" What is searched is the uniform network itself for {', '.join(same)}." if same else "")
+        "measured to take no longer, by the times that are shown, so that both are compared at equal measured time. A row holds where it "
+        "is no further from the original." + (f" What is searched is the uniform network itself for {', '.join(same)}." if same else "")
     )
     figures = named(next(iter(quality.values())))
     header = ("uniform", "ms: uniform / searched", f"uniform: {figures}", f"searched: {figures}")
