@@ -40,7 +40,7 @@ class Subject:
     orders: int
 
 
-CODES = Subject("Codes of two bits", "llama.cpp", "IQ2_XXS", "Q8_0", 0.03, "GPTQ", 6)
+CODES = Subject("Codes of two bits", "llama.cpp", "IQ2_XXS", "Q8_0", 0.03, "GPTQ", 3)
 CODEBOOKS = Subject("Codes and codebooks of two bits", "transformers", "aqlm_1x8g4", "BF16", 0.03, "AQLM", 3)
 SETTINGS = replace(pv.Settings(), num_steps=450)
 SEGMENTS = 1024
