@@ -39,6 +39,8 @@ Blocks = tuple[tuple[int, int], ...]
 
 COPIES = 2
 """Of each network, the fastest of which counts: where in memory its numbers come to lie is chance, and may slow it down by a fifth."""
+LIKELY = 0.9
+"""Of pairs of copies, those that differ by no more than budgets count on."""
 SECONDS, ROUNDS = 1.0, 21
 """How long a copy is timed beside the whole, by the clock that counts, and in how many rounds at least."""
 LONG, FEWEST = 4.0, 5
@@ -99,7 +101,7 @@ def measure(
     as memory allows. Of `COPIES` of each, and one more of the whole one, the fastest counts. The whole network in any format but the first
     is timed beside that in the first.
 
-    Budgets count on the slower copy, as what someone runs is one, and chance which: by the mean difference between two.
+    Budgets count on the slower copy, as what someone runs is one, and chance which: by the difference that nine of ten pairs keep to.
 
     Networks with modules of one kind at one size, all else whole, and networks of mixed sizes are timed. What modules take is then what
     explains all of these best, see `_fitted`, as differences between single networks neither add up nor are free of noise. Of the whole
@@ -147,12 +149,13 @@ class _Maker:
 def _timed(
     networks: Mapping[Blocks, str], shape: Shape, maker: _Maker, format_: str, stage: Stage
 ) -> tuple[float, dict[Blocks, float], float]:
-    """Milliseconds of the whole network; what the others take, as shares of that; how many times as long the slower of two copies takes."""
+    """Milliseconds of the whole network; what the others take, as shares of that; and how many times as long as the faster of two copies
+    the slower one takes, in nine of ten pairs at most."""
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock(maker.ready(shape.uncut, format_, _new(folder, "whole"))[0], maker.threads)
         copies = _shares(clock, networks, maker, format_, stage)
     fastest = min(1.0, *copies.pop(tuple(shape.uncut)))
-    slower = statistics.mean(max(own) / min(own) for own in copies.values())
+    slower = float(np.quantile([max(own) / min(own) for own in copies.values()], LIKELY))
     return fastest * clock.whole, {blocks: min(own) / fastest for blocks, own in copies.items()}, slower
 
 
