@@ -386,7 +386,7 @@ def test_no_more_networks_are_held_than_fit(bound, at_once, monkeypatch):
     assert found.modules == pytest.approx(together.modules) and found.whole == pytest.approx(together.whole)
     number = stopwatch.COPIES * len(stopwatch._networks(SHAPE))
     assert most == 1 + (at_once or number), "beside the whole network"
-    assert progress.done == progress.total == 2 * number
+    assert progress.done == progress.total == number
 
 
 def test_formats_are_timed_beside_each_other(monkeypatch):
