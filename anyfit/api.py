@@ -19,7 +19,7 @@ from anyfit.calibration.defaults import LONGEST_SEGMENT, NUM_REPORT, Data, segme
 from anyfit.calibration.generated import SELF
 from anyfit.calibration.saturation import Saturation
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import BYTES, LATENCY, MACS, WEIGHTS, Budget, parsed_bytes
+from anyfit.core.budget import BYTES, LATENCY, MACS, WEIGHTS, Budget, memory_limit
 from anyfit.core.config import format_of
 from anyfit.core.effort import Effort
 from anyfit.core.errors import DataError, ModelError, UserError
@@ -94,14 +94,14 @@ def fit(
     A run that was killed is continued by the same call; `restart` throws away what it had done. An existing
     `output` is only replaced with `force`. Raises `UserError`s, before any long work.
     """
-    progress, given = progress or Silent(), None if memory is None else parsed_bytes(memory)
+    progress, given = progress or Silent(), memory_limit(memory)
     name = "default" if model is None else Path(model).resolve().name
     output = Path(output) if output is not None else Path(f"{name}.family")
     refuse_existing(output, force=force, ours=is_family, inputs=_inputs(model, wishes.get("data")))
     run = prepare(model, progress=progress, **wishes)
     run.checkpoint.check_finite(progress)
     shares = {devices.CPU: run.group.size, run.device: devices.sharing(run.device, run.group.size)}
-    limits = {where: _limited(given, where) for where in shares}
+    limits = {where: devices.usable(where, given) for where in shares}
     own = {where: limit // shares[where] for where, limit in limits.items() if limit is not None}
     if devices.CPU in own:
         estimates.require_memory(run, own[devices.CPU], own[run.device])
@@ -110,13 +110,6 @@ def fit(
         progress.note(note)
     run.run(output, restart=restart, force=force)
     return Family.open(output, trust_remote_code=run.checkpoint.trust_remote_code)
-
-
-def _limited(given: int | None, where: torch.device) -> int | None:
-    """What may be used there: what was given, or a share of what is free; None where the system doesn't say what that is."""
-    if given is not None:
-        return given
-    return devices.usable(where)
 
 
 def prepare(
@@ -160,9 +153,7 @@ def prepare(
     `device`: "cpu", "cuda", or "auto" for a graphics processor where there is one.
     """
     method, diligence = recipes.get(recipe), Effort.parse(effort)
-    table = None if latency is None else _latencies(latency, method)
-    if target is None:
-        target = TARGET if table is None else table.target
+    target, table = _aimed(target, latency, method)
     runtime = targets.get(target)
     quantizers.get(method.quantizer)
     searchers.get(search)
@@ -328,11 +319,15 @@ def _require_subject(method: Recipe, run: Fit) -> None:
         )
 
 
-def _latencies(path: str | Path, method: Recipe) -> LatencyTable:
-    """The table, for a recipe that prunes. Raises `UserError` for another."""
+def _aimed(target: str | None, latency: str | Path | None, method: Recipe) -> tuple[str, LatencyTable | None]:
+    """The target, which a table of latencies says where nobody else does, and that table. Raises `UserError` where a recipe has no use for
+    one."""
+    if latency is None:
+        return TARGET if target is None else target, None
     if method.pruning is None:
         raise UserError(f"{method.name} decides about formats, and latencies are about heads and channels.", remedy="Take --recipe ziplm.")
-    return latencies(Path(path).expanduser())
+    table = latencies(Path(latency).expanduser())
+    return table.target if target is None else target, table
 
 
 def _require_timed(table: LatencyTable, checkpoint: Checkpoint, target: str) -> None:

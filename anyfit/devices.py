@@ -62,8 +62,11 @@ def free(where: torch.device) -> int | None:
     return torch.cuda.mem_get_info(where)[0] + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
 
 
-def usable(where: torch.device) -> int | None:
-    """The share of what is free that a run may take where nobody says how much; None where the system doesn't say what is free."""
+def usable(where: torch.device, given: int | None = None) -> int | None:
+    """Bytes of memory that a run may take there: what was given, or a share of what is free; None where the system doesn't say what that
+    is."""
+    if given is not None:
+        return given
     found = free(where)
     return None if found is None else int(SHARE_OF_FREE * found)
 

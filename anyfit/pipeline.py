@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,14 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from anyfit import closing
 from anyfit.architectures import architecture_of
 from anyfit.architectures.base import Architecture
 from anyfit.architectures.coverage import uncovered
-from anyfit.calibration.data import PURPOSES, Segments
+from anyfit.calibration.data import Segments
 from anyfit.checkpoint import Checkpoint, Source
 from anyfit.core.effort import Effort
 from anyfit.core.errors import UserError
-from anyfit.core.files import output_error, remove, sha256, write_json, written_aside
+from anyfit.core.files import output_error, remove
 from anyfit.core.space import Decision, Space, coverage
 from anyfit.core.units import Weight
 from anyfit.costs.latency import LatencyTable
@@ -33,11 +33,11 @@ from anyfit.distributed import ALONE, Group
 from anyfit.elastic.loaded import loaded
 from anyfit.elastic.model import ElasticModel
 from anyfit.elastic.stream import ElasticStream
-from anyfit.encoding import COMPARED, CalibrationPass, Encoding
 from anyfit.encoding import FOLDER as CALIBRATION
+from anyfit.encoding import CalibrationPass, Encoding
 from anyfit.family.journal import Journal
-from anyfit.family.manifest import NAME, TIMED_ON, Manifest, Original, Point
-from anyfit.family.store import PASSTHROUGH, REFINED, SOURCE, TEXT, VARIANTS, Decoder, Store, stored_matrices
+from anyfit.family.manifest import TIMED_ON, Manifest, Original, Point
+from anyfit.family.store import Decoder, Store, stored_matrices
 from anyfit.finalists import EXACT, WORK, Finalists
 from anyfit.formats.nested import held
 from anyfit.importance import importances, saliencies
@@ -77,6 +77,8 @@ TABLE, SCORED, GRADUAL = "table.json", "scored.safetensors", "gradual"
 `anyfit.gradual`."""
 STATES = "states"
 """The journal's folder of hidden states; what a killed run left there is of no use."""
+WHILE_IT_RUNS = (TABLE, SCORED, STATES, CALIBRATION, TRAINING, RESULT, GRADUAL, *WORK)
+"""What the journal holds for a run that is continued, and no family has."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,8 @@ class Fit:
                 table = self.score(store)
                 original, points = self.finalists(store, table)
                 if self.group.first:
-                    self.keep_source(store)
-                    self.close(journal, self.manifest(store, table, original, points))
+                    closing.keep_source(store, self.checkpoint, self.source, self.segments)
+                    closing.close(journal, self.manifest(store, table, original, points), WHILE_IT_RUNS)
             except OSError as error:
                 raise output_error(error, output) from error
             except torch.OutOfMemoryError as error:
@@ -433,17 +435,6 @@ class Fit:
         latency = [] if self.latency is None else [str(self.latency)]
         return (*self.segments.notes, *([self.architecture.note] if self.architecture.generic else []), *latency)
 
-    def keep_source(self, store: Store) -> None:
-        """What exports need of the original, and the tokens of all three splits."""
-        folder = store.folder / SOURCE
-        folder.mkdir(exist_ok=True)
-        for file in self.checkpoint.travelling_files():
-            with written_aside(folder / file.name) as aside:
-                shutil.copyfile(file, aside)
-        store.write_tensors(PASSTHROUGH, self.source.passthrough)
-        kept = {name: getattr(self.segments, name) for name in PURPOSES}
-        store.write_tensors(TEXT, {name: own if own.is_floating_point() else own.int() for name, own in kept.items()})
-
     def manifest(self, store: Store, table: Table, original: Original, points: list[Point]) -> Manifest:
         gained = gains(store) or {}
         notes = [*self.notes(), *(f"{name}: {gain}" for name, gain in gained.items())]
@@ -451,7 +442,7 @@ class Fit:
             notes.append(f"{', '.join(rest)}: not trained: too fine to gain anything, or of another kind")
         if any(held([choice.name for choice in d.choices], True) for d in self.space.decisions if d.unit.weights[0].name in self.nested):
             notes.append("Outside the blocks the finest integers alone are stored, too, and the others made of them untrained.")
-        notes += nesting(self.space, store, table, points)
+        notes += closing.nesting(self.space, store, table, points)
         for decision in self.space.decisions:
             notes += [f"{w.name}: {note}" for w in decision.unit.weights for note in store.notes(w.name)]
         timed_on = {} if self.latency is None else {TIMED_ON: asdict(self.latency.device)}
@@ -469,49 +460,10 @@ class Fit:
             trust_remote_code=self.source.trust_remote_code,
         )
 
-    def close(self, journal: Journal, manifest: Manifest) -> None:
-        """Hash every file, write the manifest and the page, and give the family its name."""
-        from anyfit.family.family import Family, with_points
-        from anyfit.report.page import write as write_page
-
-        for leftover in list(journal.folder.rglob("*.partial")):  # of a process that was killed; nobody else writes here
-            remove(leftover)
-        parts = [journal.folder / part for part in (VARIANTS, SOURCE, REFINED)]
-        files = sorted(path for part in parts if part.is_dir() for path in part.iterdir())
-        files += [journal.folder / name for name in (PASSTHROUGH, TEXT)]
-        hashes = {p.relative_to(journal.folder).as_posix(): sha256(p) for p in files}
-        manifest = with_points(manifest, manifest.points, hashes)
-        write_json(journal.folder / NAME, manifest.to_json())
-        write_page(Family(journal.folder, manifest), journal.folder / "report.html")
-        for name in (TABLE, SCORED, STATES, CALIBRATION, TRAINING, RESULT, GRADUAL, *WORK):
-            remove(journal.folder / name)
-        journal.finish()
-
 
 def num_probed(config: PretrainedConfig) -> int:
     """Search segments that sensitivities are measured on."""
     return NUM_PROBE_SEGMENTS * interface_of(config).segments
-
-
-def nesting(space: Space, store: Store, table: Table, points: Iterable[Point]) -> list[str]:
-    """What is to be known of tables that hold others: what each size loses, and what it would by itself."""
-    within = held(space.formats())
-    names = sorted({*within, *within.values()})
-    if not names:
-        return []
-    errors = {d.unit.name: [store.errors(weight.name) | store.alone(weight.name) for weight in d.unit.weights] for d in space.decisions}
-    own = {d.unit.name: {c.name: sum(row[c.name] for row in errors[d.unit.name]) for c in d.choices} for d in space.decisions}
-    found = [f"{', '.join(names)}: nested, of each matrix the finest is stored alone, whose upper bits are the others"]
-    for name in names:
-        config = space.uniform(name)
-        nested, alone = (entry.predict(space, config) for entry in (table, replace(table, errors=own)))
-        point, part = next(point for point in points if point.config == config), alone / nested if nested else 1.0
-        assert point.search is not None
-        found.append(
-            f"{name}: nested, {point.search.distance} {point.plain_loss:.4g} on held-out text; tables of this size alone would have about "
-            f"{part * point.plain_loss:.4g}, as their outputs' errors are {part:.2f} of these (one row in {COMPARED})"
-        )
-    return found
 
 
 def versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from anyfit import devices, recovery
 from anyfit.architectures import architecture_of
 from anyfit.checkpoint import Checkpoint
-from anyfit.core.budget import BYTES, Budget, describe, parsed_bytes
+from anyfit.core.budget import BYTES, Budget, describe, memory_limit
 from anyfit.core.errors import FamilyError, ModelError, OutputError, UserError
 from anyfit.core.files import locked, sha256, write_json
 from anyfit.family.family import Family, with_points
@@ -135,7 +135,7 @@ def _require_memory(family: Family, where: torch.device, memory: str | None) -> 
     """Raises `UserError` where that takes more memory than a run may use."""
     networks = 1 + recovery.NETWORKS if family.pruned else 2 + refining.NETWORKS
     needed = 4 * networks * family.original.num_parameters
-    limit = devices.usable(where) if memory is None else parsed_bytes(memory)
+    limit = devices.usable(where, memory_limit(memory))
     if limit is not None and needed > limit:
         on_device = where.type != "cpu"
         kind = "the graphics processor's memory" if on_device else "memory"

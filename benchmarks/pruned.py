@@ -99,7 +99,7 @@ def families(subject: Subject, batch: int, sequence: int, formats: tuple[str, ..
 
 def side_by_side(family: Family, folders: Sequence[Path], batch: int, sequence: int) -> list[float]:
     """Milliseconds of each model, all taking turns in another order each round: medians of the shares of a round, times a
-    round's median, and means over copies."""
+    round's median, and means over copies. Not by the clock that tables are made with, as what it says is judged here."""
     config = family.source.config
     interface = interface_of(config)
     segments = interface.example(config, batch, sequence)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import anyfit
-from anyfit import finalists, pipeline
+from anyfit import closing, finalists, pipeline
 from anyfit.checkpoint import Checkpoint
 from anyfit.core import memory
 from anyfit.core.errors import BudgetError, FamilyError, ModelError, OutputError, UnknownNameError, UserError
@@ -278,7 +278,7 @@ def test_force_replaces_only_a_family(tiny: Path, text: Path, tmp_path: Path) ->
 
 def test_an_output_that_appears_during_the_run_is_kept(tiny: Path, text: Path, family: Family, tmp_path: Path) -> None:
     output = tmp_path / "late.family"
-    write = pipeline.write_json
+    write = closing.write_json
 
     def appearing(path: Path, data: Any) -> None:
         output.mkdir(exist_ok=True)
@@ -286,7 +286,7 @@ def test_an_output_that_appears_during_the_run_is_kept(tiny: Path, text: Path, f
         write(path, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "write_json", appearing)
+        patch.setattr(closing, "write_json", appearing)
         with pytest.raises(OutputError, match="appeared"):
             anyfit.fit(tiny, data=text, output=output, **SMALL)
     assert [p.name for p in output.iterdir()] == ["thesis.txt"]

@@ -82,8 +82,11 @@ def allowed(cost: str, bound: float) -> int:
     return found - (found * whole > bound)
 
 
-def parsed_bytes(text: str) -> int:
-    """Bytes of memory, as a budget of them is written. Raises `BudgetError` for what can't be read, `UserError` for another cost."""
+def memory_limit(text: str | None) -> int | None:
+    """Bytes, as a budget of them is written; None where nothing was said. Raises `BudgetError` for what can't be read, `UserError` for
+    another cost."""
+    if text is None:
+        return None
     limits = dict(Budget.parse(text).limits)
     if limits.keys() != {BYTES}:
         raise UserError(f"The memory limit {text!r} is not in bytes.", remedy="Write a number and a unit, for example 8GB.")
